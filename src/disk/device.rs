@@ -1,0 +1,1 @@
+//! Opens target disks.

@@ -1,0 +1,41 @@
+//! The I/O error that says what was done to what, and where.
+
+use std::fmt;
+use std::io;
+
+/// An operating system error with its operation, its target and, for devices, its offset.
+///
+/// `Display` shows this layer only (`write 4096 bytes to naa.6000… at 1048576`); the errno is the `source`.
+#[derive(Debug, thiserror::Error)]
+pub struct IoError {
+    /// What was attempted, as a verb: `open`, `write`, `flush`.
+    pub op: &'static str,
+    /// The file, device or peer that it was attempted on.
+    pub target: String,
+    /// The byte offset on the target, where there is one.
+    pub offset: Option<u64>,
+    /// What the operating system said.
+    pub source: io::Error,
+}
+
+impl IoError {
+    /// An error of an operation without an offset.
+    pub fn new(op: &'static str, target: impl Into<String>, source: impl Into<io::Error>) -> IoError {
+        IoError { op, target: target.into(), offset: None, source: source.into() }
+    }
+
+    /// The same, at a byte offset.
+    pub fn at(op: &'static str, target: impl Into<String>, offset: u64, source: impl Into<io::Error>) -> IoError {
+        IoError { op, target: target.into(), offset: Some(offset), source: source.into() }
+    }
+}
+
+impl fmt::Display for IoError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.op, self.target)?;
+        if let Some(offset) = self.offset {
+            write!(f, " at byte {offset}")?;
+        }
+        Ok(())
+    }
+}

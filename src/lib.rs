@@ -1,0 +1,27 @@
+//! `mt-agent`: the agent on a Linux master target.
+//!
+//! The library holds everything but the command line. Its rooms, from the ground up:
+//!
+//! - [`units`], [`checksum`], [`error`]: plain values that everyone may use.
+//! - [`sys`]: the only room with `unsafe` code: ioctls, aligned memory, the io_uring.
+//! - [`storage`]: what a device looks like to the code above it, and the fault-injecting backend of the tests.
+//! - [`disk`]: identity and discovery of SCSI disks; it never writes.
+//! - [`protection`]: which target disk belongs to which disk of which machine.
+//! - [`volume`]: one target disk and the thread that owns the order of its writes and flushes.
+//! - [`net`]: frames, messages, TLS, and the session that answers only after durability.
+//! - [`send`]: the source side.
+//! - [`agent`]: the service that wires all of it together.
+//!
+//! Arrows point down only: a room uses those above its line in this list, never those below.
+
+pub mod agent;
+pub mod checksum;
+pub mod disk;
+pub mod error;
+pub mod net;
+pub mod protection;
+pub mod send;
+pub mod storage;
+pub mod sys;
+pub mod units;
+pub mod volume;

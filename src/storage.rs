@@ -1,0 +1,96 @@
+//! What a device looks like to the code above it.
+//!
+//! Two traits. [`ReadAt`] is a plain positioned read, for everything that only looks. [`Storage`] is a queue:
+//! requests are submitted, run several at a time, and complete in any order; it is how a volume writes. Its
+//! backends are an io_uring, a pool of threads ([`device`]), and the fault-injecting one of the tests
+//! ([`fault`]).
+
+pub mod device;
+pub mod fault;
+
+use crate::error::IoError;
+use crate::sys::aligned::Buffer;
+use crate::units::Extent;
+
+/// Positioned reads.
+pub trait ReadAt {
+    /// The size in bytes.
+    fn size(&self) -> u64;
+
+    /// Fills `buf` from `offset` on. Reading past the end is an error, never a short read.
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), IoError>;
+}
+
+/// What to do, with the memory that it is done with: a request owns its buffer until it completes.
+#[derive(Debug)]
+pub enum Action {
+    /// Fill the buffer from `offset` on.
+    Read {
+        /// Where on the device.
+        offset: u64,
+        /// What is filled, wholly.
+        buffer: Buffer,
+    },
+    /// Write the whole buffer at `offset`.
+    Write {
+        /// Where on the device.
+        offset: u64,
+        /// What is written.
+        buffer: Buffer,
+    },
+    /// Make the range read as zeros, by discarding it where that is certain to give zeros.
+    Zero(Extent),
+    /// Make all writes durable that *completed* before this was submitted (`fdatasync`).
+    Flush,
+}
+
+/// One piece of work for a device; `tag` comes back with its completion.
+#[derive(Debug)]
+pub struct Request {
+    /// The submitter's name for it.
+    pub tag: u64,
+    /// What to do.
+    pub action: Action,
+}
+
+/// How a request ended.
+#[derive(Debug)]
+pub struct Completion {
+    /// The request's tag.
+    pub tag: u64,
+    /// The buffer of a read or a write, given back.
+    pub buffer: Option<Buffer>,
+    /// Whole success, or why not: short transfers were carried on by the backend.
+    pub result: Result<(), IoError>,
+}
+
+/// What a device demands of the requests that it is given.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Geometry {
+    /// The size in bytes.
+    pub size: u64,
+    /// Offsets, lengths and memory are multiples of this (the logical block size).
+    pub block: u32,
+}
+
+/// Wakes the thread that is in [`Storage::wait`], from any thread.
+pub type Waker = std::sync::Arc<crate::sys::wake::EventFd>;
+
+/// One open device as a queue of requests.
+pub trait Storage: Send {
+    /// Size and alignment.
+    fn geometry(&self) -> Geometry;
+
+    /// How many requests may be under way at once; [`Storage::submit`] must not be called beyond that.
+    fn depth(&self) -> usize;
+
+    /// Queues a request. It need not start before [`Storage::wait`] is called.
+    fn submit(&mut self, request: Request);
+
+    /// Starts what is queued, blocks until at least one request completed or the [`Waker`] was used, and
+    /// appends what completed. An error here means that the queue itself is broken.
+    fn wait(&mut self, done: &mut Vec<Completion>) -> Result<(), IoError>;
+
+    /// What makes a blocked [`Storage::wait`] return.
+    fn waker(&self) -> Waker;
+}

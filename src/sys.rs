@@ -1,0 +1,7 @@
+//! All unsafe code of the project, behind safe types. Uses nothing of ours.
+#![allow(unsafe_code)]
+
+pub mod aligned;
+pub mod ioctl;
+pub mod ring;
+pub mod wake;

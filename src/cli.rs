@@ -1,2 +1,68 @@
-//! (being built)
-pub fn run() -> std::process::ExitCode { std::process::ExitCode::SUCCESS }
+//! The command line: one file a subcommand, each with its arguments and its `run`.
+
+use std::error::Error;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Why a command did not do what it was asked, sorted by exit code.
+#[derive(Debug)]
+pub enum Failure {
+    /// Exit code 1: it was tried and failed.
+    Failed(Box<dyn Error + Send + Sync>),
+    /// Exit code 3: refused by a safety rule, or a precondition is not met.
+    Refused(Box<dyn Error + Send + Sync>),
+}
+
+impl Failure {
+    /// Exit code 1.
+    pub fn failed(error: impl Into<Box<dyn Error + Send + Sync>>) -> Failure {
+        Failure::Failed(error.into())
+    }
+
+    /// Exit code 3.
+    pub fn refused(error: impl Into<Box<dyn Error + Send + Sync>>) -> Failure {
+        Failure::Refused(error.into())
+    }
+}
+
+/// The agent on a Linux master target: receives the replicated blocks of machines that fail back, and writes
+/// them to disks that will boot as those machines.
+#[derive(Parser)]
+#[command(name = "mt-agent", version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {}
+
+/// Parses the command line, runs the subcommand and reports how it ended.
+pub fn run() -> ExitCode {
+    let cli = Cli::parse();
+    let result: Result<(), Failure> = match cli.command {};
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            let (code, error) = match failure {
+                Failure::Failed(error) => (1, error),
+                Failure::Refused(error) => (3, error),
+            };
+            eprintln!("mt-agent: {}", chain(error.as_ref()));
+            ExitCode::from(code)
+        }
+    }
+}
+
+/// An error and all its sources on one line, outermost first.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        next = cause.source();
+    }
+    text
+}

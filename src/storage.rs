@@ -7,6 +7,7 @@
 
 pub mod device;
 pub mod fault;
+mod threads;
 
 use crate::error::IoError;
 use crate::sys::aligned::Buffer;

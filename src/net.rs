@@ -1,1 +1,5 @@
-//! (being built)
+//! The wire protocol (being written).
+
+pub mod frame;
+pub mod message;
+pub mod wire;

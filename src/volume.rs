@@ -33,6 +33,10 @@ pub enum Event {
         frames: u64,
         /// The sum of what was passed as `cost`.
         cost: u64,
+        /// How many bytes were written.
+        written: u64,
+        /// How many bytes were made zero.
+        zeroed: u64,
     },
     /// All that was submitted before the flush is durable.
     Flushed,

@@ -31,10 +31,10 @@ pub enum EngineChoice {
 }
 
 /// The engine that runs, and why it was chosen.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Engine {
     /// `io-uring` or `threads`.
-    pub name: &'static str,
+    pub name: String,
     /// In words: `asked for`, or what is missing.
     pub why: String,
 }
@@ -65,7 +65,7 @@ impl Queue {
         depth: usize,
         arena: &Arena,
     ) -> Result<(Queue, Engine), IoError> {
-        let engine = |name, why: String| Engine { name, why };
+        let engine = |name: &str, why: String| Engine { name: name.to_owned(), why };
         let threads = |file, why| -> Result<(Queue, Engine), IoError> {
             let pool = Pool::new(file).map_err(|error| IoError::new("start", "threads engine", error))?;
             Ok((Queue::Threads(pool), engine("threads", why)))

@@ -188,7 +188,7 @@ fn engine_equals_the_model(choice: EngineChoice, name: &str) {
             let arena = Arena::new(1 << 20).unwrap();
             let (storage, engine) =
                 Device::new(file.try_clone().unwrap(), "file", geometry, choice, 8, &arena).unwrap();
-            prop_assert_eq!(engine.name, name);
+            prop_assert_eq!(engine.name.as_str(), name);
             run_model(Box::new(storage), &mut model, SIZE, &steps);
             prop_assert!(content(&file) == model);
             Ok(())

@@ -93,7 +93,7 @@ impl Worker {
                 } else {
                     self.drain()?;
                     self.merge(extent, Some(&buffer))?;
-                    (self.events)(Event::Written { frames: 1, cost });
+                    (self.events)(Event::Written { frames: 1, cost, written: extent.len(), zeroed: 0 });
                     Ok(())
                 }
             }
@@ -112,7 +112,7 @@ impl Worker {
                 if let Some(middle) = Extent::new(start, end - start) {
                     return self.submit(middle, cost, Action::Zero(middle));
                 }
-                (self.events)(Event::Written { frames: 1, cost });
+                (self.events)(Event::Written { frames: 1, cost, written: 0, zeroed: extent.len() });
                 Ok(())
             }
             Command::Flush => {
@@ -146,18 +146,20 @@ impl Worker {
     fn step(&mut self) -> Result<(), IoError> {
         let mut completions = std::mem::take(&mut self.completions);
         self.storage.wait(&mut completions)?;
-        let (mut frames, mut cost) = (0, 0);
+        let (mut frames, mut cost, mut written, mut zeroed) = (0, 0, 0, 0);
         for Completion { tag, result, buffer } in completions.drain(..) {
             result?;
-            drop(buffer);
+            let bytes = if buffer.is_some() { &mut written } else { &mut zeroed };
             if let Some(at) = self.in_flight.iter().position(|request| request.tag == tag) {
+                let request = self.in_flight.swap_remove(at);
                 frames += 1;
-                cost += self.in_flight.swap_remove(at).cost;
+                cost += request.cost;
+                *bytes += request.extent.len();
             }
         }
         self.completions = completions;
         if frames > 0 {
-            (self.events)(Event::Written { frames, cost });
+            (self.events)(Event::Written { frames, cost, written, zeroed });
         }
         Ok(())
     }

@@ -1,0 +1,541 @@
+//! The server's side of a connection: from the first hello to the last acknowledgement.
+//!
+//! What a session may touch is decided by its [`Host`]: the agent, with its protections and disks; the tests,
+//! with disks in memory. The session itself knows the protocol (see [`crate::net`]) and keeps its promises:
+//! nothing is allocated before it is bounded, bytes with a bad checksum do not reach the volume, and a commit
+//! is answered after the volume's flush succeeded and the host's record of it is durable.
+
+use std::net::SocketAddr;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use time::OffsetDateTime;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::sync::{Mutex, Notify, oneshot};
+use tokio::time::timeout;
+
+use super::compress;
+use super::frame::{COST_UNIT, Encoding, Header, Kind, MAX_DATA};
+use super::message::{
+    self, Begin, BeginReply, Code, Commit, Committed, Enroll, EnrollReply, Hello, HelloReply, Open, OpenReply,
+};
+use super::wire;
+use crate::name::Name;
+use crate::units::Extent;
+use crate::volume::counters::Counters;
+use crate::volume::{Event, Events, Fault, Volume};
+
+/// What a session needs of the program around it. All methods may block; sessions call them off the runtime.
+pub trait Host: Send + Sync + 'static {
+    /// Gives a certificate to a machine that proves a token's secret.
+    fn enroll(&self, peer: SocketAddr, request: &Enroll) -> Result<EnrollReply, message::Error>;
+
+    /// Opens the target disk that belongs to `open.disk` of `machine`, if all rules allow it. The volume
+    /// reports to `events`.
+    fn open(&self, machine: &Name, open: &Open, events: Events) -> Result<Opened, message::Error>;
+}
+
+/// An open volume.
+pub struct Opened {
+    /// The volume itself.
+    pub volume: Volume,
+    /// The size of the target disk in bytes.
+    pub device_size: u64,
+    /// Its logical block size in bytes.
+    pub block: u32,
+    /// The window to grant, in bytes; at least one data frame and at most the volume's arena.
+    pub window: u64,
+    /// What the session counts.
+    pub counters: Arc<Counters>,
+    /// Where passes are recorded.
+    pub passes: Box<dyn Passes>,
+}
+
+/// The durable record of a volume's passes. What a method did is on stable storage when it returns.
+pub trait Passes: Send {
+    /// From here on the content of the volume is neither the old nor the new.
+    fn begin(&mut self, begin: &Begin) -> Result<(), message::Error>;
+    /// The volume holds the pass, whole; returns the time that it was recorded with. Called after the flush:
+    /// a crash between the two leaves a volume that is whole and recorded as interrupted, and is sent again.
+    fn commit(&mut self, commit: &Commit) -> Result<OffsetDateTime, message::Error>;
+    /// A write or flush failed.
+    fn fault(&mut self, fault: &Fault) -> Result<(), message::Error>;
+}
+
+/// How long a session waits.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// For a message that the protocol's state demands.
+    pub handshake: Duration,
+    /// For the next frame of an open pass.
+    pub idle: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Patience {
+        Patience { handshake: Duration::from_secs(15), idle: Duration::from_secs(300) }
+    }
+}
+
+/// How a session ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The connection, or what came over it.
+    #[error("connection")]
+    Wire(#[from] wire::Error),
+    /// This side gave up, and told the peer so.
+    #[error("refused")]
+    Refused(#[from] message::Error),
+    /// The peer was silent for too long.
+    #[error("the peer sent nothing for {0:?}")]
+    Silent(Duration),
+}
+
+impl Error {
+    fn to_peer(&self) -> Option<message::Error> {
+        match self {
+            Error::Wire(error) => error.to_peer(),
+            Error::Refused(error) => Some(error.clone()),
+            Error::Silent(_) => Some(message::Error::new(Code::Protocol, self.to_string())),
+        }
+    }
+}
+
+/// Speaks with one client until it closes the connection. `machine` is the one that its certificate names;
+/// without one it may only enrol.
+pub async fn serve<S>(
+    stream: S,
+    peer: SocketAddr,
+    machine: Option<Name>,
+    host: Arc<dyn Host>,
+    patience: Patience,
+) -> Result<(), Error>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let (mut reader, writer) = tokio::io::split(stream);
+    let writer = Mutex::new(writer);
+    let result = converse(&mut reader, &writer, peer, machine, host, patience).await;
+    let mut writer = writer.into_inner();
+    if let Err(error) = &result
+        && let Some(last_word) = error.to_peer()
+    {
+        // Best effort: the peer may be gone, or may not read.
+        timeout(CLOSING, wire::write_message(&mut writer, 0, &last_word)).await.ok();
+    }
+    // Closing a socket with unread data resets the connection, and a reset may overtake the last word: the
+    // peer gets the time to read it and close.
+    timeout(CLOSING, writer.shutdown()).await.ok();
+    if result.is_err() {
+        timeout(CLOSING, tokio::io::copy(&mut reader, &mut tokio::io::sink())).await.ok();
+    }
+    result
+}
+
+/// How long the end of a session may take, a step.
+const CLOSING: Duration = Duration::from_secs(3);
+
+async fn within<T>(
+    limit: Duration,
+    next: impl Future<Output = Result<T, wire::Error>>,
+) -> Result<T, Error> {
+    match timeout(limit, next).await {
+        Ok(result) => Ok(result?),
+        Err(_) => Err(Error::Silent(limit)),
+    }
+}
+
+/// Runs what may block off the runtime.
+async fn off_runtime<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Error> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|_| message::Error::new(Code::Internal, "a task of the agent failed; see its log").into())
+}
+
+async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
+    reader: &mut ReadHalf<S>,
+    writer: &Mutex<WriteHalf<S>>,
+    peer: SocketAddr,
+    machine: Option<Name>,
+    host: Arc<dyn Host>,
+    patience: Patience,
+) -> Result<(), Error> {
+    let hello: Hello = match within(patience.handshake, wire::read_message(reader)).await {
+        // A port scan, or a health check.
+        Err(Error::Wire(wire::Error::Closed)) => return Ok(()),
+        other => other?,
+    };
+    let reply = HelloReply::to(&hello)?;
+    wire::write_message(&mut *writer.lock().await, 0, &reply).await?;
+    let header = match within(patience.handshake, wire::read_header(reader)).await {
+        Err(Error::Wire(wire::Error::Closed)) => return Ok(()),
+        other => other?,
+    };
+    let Some(machine) = machine else {
+        if header.kind != Kind::Enroll {
+            let text = "this connection has no client certificate; enrol the machine with `mt-agent enroll`";
+            return Err(message::Error::new(Code::NotAuthorized, text).into());
+        }
+        let request: Enroll =
+            within(patience.handshake, wire::read_message_body(reader, &header)).await?;
+        let reply = off_runtime(move || host.enroll(peer, &request)).await??;
+        return Ok(wire::write_message(&mut *writer.lock().await, 0, &reply).await?);
+    };
+    let open: Open = within(patience.handshake, wire::read_message_body(reader, &header)).await?;
+    let source_size = open.size;
+    let report = Arc::new(Report::default());
+    let (fault_sender, fault) = oneshot::channel();
+    let events = report.clone().events(fault_sender);
+    let encodings = open.compression.clone();
+    let opened = off_runtime(move || host.open(&machine, &open, events)).await??;
+    let Opened { volume, device_size, block, window, counters, passes } = opened;
+    let reply = OpenReply {
+        window,
+        max_payload: MAX_DATA as u32,
+        volume_size: device_size,
+        block,
+        compression: encodings.into_iter().filter(|encoding| *encoding != Encoding::Raw).collect(),
+    };
+    let mut pass = Receiving {
+        volume,
+        passes,
+        counters,
+        report: report.clone(),
+        window,
+        source_size,
+        patience,
+        open: None,
+        compressed: Vec::new(),
+    };
+    let result = async {
+        wire::write_message(&mut *writer.lock().await, 0, &reply).await?;
+        pass.run(reader, writer, fault).await
+    }
+    .await;
+    // The device is closed before the connection is: a sender that connects again finds it free.
+    let Receiving { volume, mut passes, .. } = pass;
+    off_runtime(move || volume.close()).await?;
+    match result {
+        Err(Ended::Faulted(fault)) => {
+            let mut text = String::from("the target disk failed");
+            let mut next: Option<&dyn std::error::Error> = Some(&*fault.0);
+            while let Some(cause) = next {
+                text.push_str(&format!(": {cause}"));
+                next = cause.source();
+            }
+            off_runtime(move || passes.fault(&fault)).await??;
+            Err(message::Error::new(Code::Io, text).into())
+        }
+        Err(Ended::Session(error)) => Err(error),
+        Ok(()) => Ok(()),
+    }
+}
+
+/// What the volume's thread tells the session's tasks.
+#[derive(Debug, Default)]
+struct Report {
+    frames: AtomicU64,
+    cost: AtomicU64,
+    /// Progress to report, or `closing`.
+    news: Notify,
+    flushed: Notify,
+    closing: AtomicBool,
+}
+
+impl Report {
+    fn events(self: Arc<Report>, fault: oneshot::Sender<Fault>) -> Events {
+        let mut fault_sender = Some(fault);
+        Box::new(move |event| match event {
+            Event::Written { frames, cost } => self.give_back(frames, cost),
+            Event::Flushed => self.flushed.notify_one(),
+            Event::Faulted(fault) => {
+                if let Some(sender) = fault_sender.take() {
+                    // The session may be gone.
+                    sender.send(fault).ok();
+                }
+            }
+        })
+    }
+
+    fn give_back(&self, frames: u64, cost: u64) {
+        self.frames.fetch_add(frames, Ordering::Relaxed);
+        // Released after the count of frames, and acquired before it.
+        self.cost.fetch_add(cost, Ordering::Release);
+        self.news.notify_one();
+    }
+}
+
+/// Why the receiving of passes ended.
+enum Ended {
+    Session(Error),
+    Faulted(Fault),
+}
+
+impl<E: Into<Error>> From<E> for Ended {
+    fn from(error: E) -> Ended {
+        Ended::Session(error.into())
+    }
+}
+
+struct Receiving {
+    volume: Volume,
+    passes: Box<dyn Passes>,
+    counters: Arc<Counters>,
+    report: Arc<Report>,
+    window: u64,
+    source_size: u64,
+    patience: Patience,
+    state: State,
+    /// Holds a compressed payload; at most one data frame long.
+    compressed: Vec<u8>,
+}
+
+/// The pass that is being received.
+struct Pass {
+    id: message::PassId,
+    /// The next frame's sequence number.
+    sequence: u64,
+    /// What its frames cost of the window, all together.
+    cost: u64,
+    /// Bytes of the volume that were accepted.
+    written: u64,
+    zeroed: u64,
+}
+
+fn protocol(text: impl Into<String>) -> Error {
+    Error::Refused(message::Error::new(Code::Protocol, text))
+}
+
+impl Receiving {
+    async fn run<S: AsyncRead + AsyncWrite>(
+        &mut self,
+        reader: &mut ReadHalf<S>,
+        writer: &Mutex<WriteHalf<S>>,
+        fault: oneshot::Receiver<Fault>,
+    ) -> Result<(), Ended> {
+        let report = self.report.clone();
+        let mut progress = pin!(report_progress(&report, writer));
+        let result = {
+            let mut receive = pin!(self.receive(reader, writer));
+            let mut fault = pin!(fault);
+            tokio::select! {
+                result = &mut receive => result.map_err(Ended::Session),
+                // It returns early only where writing fails.
+                result = &mut progress => return result.map_err(|error| Ended::Session(error.into())),
+                Ok(fault) = &mut fault => Err(Ended::Faulted(fault)),
+            }
+        };
+        // Not dropped in the middle of a frame: what comes after it must be readable.
+        report.closing.store(true, Ordering::Release);
+        report.news.notify_one();
+        timeout(CLOSING, progress).await.ok();
+        result
+    }
+
+    async fn receive<S: AsyncRead + AsyncWrite>(
+        &mut self,
+        reader: &mut ReadHalf<S>,
+        writer: &Mutex<WriteHalf<S>>,
+    ) -> Result<(), Error> {
+        loop {
+            let header = match within(self.patience.idle, wire::read_header(reader)).await {
+                Err(Error::Wire(wire::Error::Closed)) if self.open.is_none() => return Ok(()),
+                other => other?,
+            };
+            match header.kind {
+                Kind::Begin => {
+                    let begin = within(self.patience.handshake, wire::read_message_body(reader, &header)).await?;
+                    self.begin(begin).await?;
+                    wire::write_message(&mut *writer.lock().await, 0, &BeginReply {}).await?;
+                }
+                Kind::Data => {
+                    let extent = self.accept(&header)?;
+                    if !within(self.patience.idle, self.data(reader, &header, extent)).await? {
+                        wire::write_header(&mut *writer.lock().await, &Header::refused(&header)).await?;
+                    }
+                }
+                Kind::Zero => {
+                    let extent = self.accept(&header)?;
+                    if let Some(pass) = &mut self.open {
+                        pass.zeroed += extent.len();
+                    }
+                    self.counters.zeroed(extent.len());
+                    self.volume.zero(extent, header.window_cost()).map_err(out_of_range)?;
+                }
+                Kind::Commit => {
+                    let commit = within(self.patience.handshake, wire::read_message_body(reader, &header)).await?;
+                    let committed = self.commit(commit).await?;
+                    wire::write_message(&mut *writer.lock().await, header.sequence, &committed).await?;
+                }
+                Kind::Error => {
+                    // Always Err: the peer's last word.
+                    let _: BeginReply =
+                        within(self.patience.handshake, wire::read_message_body(reader, &header)).await?;
+                }
+                kind => return Err(protocol(format!("a {kind:?} frame has no place in a pass"))),
+            }
+        }
+    }
+
+    async fn begin(&mut self, begin: Begin) -> Result<(), Error> {
+        if self.open.is_some() {
+            return Err(protocol("a pass is open already"));
+        }
+        let id = begin.pass;
+        self.record(move |passes| passes.begin(&begin)).await?;
+        self.report.frames.store(0, Ordering::Relaxed);
+        self.report.cost.store(0, Ordering::Relaxed);
+        self.counters.begin(self.source_size);
+        self.open = Some(Pass { id, sequence: 0, cost: 0, written: 0, zeroed: 0 });
+        Ok(())
+    }
+
+    /// Checks a data or zero frame against the pass, the window and the volume, before anything is allocated.
+    fn accept(&mut self, header: &Header) -> Result<Extent, Error> {
+        let Some(pass) = &mut self.open else { return Err(protocol("data before a pass began")) };
+        if header.sequence != pass.sequence {
+            let text = format!("frame {} came where {} was due", header.sequence, pass.sequence);
+            return Err(protocol(text));
+        }
+        let returned = self.report.cost.load(Ordering::Acquire);
+        let outstanding = pass.cost + header.window_cost() - returned;
+        if outstanding > self.window {
+            let text = format!("{outstanding} bytes are under way, and the window is {}", self.window);
+            return Err(protocol(text));
+        }
+        let Some(extent) = Extent::new(header.offset, header.length) else {
+            return Err(protocol("an empty range"));
+        };
+        self.volume.check(extent).map_err(out_of_range)?;
+        pass.sequence += 1;
+        pass.cost += header.window_cost();
+        Ok(extent)
+    }
+
+    /// Receives a payload and hands it to the volume; `false` where its checksum did not hold.
+    async fn data<R: AsyncRead + Unpin>(
+        &mut self,
+        reader: &mut R,
+        header: &Header,
+        extent: Extent,
+    ) -> Result<bool, wire::Error> {
+        let cost = header.window_cost();
+        // This is where a slow disk slows its sender down. At most one data frame, and the arena holds several.
+        let mut buffer = self.volume.arena().alloc(extent.len() as usize).await;
+        let read = if header.encoding == Encoding::Raw {
+            wire::read_payload(reader, header, &mut buffer).await
+        } else {
+            self.compressed.resize(header.payload_len as usize, 0);
+            wire::read_payload(reader, header, &mut self.compressed).await
+        };
+        self.counters.received(u64::from(header.payload_len));
+        match read {
+            Err(wire::Error::PayloadChecksum { .. }) => {
+                drop(buffer);
+                self.counters.refused();
+                tracing::warn!(frame = header.sequence, %extent, "refused a payload whose checksum does not hold");
+                self.report.give_back(1, cost);
+                return Ok(false);
+            }
+            other => other?,
+        }
+        if header.encoding != Encoding::Raw {
+            compress::unpack(header.encoding, &self.compressed, &mut buffer).map_err(|source| {
+                wire::Error::Io { op: "unpack", source }
+            })?;
+        }
+        if let Some(pass) = &mut self.open {
+            pass.written += extent.len();
+        }
+        self.counters.written(extent.len());
+        if self.volume.write(extent.offset(), buffer, cost).is_err() {
+            unreachable!("the range was checked before its payload was read");
+        }
+        Ok(true)
+    }
+
+    async fn commit(&mut self, commit: Commit) -> Result<Committed, Error> {
+        let Some(pass) = self.open.take_if(|pass| pass.id == commit.pass) else {
+            return Err(protocol("a commit of a pass that is not open"));
+        };
+        let received = (pass.sequence, pass.written + pass.zeroed);
+        if received != (commit.frames, commit.bytes) {
+            let text = format!(
+                "the commit counts {} frames and {} bytes, and {} and {} were accepted",
+                commit.frames, commit.bytes, received.0, received.1
+            );
+            return Err(protocol(text));
+        }
+        self.volume.flush();
+        // A fault ends the session from outside of this future.
+        self.report.flushed.notified().await;
+        let time = self.record(move |passes| passes.commit(&commit)).await?;
+        self.counters.committed(time);
+        Ok(Committed { pass: pass.id, written: pass.written, zeroed: pass.zeroed, time })
+    }
+
+    /// Lets the host record something, off the runtime.
+    async fn record<T: Send + 'static>(
+        &mut self,
+        work: impl FnOnce(&mut dyn Passes) -> Result<T, message::Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        let mut passes = std::mem::replace(&mut self.passes, Box::new(Gone));
+        let (passes, result) = off_runtime(move || {
+            let result = work(&mut *passes);
+            (passes, result)
+        })
+        .await?;
+        self.passes = passes;
+        Ok(result?)
+    }
+}
+
+/// Stands in for the record while it is in use, and after a defect lost it.
+struct Gone;
+
+impl Passes for Gone {
+    fn begin(&mut self, _: &Begin) -> Result<(), message::Error> {
+        Err(lost())
+    }
+    fn commit(&mut self, _: &Commit) -> Result<OffsetDateTime, message::Error> {
+        Err(lost())
+    }
+    fn fault(&mut self, _: &Fault) -> Result<(), message::Error> {
+        Err(lost())
+    }
+}
+
+fn lost() -> message::Error {
+    message::Error::new(Code::Internal, "the record of passes was lost; see the agent's log")
+}
+
+fn out_of_range(error: crate::volume::OutOfRange) -> Error {
+    Error::Refused(message::Error::new(Code::OutOfRange, error.to_string()))
+}
+
+/// Gives window back as the volume's thread reports it, until the session closes. Fails where writing does.
+async fn report_progress<S: AsyncRead + AsyncWrite>(
+    report: &Report,
+    writer: &Mutex<WriteHalf<S>>,
+) -> Result<(), wire::Error> {
+    let mut reported = 0;
+    loop {
+        report.news.notified().await;
+        if report.closing.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let cost = report.cost.load(Ordering::Acquire);
+        if cost != reported {
+            reported = cost;
+            let header = Header::progress(report.frames.load(Ordering::Relaxed), cost);
+            let mut writer = writer.lock().await;
+            wire::write_header(&mut *writer, &header).await?;
+            writer.flush().await.map_err(|source| wire::Error::Io { op: "write", source })?;
+        }
+    }
+}
+
+// The window's smallest cost is that of an arena's page, so that a window of commands fits the arena.
+const _: () = assert!(COST_UNIT as usize == crate::sys::aligned::PAGE);

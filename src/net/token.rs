@@ -17,11 +17,11 @@
 //! The server keeps one file a token, `tokens/ID.json`, with the SHA-256 of the secret and never the secret. No slow
 //! hash (Argon2, scrypt): those make guessing a *password* dear, and nobody guesses 256 random bits.
 //!
-//! Redeeming is one rename, from `tokens/` to `tokens/used/`, made durable before a certificate is issued. Of two that
-//! race, one finds the file gone. A crash before it leaves the token as it was, with nothing issued; a crash after it
-//! leaves it used, with nothing issued or with a reply that was lost: the administrator makes another one. A full disk
-//! can make the rename fail, and then nothing is issued either. There is no order of events in which a token is used
-//! twice.
+//! Redeeming is one rename, from `tokens/` to `tokens/used/`, made durable before a certificate is handed out. Of
+//! two that race, one finds the file gone. A crash before it leaves the token as it was, with nothing handed out; a
+//! crash after it leaves it used, with nothing handed out or with a reply that was lost: the administrator makes
+//! another one. A full disk can make the rename fail, and then nothing is handed out either. There is no order of
+//! events in which a token is used twice.
 
 use std::fmt;
 use std::fs;
@@ -476,4 +476,220 @@ fn records(dir: &Path) -> Result<Vec<(PathBuf, Record)>, Error> {
         }
     }
     Ok(records)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use time::macros::datetime;
+
+    use super::*;
+
+    const NOW: OffsetDateTime = datetime!(2024-02-29 12:00 UTC);
+
+    fn name(text: &str) -> Name {
+        text.parse().unwrap()
+    }
+
+    fn store() -> (tempfile::TempDir, TokenStore) {
+        let dir = tempfile::tempdir().unwrap();
+        let store = TokenStore::new(dir.path());
+        (dir, store)
+    }
+
+    fn created(store: &TokenStore, now: OffsetDateTime) -> Token {
+        let address = "mt.example.org".parse().unwrap();
+        store.create(name("web-01"), Duration::hours(1), address, Fingerprint([7; 32]), now).unwrap()
+    }
+
+    #[test]
+    fn the_text_is_one_word_and_comes_back() {
+        let (_dir, store) = store();
+        let token = created(&store, NOW + Duration::nanoseconds(5));
+        let text = token.to_string();
+        assert!(text.starts_with("mtt1.") && !text.contains(char::is_whitespace), "{text}");
+        assert_eq!(text.parse::<Token>().unwrap(), token);
+        assert_eq!(format!(" {text}\n").parse::<Token>().unwrap(), token);
+        assert_eq!(token.expires, NOW + Duration::hours(1));
+        assert_eq!(Secret::from_base64(&token.secret.to_base64()), Some(token.secret));
+    }
+
+    #[test]
+    fn a_typo_is_told_from_another_thing_and_from_another_version() {
+        let (_dir, store) = store();
+        let text = created(&store, NOW).to_string();
+        assert_eq!("".parse::<Token>(), Err(ParseTokenError::NotAToken));
+        assert_eq!("mtt2.AAAA".parse::<Token>(), Err(ParseTokenError::NotAToken));
+        for cut in PREFIX.len()..text.len() {
+            assert_eq!(text[..cut].parse::<Token>(), Err(ParseTokenError::Damaged), "cut at {cut}");
+        }
+        let long = format!("{PREFIX}{}", "A".repeat(1 << 20));
+        assert_eq!(long.parse::<Token>(), Err(ParseTokenError::Damaged));
+        let sealed = |mut bytes: Vec<u8>| {
+            bytes.extend(crc32c(&bytes).to_le_bytes());
+            format!("{PREFIX}{}", URL_SAFE_NO_PAD.encode(bytes)).parse::<Token>()
+        };
+        let mut bytes = vec![0; 72];
+        for rest in [
+            &b""[..],
+            b"\x05web",
+            b"\x03web",
+            b"\x03web:1",
+            b"\x03w/bhost",
+            b"\x00host",
+            b"\x03\xff\xff\xffh",
+        ] {
+            bytes.truncate(72);
+            bytes.extend_from_slice(rest);
+            assert_eq!(sealed(bytes.clone()), Err(ParseTokenError::NotUnderstood), "{rest:?}");
+        }
+        bytes.truncate(72);
+        bytes.extend_from_slice(b"\x03webhost");
+        assert!(sealed(bytes.clone()).is_ok());
+        bytes[64..72].copy_from_slice(&i64::MAX.to_le_bytes());
+        assert_eq!(sealed(bytes), Err(ParseTokenError::NotUnderstood));
+    }
+
+    #[test]
+    fn a_token_is_redeemed_once() {
+        let (_dir, store) = store();
+        let token = created(&store, NOW);
+        let other = created(&store, NOW);
+        assert_eq!(store.redeem(&token.secret, NOW).unwrap(), name("web-01"));
+        assert!(matches!(store.redeem(&token.secret, NOW), Err(Refusal::Used)));
+        // After its time it is still known as used.
+        assert!(matches!(store.redeem(&token.secret, NOW + Duration::days(1)), Err(Refusal::Used)));
+        assert!(store.redeem(&other.secret, NOW).is_ok());
+    }
+
+    #[test]
+    fn the_end_of_its_life_is_exact() {
+        let (_dir, store) = store();
+        let token = created(&store, NOW);
+        assert!(matches!(store.find(&token.secret, token.expires), Err(Refusal::Expired)));
+        assert!(store.find(&token.secret, token.expires - Duration::nanoseconds(1)).is_ok());
+        let make = |life| {
+            let address = "mt.example.org".parse().unwrap();
+            store.create(name("a"), life, address, Fingerprint([0; 32]), NOW)
+        };
+        for life in
+            [Duration::ZERO, -Duration::HOUR, Duration::seconds(59), Duration::days(30) + Duration::SECOND]
+        {
+            assert!(matches!(make(life), Err(Error::Lifetime)));
+        }
+    }
+
+    #[test]
+    fn a_secret_that_only_begins_alike_is_unknown() {
+        let (dir, store) = store();
+        let token = created(&store, NOW);
+        let path = dir.path().join("tokens").join(file_name(&token.secret.digest()));
+        // The file's name stays, the digest within differs in its last byte.
+        let mut record = read(&path).unwrap().unwrap();
+        record.secret_sha256[31] ^= 1;
+        fs::write(&path, serde_json::to_vec(&record).unwrap()).unwrap();
+        assert!(matches!(store.redeem(&token.secret, NOW), Err(Refusal::Unknown)));
+        assert!(matches!(store.redeem(&Secret([0; 32]), NOW), Err(Refusal::Unknown)));
+    }
+
+    #[test]
+    fn of_many_that_race_one_wins() {
+        for _ in 0..20 {
+            let (_dir, store) = store();
+            let token = created(&store, NOW);
+            let start = std::sync::Barrier::new(8);
+            let results: Vec<_> = std::thread::scope(|scope| {
+                let race = || {
+                    let found = store.find(&token.secret, NOW).unwrap();
+                    // All of them have found it before the first redeems it.
+                    start.wait();
+                    found.redeem()
+                };
+                let racers: Vec<_> = (0..8).map(|_| scope.spawn(race)).collect();
+                racers.into_iter().map(|racer| racer.join().unwrap()).collect()
+            });
+            assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1);
+            assert_eq!(results.iter().filter(|result| matches!(result, Err(Refusal::Used))).count(), 7);
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_marked_as_used_is_not_redeemed() {
+        let (dir, store) = store();
+        let token = created(&store, NOW);
+        let used = dir.path().join("tokens/used");
+        fs::remove_dir(&used).unwrap();
+        fs::write(&used, "in the way").unwrap();
+        assert!(matches!(store.redeem(&token.secret, NOW), Err(Refusal::Failed(_))));
+        fs::remove_file(&used).unwrap();
+        fs::create_dir(&used).unwrap();
+        assert!(store.redeem(&token.secret, NOW).is_ok());
+    }
+
+    #[test]
+    fn the_list_says_how_it_stands_and_revoking_ends_it() {
+        let (dir, store) = store();
+        assert_eq!(store.list(NOW).unwrap(), []);
+        let [used, expired] =
+            [created(&store, NOW - Duration::hours(2)), created(&store, NOW - Duration::hours(1))];
+        store.redeem(&used.secret, NOW - Duration::hours(2)).unwrap();
+        let waiting = created(&store, NOW);
+        fs::write(dir.path().join("tokens/broken.json"), "{").unwrap();
+        fs::write(dir.path().join("tokens/.crashed.json"), "{}").unwrap();
+        let list = store.list(NOW).unwrap();
+        let states: Vec<State> = list.iter().map(|entry| entry.state).collect();
+        assert_eq!(states, [State::Used, State::Expired, State::Waiting]);
+        for bad in ["", "../tls/ca", "0000000000000000", &list[0].id] {
+            assert!(matches!(store.revoke(bad), Err(Error::NoSuchToken { .. })), "{bad}");
+        }
+        store.revoke(&list[2].id.to_uppercase()).unwrap();
+        assert!(matches!(store.redeem(&waiting.secret, NOW), Err(Refusal::Unknown)));
+        assert!(matches!(store.redeem(&expired.secret, NOW), Err(Refusal::Expired)));
+    }
+
+    #[test]
+    fn what_is_long_over_is_forgotten() {
+        let (_dir, store) = store();
+        let [used, expired] = [created(&store, NOW), created(&store, NOW)];
+        store.redeem(&used.secret, NOW).unwrap();
+        created(&store, NOW + Duration::hours(1) + REMEMBERED - Duration::SECOND);
+        assert_eq!(store.list(NOW).unwrap().len(), 3);
+        let later = NOW + Duration::hours(1) + REMEMBERED;
+        created(&store, later);
+        assert_eq!(store.list(NOW).unwrap().len(), 2);
+        assert!(matches!(store.redeem(&used.secret, NOW), Err(Refusal::Unknown)));
+        assert!(matches!(store.redeem(&expired.secret, NOW), Err(Refusal::Unknown)));
+    }
+
+    #[test]
+    fn the_secret_is_neither_stored_nor_shown() {
+        use std::os::unix::fs::PermissionsExt;
+        let (dir, store) = store();
+        let token = created(&store, NOW);
+        let hex: String = token.secret.0.iter().map(|byte| format!("{byte:02x}")).collect();
+        let secrets = [hex, token.secret.to_base64()];
+        let path = dir.path().join("tokens").join(file_name(&token.secret.digest()));
+        let stored = fs::read_to_string(&path).unwrap();
+        let shown = format!("{token:?}");
+        assert!(secrets.iter().all(|secret| !stored.contains(secret) && !shown.contains(secret)));
+        assert_eq!(fs::metadata(path).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    proptest! {
+        #[test]
+        fn any_changed_character_is_found(at in 0usize..1000, to in "[A-Za-z0-9_-]") {
+            let token = Token {
+                address: "192.0.2.7:9443".parse().unwrap(),
+                fingerprint: Fingerprint([1; 32]),
+                machine: name("db"),
+                secret: Secret([2; 32]),
+                expires: NOW,
+            };
+            let mut text = token.to_string();
+            let at = at % text.len();
+            prop_assume!(text[at..=at] != to);
+            text.replace_range(at..=at, &to);
+            prop_assert!(text.parse::<Token>().is_err());
+        }
+    }
 }

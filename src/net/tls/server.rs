@@ -263,3 +263,177 @@ fn missing(path: &Path, error: IoError) -> Error {
         error.into()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{NameError, machine_of};
+    use super::*;
+
+    fn mode(path: PathBuf) -> u32 {
+        fs::metadata(path).unwrap().permissions().mode() & 0o7777
+    }
+
+    fn csr(params: CertificateParams) -> String {
+        params.serialize_request(&KeyPair::generate().unwrap()).unwrap().pem().unwrap()
+    }
+
+    fn der(pem: &str) -> CertificateDer<'static> {
+        CertificateDer::from_pem_slice(pem.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn it_is_created_once_with_private_keys() {
+        let state = tempfile::tempdir().unwrap();
+        let first = Identity::load_or_create(state.path()).unwrap();
+        let again = Identity::load_or_create(state.path()).unwrap();
+        assert_eq!(first.fingerprint(), again.fingerprint());
+        assert_eq!(first.ca_pem(), again.ca_pem());
+        again.server_config().unwrap();
+        let dir = state.path().join(DIR);
+        assert_eq!(mode(dir.clone()), 0o700);
+        assert_eq!([mode(dir.join(CA_KEY)), mode(dir.join(SERVER_KEY))], [0o600; 2]);
+        assert_eq!(fs::read_dir(&dir).unwrap().count(), 4);
+    }
+
+    #[test]
+    fn many_at_once_create_one() {
+        let state = tempfile::tempdir().unwrap();
+        let prints: Vec<Fingerprint> = std::thread::scope(|scope| {
+            let start = || Identity::load_or_create(state.path()).unwrap().fingerprint();
+            let threads: Vec<_> = (0..8).map(|_| scope.spawn(start)).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        assert!(prints.iter().all(|print| *print == prints[0]));
+    }
+
+    #[test]
+    fn what_a_crash_left_of_its_creation_is_no_obstacle() {
+        let state = tempfile::tempdir().unwrap();
+        let new = state.path().join(".tls.new");
+        fs::create_dir(&new).unwrap();
+        fs::write(new.join(CA_KEY), "half a k").unwrap();
+        Identity::load_or_create(state.path()).unwrap();
+        assert!(!new.exists());
+    }
+
+    #[test]
+    fn exposed_missing_and_damaged_files_are_named_and_left_alone() {
+        for file in [CA_KEY, CA_CERT, SERVER_KEY, SERVER_CERT] {
+            let state = tempfile::tempdir().unwrap();
+            Identity::load_or_create(state.path()).unwrap();
+            let path = state.path().join(DIR).join(file);
+            if file.ends_with("key") {
+                for exposed in [0o640, 0o604, 0o601] {
+                    fs::set_permissions(&path, fs::Permissions::from_mode(exposed)).unwrap();
+                    match Identity::load_or_create(state.path()) {
+                        Err(Error::Exposed { path: found, mode }) => {
+                            assert_eq!((found, mode), (path.clone(), exposed))
+                        }
+                        other => panic!("{file}: {other:?}"),
+                    }
+                }
+                fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+            }
+            let whole = fs::read(&path).unwrap();
+            fs::write(&path, &whole[..whole.len() / 2]).unwrap();
+            match Identity::load_or_create(state.path()) {
+                Err(Error::Corrupt { path: found, .. }) => assert_eq!(found, path),
+                other => panic!("{file}: {other:?}"),
+            }
+            assert_eq!(fs::read(&path).unwrap().len(), whole.len() / 2);
+            fs::remove_file(&path).unwrap();
+            match Identity::load_or_create(state.path()) {
+                Err(Error::Incomplete { missing }) => assert_eq!(missing, path),
+                other => panic!("{file}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_key_that_is_not_the_certificates_is_refused() {
+        let state = tempfile::tempdir().unwrap();
+        Identity::load_or_create(state.path()).unwrap();
+        let key = state.path().join(DIR).join(SERVER_KEY);
+        fs::write(key, KeyPair::generate().unwrap().serialize_pem()).unwrap();
+        let identity = Identity::load_or_create(state.path()).unwrap();
+        assert!(matches!(identity.server_config(), Err(Error::Crypto(_))));
+    }
+
+    #[test]
+    fn a_certificate_says_what_the_server_decides_and_nothing_of_the_request() {
+        let state = tempfile::tempdir().unwrap();
+        let identity = Identity::load_or_create(state.path()).unwrap();
+        let now = OffsetDateTime::now_utc();
+        let mut wish = CertificateParams::new(vec![SERVER_NAME.to_owned()]).unwrap();
+        let uri = Ia5String::try_from(format!("{MACHINE_URI}other")).unwrap();
+        wish.subject_alt_names.push(SanType::URI(uri));
+        wish.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        let machine: Name = "web-01".parse().unwrap();
+        let issued = der(&identity.issue_client(&csr(wish), &machine, now).unwrap());
+        assert_eq!(machine_of(Some(std::slice::from_ref(&issued))).unwrap(), Some(machine.clone()));
+        let leaf = webpki::EndEntityCert::try_from(&issued).unwrap();
+        assert_eq!(leaf.valid_dns_names().count(), 0);
+        let anchor = webpki::anchor_from_trusted_cert(&identity.ca).unwrap();
+        let valid = |usage, at: OffsetDateTime| {
+            let at = std::time::Duration::from_secs(at.unix_timestamp().try_into().unwrap());
+            let at = rustls::pki_types::UnixTime::since_unix_epoch(at);
+            let anchors = std::slice::from_ref(&anchor);
+            let algorithms = provider().signature_verification_algorithms.all;
+            leaf.verify_for_usage(algorithms, anchors, &[], at, usage, None, None).map(|_| ())
+        };
+        let client = webpki::KeyUsage::client_auth;
+        assert_eq!(valid(client(), now), Ok(()));
+        assert_eq!(valid(client(), now - Duration::hours(23)), Ok(()));
+        assert!(matches!(
+            valid(client(), now - Duration::hours(25)),
+            Err(webpki::Error::CertNotValidYet { .. })
+        ));
+        assert_eq!(valid(client(), now + Duration::days(9 * 365)), Ok(()));
+        assert!(matches!(
+            valid(client(), now + Duration::days(11 * 365)),
+            Err(webpki::Error::CertExpired { .. })
+        ));
+        assert!(valid(webpki::KeyUsage::server_auth(), now).is_err(), "a machine could pass for the server");
+        // The same key again: another serial number.
+        let request = csr(CertificateParams::default());
+        let [a, b] = [(); 2].map(|()| identity.issue_client(&request, &machine, now).unwrap());
+        assert_ne!(a, b);
+    }
+
+    #[test]
+    fn bad_requests_are_refused() {
+        let state = tempfile::tempdir().unwrap();
+        let identity = Identity::load_or_create(state.path()).unwrap();
+        let machine: Name = "web-01".parse().unwrap();
+        let good = csr(CertificateParams::default());
+        // The last of the base64 is in the signature.
+        let at = good.rfind("-----END").unwrap() - 8;
+        let mut forged = good.clone();
+        forged.replace_range(at..=at, if &good[at..=at] == "A" { "B" } else { "A" });
+        for bad in ["", "hello", &good[..good.len() / 2], &forged] {
+            let result = identity.issue_client(bad, &machine, OffsetDateTime::now_utc());
+            assert!(matches!(result, Err(Error::Request(_))), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_certificate_without_exactly_one_machine_names_none() {
+        let named = |uris: &[&str]| {
+            let mut params = CertificateParams::default();
+            let uri = |uri: &&str| SanType::URI(Ia5String::try_from(uri.to_string()).unwrap());
+            params.subject_alt_names = uris.iter().map(uri).collect();
+            let certificate = params.self_signed(&KeyPair::generate().unwrap()).unwrap();
+            machine_of(Some(&[certificate.der().clone()]))
+        };
+        assert_eq!(machine_of(None).unwrap(), None);
+        assert_eq!(machine_of(Some(&[])).unwrap(), None);
+        assert_eq!(
+            named(&["https://example.org", "mt-agent://machine/a"]).unwrap(),
+            Some("a".parse().unwrap())
+        );
+        assert!(matches!(named(&[]), Err(NameError::Count(0))));
+        assert!(matches!(named(&["mt-agent://machine/a", "mt-agent://machine/b"]), Err(NameError::Count(2))));
+        assert!(matches!(named(&["mt-agent://machine/../etc"]), Err(NameError::Name(_))));
+        assert!(matches!(machine_of(Some(&[vec![1, 2].into()])), Err(NameError::Unreadable(_))));
+    }
+}

@@ -1,9 +1,15 @@
 //! The command line: one file a subcommand, each with its arguments and its `run`.
 
+mod enroll;
+mod token;
+
 use std::error::Error;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+
+/// Where the agent keeps its keys and records unless told otherwise.
+const STATE_DIR: &str = "/var/lib/mt-agent";
 
 /// Why a command did not do what it was asked, sorted by exit code.
 #[derive(Debug)]
@@ -36,12 +42,18 @@ struct Cli {
 }
 
 #[derive(Subcommand)]
-enum Command {}
+enum Command {
+    Enroll(enroll::Args),
+    Token(token::Args),
+}
 
 /// Parses the command line, runs the subcommand and reports how it ended.
 pub fn run() -> ExitCode {
     let cli = Cli::parse();
-    let result: Result<(), Failure> = match cli.command {};
+    let result: Result<(), Failure> = match cli.command {
+        Command::Enroll(args) => enroll::run(args),
+        Command::Token(args) => token::run(args),
+    };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {

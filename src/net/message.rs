@@ -137,7 +137,8 @@ impl HelloReply {
             let text = format!("the client needs the feature `{missing}`, which this agent does not have");
             return Err(Error::new(Code::UnsupportedFeature, text));
         }
-        let features = hello.features.iter().filter(known).cloned().collect();
+        let wanted = hello.features.iter().chain(&hello.required);
+        let features = wanted.filter(known).cloned().collect();
         Ok(HelloReply { protocol: PROTOCOL, features, agent: agent() })
     }
 }

@@ -63,10 +63,12 @@ pub enum Kind {
     Committed,
     /// The other side's last word. Either.
     Error,
+    /// A data frame's payload was damaged and thrown away: its range is to be sent again. Server.
+    Refused,
 }
 
 /// The kinds by number: the place in this list is the byte on the wire, counted from 1.
-const KINDS: [Kind; 14] = [
+const KINDS: [Kind; 15] = [
     Kind::Hello,
     Kind::HelloReply,
     Kind::Enroll,
@@ -81,6 +83,7 @@ const KINDS: [Kind; 14] = [
     Kind::Commit,
     Kind::Committed,
     Kind::Error,
+    Kind::Refused,
 ];
 
 impl Kind {
@@ -101,6 +104,7 @@ impl Kind {
             Kind::Commit => 12,
             Kind::Committed => 13,
             Kind::Error => 14,
+            Kind::Refused => 15,
         }
     }
 
@@ -111,7 +115,7 @@ impl Kind {
 
     /// Whether the payload is a JSON message.
     pub const fn is_control(self) -> bool {
-        !matches!(self, Kind::Data | Kind::Zero | Kind::Progress)
+        !matches!(self, Kind::Data | Kind::Zero | Kind::Progress | Kind::Refused)
     }
 }
 
@@ -154,12 +158,13 @@ pub struct Header {
     pub kind: Kind,
     /// How the payload is encoded; [`Encoding::Raw`] for all but data.
     pub encoding: Encoding,
-    /// Data, zero and commit: the frame's number in its pass, from 0. Progress: how many of them were written.
+    /// Data, zero and commit: the frame's number in its pass, from 0. Progress: how many of them were carried
+    /// out. Refused: the number of the data frame.
     /// Error: the number of the frame that it is about, where there is one. Otherwise 0, and not looked at.
     pub sequence: u64,
-    /// Data and zero: the first byte on the volume. Otherwise 0.
+    /// Data, zero and refused: the first byte on the volume. Otherwise 0.
     pub offset: u64,
-    /// Data and zero: how many bytes of the volume the frame covers. Progress: the window cost given back since
+    /// Data, zero and refused: how many bytes of the volume the frame covers. Progress: the window cost given back since
     /// the pass began. Otherwise 0.
     pub length: u64,
     /// How many payload bytes follow the header.
@@ -193,6 +198,11 @@ impl Header {
     /// given back, both counted since the pass began.
     pub fn progress(written: u64, returned: u64) -> Header {
         Header { length: returned, ..Header::bare(Kind::Progress, written) }
+    }
+
+    /// The header (and all) that refuses a data frame, whose payload did not have the checksum it states.
+    pub fn refused(data: &Header) -> Header {
+        Header { offset: data.offset, length: data.length, ..Header::bare(Kind::Refused, data.sequence) }
     }
 
     /// The header of a control frame whose payload is `payload`, or `None` where its length does not fit.
@@ -295,7 +305,7 @@ impl Header {
     fn check_extent(&self) -> Result<(), Error> {
         let Header { kind, offset, length, .. } = *self;
         let limit = match kind {
-            Kind::Data => MAX_DATA,
+            Kind::Data | Kind::Refused => MAX_DATA,
             Kind::Zero => MAX_ZERO,
             Kind::Progress if offset == 0 => return Ok(()),
             _ if offset == 0 && length == 0 => return Ok(()),
@@ -313,7 +323,7 @@ impl Header {
     fn check_payload(&self) -> Result<(), Error> {
         let Header { kind, encoding, length, payload_len, payload_crc, .. } = *self;
         match kind {
-            Kind::Zero | Kind::Progress => {
+            Kind::Zero | Kind::Progress | Kind::Refused => {
                 if payload_len != 0 || payload_crc != 0 {
                     return Err(Error::UnexpectedPayload { kind, payload_len, payload_crc });
                 }

@@ -7,7 +7,7 @@
 
 use std::net::SocketAddr;
 use std::pin::pin;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -24,7 +24,7 @@ use super::message::{
 use super::wire;
 use crate::name::Name;
 use crate::units::Extent;
-use crate::volume::counters::Counters;
+use crate::volume::counters::{Counters, Phase};
 use crate::volume::{Event, Events, Fault, Volume};
 
 /// What a session needs of the program around it. All methods may block; sessions call them off the runtime.
@@ -191,6 +191,7 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
     let encodings = open.compression.clone();
     let opened = off_runtime(move || host.open(&machine, &open, events)).await??;
     let Opened { volume, device_size, block, window, counters, passes } = opened;
+    report.counters.get_or_init(|| counters.clone());
     let reply = OpenReply {
         window,
         max_payload: MAX_DATA as u32,
@@ -206,7 +207,7 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
         window,
         source_size,
         patience,
-        open: None,
+        pass: None,
         compressed: Vec::new(),
     };
     let result = async {
@@ -242,13 +243,21 @@ struct Report {
     news: Notify,
     flushed: Notify,
     closing: AtomicBool,
+    /// Set before the first command goes to the volume.
+    counters: OnceLock<Arc<Counters>>,
 }
 
 impl Report {
     fn events(self: Arc<Report>, fault: oneshot::Sender<Fault>) -> Events {
         let mut fault_sender = Some(fault);
         Box::new(move |event| match event {
-            Event::Written { frames, cost } => self.give_back(frames, cost),
+            Event::Written { frames, cost, written, zeroed } => {
+                if let Some(counters) = self.counters.get() {
+                    counters.written_bytes.fetch_add(written, Ordering::Relaxed);
+                    counters.zeroed_bytes.fetch_add(zeroed, Ordering::Relaxed);
+                }
+                self.give_back(frames, cost);
+            }
             Event::Flushed => self.flushed.notify_one(),
             Event::Faulted(fault) => {
                 if let Some(sender) = fault_sender.take() {
@@ -287,7 +296,7 @@ struct Receiving {
     window: u64,
     source_size: u64,
     patience: Patience,
-    state: State,
+    pass: Option<Pass>,
     /// Holds a compressed payload; at most one data frame long.
     compressed: Vec<u8>,
 }
@@ -295,6 +304,8 @@ struct Receiving {
 /// The pass that is being received.
 struct Pass {
     id: message::PassId,
+    /// Until its commit.
+    open: bool,
     /// The next frame's sequence number.
     sequence: u64,
     /// What its frames cost of the window, all together.
@@ -341,7 +352,7 @@ impl Receiving {
     ) -> Result<(), Error> {
         loop {
             let header = match within(self.patience.idle, wire::read_header(reader)).await {
-                Err(Error::Wire(wire::Error::Closed)) if self.open.is_none() => return Ok(()),
+                Err(Error::Wire(wire::Error::Closed)) if !self.pass.as_ref().is_some_and(|pass| pass.open) => return Ok(()),
                 other => other?,
             };
             match header.kind {
@@ -358,10 +369,9 @@ impl Receiving {
                 }
                 Kind::Zero => {
                     let extent = self.accept(&header)?;
-                    if let Some(pass) = &mut self.open {
+                    if let Some(pass) = &mut self.pass {
                         pass.zeroed += extent.len();
                     }
-                    self.counters.zeroed(extent.len());
                     self.volume.zero(extent, header.window_cost()).map_err(out_of_range)?;
                 }
                 Kind::Commit => {
@@ -380,21 +390,21 @@ impl Receiving {
     }
 
     async fn begin(&mut self, begin: Begin) -> Result<(), Error> {
-        if self.open.is_some() {
-            return Err(protocol("a pass is open already"));
+        if self.pass.is_some() {
+            return Err(protocol("a connection carries one pass"));
         }
         let id = begin.pass;
         self.record(move |passes| passes.begin(&begin)).await?;
-        self.report.frames.store(0, Ordering::Relaxed);
-        self.report.cost.store(0, Ordering::Relaxed);
-        self.counters.begin(self.source_size);
-        self.open = Some(Pass { id, sequence: 0, cost: 0, written: 0, zeroed: 0 });
+        self.counters.begin(id.to_string());
+        self.pass = Some(Pass { id, open: true, sequence: 0, cost: 0, written: 0, zeroed: 0 });
         Ok(())
     }
 
     /// Checks a data or zero frame against the pass, the window and the volume, before anything is allocated.
     fn accept(&mut self, header: &Header) -> Result<Extent, Error> {
-        let Some(pass) = &mut self.open else { return Err(protocol("data before a pass began")) };
+        let Some(pass) = self.pass.as_mut().filter(|pass| pass.open) else {
+            return Err(protocol("data outside of a pass"));
+        };
         if header.sequence != pass.sequence {
             let text = format!("frame {} came where {} was due", header.sequence, pass.sequence);
             return Err(protocol(text));
@@ -411,6 +421,9 @@ impl Receiving {
         self.volume.check(extent).map_err(out_of_range)?;
         pass.sequence += 1;
         pass.cost += header.window_cost();
+        self.counters.frames.fetch_add(1, Ordering::Relaxed);
+        self.counters.received_bytes.fetch_add(extent.len(), Ordering::Relaxed);
+        self.counters.wire_bytes.fetch_add(u64::from(header.payload_len), Ordering::Relaxed);
         Ok(extent)
     }
 
@@ -430,11 +443,11 @@ impl Receiving {
             self.compressed.resize(header.payload_len as usize, 0);
             wire::read_payload(reader, header, &mut self.compressed).await
         };
-        self.counters.received(u64::from(header.payload_len));
         match read {
             Err(wire::Error::PayloadChecksum { .. }) => {
                 drop(buffer);
-                self.counters.refused();
+                self.counters.refused_frames.fetch_add(1, Ordering::Relaxed);
+                self.counters.received_bytes.fetch_sub(extent.len(), Ordering::Relaxed);
                 tracing::warn!(frame = header.sequence, %extent, "refused a payload whose checksum does not hold");
                 self.report.give_back(1, cost);
                 return Ok(false);
@@ -443,13 +456,12 @@ impl Receiving {
         }
         if header.encoding != Encoding::Raw {
             compress::unpack(header.encoding, &self.compressed, &mut buffer).map_err(|source| {
-                wire::Error::Io { op: "unpack", source }
+                wire::Error::Compression { sequence: header.sequence, source }
             })?;
         }
-        if let Some(pass) = &mut self.open {
+        if let Some(pass) = &mut self.pass {
             pass.written += extent.len();
         }
-        self.counters.written(extent.len());
         if self.volume.write(extent.offset(), buffer, cost).is_err() {
             unreachable!("the range was checked before its payload was read");
         }
@@ -457,7 +469,7 @@ impl Receiving {
     }
 
     async fn commit(&mut self, commit: Commit) -> Result<Committed, Error> {
-        let Some(pass) = self.open.take_if(|pass| pass.id == commit.pass) else {
+        let Some(pass) = self.pass.as_mut().filter(|pass| pass.open && pass.id == commit.pass) else {
             return Err(protocol("a commit of a pass that is not open"));
         };
         let received = (pass.sequence, pass.written + pass.zeroed);
@@ -468,12 +480,15 @@ impl Receiving {
             );
             return Err(protocol(text));
         }
+        pass.open = false;
+        let (id, written, zeroed) = (pass.id, pass.written, pass.zeroed);
+        self.counters.enter(Phase::Committing);
         self.volume.flush();
         // A fault ends the session from outside of this future.
         self.report.flushed.notified().await;
         let time = self.record(move |passes| passes.commit(&commit)).await?;
-        self.counters.committed(time);
-        Ok(Committed { pass: pass.id, written: pass.written, zeroed: pass.zeroed, time })
+        self.counters.enter(Phase::Synchronized);
+        Ok(Committed { pass: id, written, zeroed, time })
     }
 
     /// Lets the host record something, off the runtime.

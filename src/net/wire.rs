@@ -49,6 +49,14 @@ pub enum Error {
         /// Its sequence number.
         sequence: u64,
     },
+    /// A payload that has its checksum and does not decompress to the bytes that its frame covers.
+    #[error("the payload of frame {sequence} does not decompress")]
+    Compression {
+        /// Its sequence number.
+        sequence: u64,
+        /// What the decoder said.
+        source: io::Error,
+    },
     /// A payload that is not the message it should be, or a message too long to send.
     #[error("bad message")]
     Message(#[from] CodecError),
@@ -73,7 +81,7 @@ impl Error {
                 return None;
             }
             Error::Frame(frame::Error::UnsupportedVersion { .. }) => Code::UnsupportedVersion,
-            Error::Frame(_) | Error::Message(_) => Code::BadFrame,
+            Error::Frame(_) | Error::Compression { .. } | Error::Message(_) => Code::BadFrame,
             Error::PayloadChecksum { .. } => Code::BadChecksum,
             Error::Unexpected { .. } => Code::Protocol,
         };

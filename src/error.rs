@@ -25,7 +25,12 @@ impl IoError {
     }
 
     /// The same, at a byte offset.
-    pub fn at(op: &'static str, target: impl Into<String>, offset: u64, source: impl Into<io::Error>) -> IoError {
+    pub fn at(
+        op: &'static str,
+        target: impl Into<String>,
+        offset: u64,
+        source: impl Into<io::Error>,
+    ) -> IoError {
         IoError { op, target: target.into(), offset: Some(offset), source: source.into() }
     }
 }

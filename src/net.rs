@@ -235,6 +235,7 @@ pub mod address;
 pub mod compress;
 pub mod enrolment;
 pub mod frame;
+pub mod keepalive;
 pub mod message;
 pub mod session;
 pub mod tls;

@@ -1,1 +1,180 @@
-//! (being built)
+//! The source side: reads the disks of a machine and sends them to its master target.
+//!
+//! Each disk has a thread that reads ahead, finds zeros, compresses and checksums ([`source`]), and a connection
+//! of its own ([`session`]). [`send`] runs them side by side and returns when the last commit was acknowledged.
+
+mod encode;
+pub mod limit;
+mod session;
+pub mod source;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use rustls::ClientConfig;
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+use tokio_rustls::TlsConnector;
+
+pub use encode::Compression;
+
+use crate::error::IoError;
+use crate::name::Name;
+use crate::net::address::Address;
+use crate::net::message::{self, Committed};
+use crate::net::tls::{self, HandshakeError};
+use crate::net::{keepalive, wire};
+use crate::storage::device::EngineChoice;
+use limit::Limiter;
+use source::Source;
+
+/// What to send, and where.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Where the master target listens.
+    pub to: Address,
+    /// The machine's names for its disks, and where they are read.
+    pub disks: Vec<(Name, PathBuf)>,
+    /// How to compress.
+    pub compression: Compression,
+    /// How to read.
+    pub engine: EngineChoice,
+    /// Bytes a second on the wire, all disks together.
+    pub limit: Option<u64>,
+}
+
+/// How far one disk is: for showing.
+#[derive(Debug, Default)]
+pub struct Progress {
+    /// Bytes of the source that were read.
+    pub read: AtomicU64,
+    /// Of these, how many were found to be zeros and not sent.
+    pub zero: AtomicU64,
+    /// Bytes of payload that went over the wire.
+    pub sent: AtomicU64,
+    /// Bytes of the source that are sent (or skipped as zeros).
+    pub done: AtomicU64,
+    /// Frames that the receiver refused as damaged, and that were sent again.
+    pub again: AtomicU64,
+}
+
+/// Why a disk was not sent.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The source cannot be opened or read.
+    #[error("read the source")]
+    Source(#[from] source::Error),
+    /// The master target does not answer.
+    #[error(
+        "no connection to the master target: check its address, that `mt-agent serve` runs there, and the \
+         firewalls between"
+    )]
+    Connect(#[source] IoError),
+    /// There is no TLS with it.
+    #[error("no secure connection to the master target")]
+    Handshake(#[from] HandshakeError),
+    /// The connection broke, or the master target gave up.
+    #[error("the pass was not acknowledged; run `mt-agent send` again")]
+    Wire(#[from] wire::Error),
+    /// The master target refused before anything was sent.
+    #[error("the master target refused the disk")]
+    Refused(#[source] message::Error),
+    /// It did not answer in time.
+    #[error("the master target did not answer within {0:?}")]
+    Silent(Duration),
+    /// Payloads arrive damaged again and again, although TLS guards the way between.
+    #[error("{0} frames arrived with a bad checksum: suspect the memory of this machine or of the master target")]
+    Damaged(u64),
+}
+
+/// A disk that is ready to be sent.
+#[derive(Debug)]
+pub struct Prepared {
+    /// Its name.
+    pub name: Name,
+    /// The open source.
+    pub source: Source,
+    /// How far it is.
+    pub progress: Arc<Progress>,
+}
+
+/// Opens all sources, so that nothing is sent where one of them is missing.
+pub fn prepare(plan: &Plan) -> Result<Vec<Prepared>, source::Error> {
+    plan.disks
+        .iter()
+        .map(|(name, path)| {
+            let source = Source::open(path)?;
+            Ok(Prepared { name: name.clone(), source, progress: Arc::default() })
+        })
+        .collect()
+}
+
+/// Sends all disks side by side, one initial pass each. One result a disk, in the order of the plan: a disk
+/// that fails does not stop the others.
+pub async fn send(
+    plan: &Plan,
+    tls: Arc<ClientConfig>,
+    disks: Vec<Prepared>,
+) -> Vec<(Name, Result<Committed, Error>)> {
+    let limiter = plan.limit.map(|rate| Arc::new(Limiter::new(rate)));
+    let mut names: Vec<Name> = disks.iter().map(|disk| disk.name.clone()).collect();
+    let mut tasks = JoinSet::new();
+    for (index, disk) in disks.into_iter().enumerate() {
+        let job = session::Job {
+            disk: disk.name,
+            source: Arc::new(disk.source),
+            progress: disk.progress,
+            compression: plan.compression,
+            engine: plan.engine,
+            limiter: limiter.clone(),
+        };
+        let (to, tls) = (plan.to.clone(), tls.clone());
+        tasks.spawn(async move { (index, send_one(&to, tls, job).await) });
+    }
+    let mut results: Vec<Option<Result<Committed, Error>>> = names.iter().map(|_| None).collect();
+    while let Some(joined) = tasks.join_next().await {
+        match joined {
+            Ok((index, result)) => results[index] = Some(result),
+            Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+        }
+    }
+    names.drain(..).zip(results.into_iter().flatten()).collect()
+}
+
+/// How long the master target may take for each step before data flows.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// How often, a second apart, a refusal is answered with another try where the peer says that it may help: the
+/// volume may still be held by a connection that just broke.
+const TRIES: u32 = 20;
+
+async fn send_one(to: &Address, tls: Arc<ClientConfig>, job: session::Job) -> Result<Committed, Error> {
+    let mut tries = 1;
+    loop {
+        let stream = connect(to, tls.clone()).await?;
+        match session::run(stream, &job).await {
+            Err(Error::Refused(refusal)) if refusal.code.retryable() && tries < TRIES => {
+                tracing::info!(disk = %job.disk, %refusal, "trying again");
+                tries += 1;
+                sleep(Duration::from_secs(1)).await;
+            }
+            other => return other,
+        }
+    }
+}
+
+async fn connect(
+    to: &Address,
+    tls: Arc<ClientConfig>,
+) -> Result<tokio_rustls::client::TlsStream<TcpStream>, Error> {
+    let connecting = async {
+        let failed = |error| Error::Connect(IoError::new("connect to", to.to_string(), error));
+        let tcp = TcpStream::connect((to.host(), to.port())).await.map_err(failed)?;
+        keepalive::set(&tcp).map_err(failed)?;
+        Ok(TlsConnector::from(tls).connect(tls::server_name(), tcp).await.map_err(HandshakeError::from)?)
+    };
+    timeout(PATIENCE, connecting).await.unwrap_or(Err(Error::Silent(PATIENCE)))
+}

@@ -1,0 +1,254 @@
+//! One disk's connection, seen from its sender. The protocol is specified in [`crate::net`].
+
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::sync::Notify;
+use tokio::time::{sleep, timeout};
+
+use super::encode::Piece;
+use super::limit::Limiter;
+use super::source::{self, Output, Source};
+use super::{Compression, Error, PATIENCE, Progress};
+use crate::name::Name;
+use crate::net::frame::Kind;
+use crate::net::message::{
+    Begin, BeginReply, Commit, Committed, Hello, HelloReply, Open, OpenReply, PassId, PassKind,
+};
+use crate::net::wire;
+use crate::storage::device::EngineChoice;
+use crate::units::Extent;
+
+/// One disk to send.
+pub(super) struct Job {
+    pub(super) disk: Name,
+    pub(super) source: Arc<Source>,
+    pub(super) progress: Arc<Progress>,
+    pub(super) compression: Compression,
+    pub(super) engine: EngineChoice,
+    pub(super) limiter: Option<Arc<Limiter>>,
+}
+
+/// How many frames may come back as damaged before it is no accident any more.
+const MAX_DAMAGED: u64 = 16;
+
+/// How many frames wait between the reading thread and the connection.
+const QUEUE: usize = 8;
+
+/// Sends an initial pass over a fresh connection; returns when it was acknowledged.
+pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
+    mut stream: S,
+    job: &Job,
+) -> Result<Committed, Error> {
+    let begun = timeout(PATIENCE, begin(&mut stream, job));
+    let (pass, reply) = begun.await.map_err(|_| Error::Silent(PATIENCE))??;
+    let compression = match job.compression.encodings().iter().all(|one| reply.compression.contains(one)) {
+        true => job.compression,
+        false => Compression::Off,
+    };
+    for counter in [&job.progress.read, &job.progress.zero, &job.progress.sent, &job.progress.done] {
+        counter.store(0, Ordering::Relaxed);
+    }
+    let (extents, wanted) = mpsc::channel();
+    let (output, pieces) = tokio::sync::mpsc::channel(QUEUE);
+    let (source, engine, progress) = (job.source.clone(), job.engine, job.progress.clone());
+    // It ends when this future is dropped: the channels' other ends are gone then.
+    tokio::task::spawn_blocking(move || {
+        source::read(source, engine, compression, progress, wanted, output);
+    });
+    // The thread was just started, and holds the other end.
+    extents.send(job.source.extent()).ok();
+
+    let (mut reader, writer) = tokio::io::split(stream);
+    let shared = Shared {
+        pass,
+        window: reply.window,
+        extents,
+        returned: AtomicU64::new(0),
+        carried_out: AtomicU64::new(0),
+        refused: AtomicU64::new(0),
+        refused_bytes: AtomicU64::new(0),
+        news: Notify::new(),
+    };
+    let mut listen = pin!(shared.listen(&mut reader, &job.progress));
+    let talk = pin!(shared.talk(writer, pieces, job));
+    let failed = tokio::select! {
+        result = &mut listen => return result,
+        error = talk => error,
+    };
+    // Where writing failed, the peer has likely said why before it closed: that is the better answer.
+    match (&failed, timeout(LAST_WORD, listen).await) {
+        (Error::Wire(wire::Error::Io { .. }), Ok(result)) => result,
+        _ => Err(failed),
+    }
+}
+
+/// How long to wait for the peer's reason after writing to it failed.
+const LAST_WORD: Duration = Duration::from_secs(3);
+
+async fn begin<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut S,
+    job: &Job,
+) -> Result<(PassId, OpenReply), Error> {
+    // Nothing was sent yet: a refusal here is an answer, not a broken pass.
+    let refused = |error| match error {
+        wire::Error::Peer(refusal) => Error::Refused(refusal),
+        other => Error::Wire(other),
+    };
+    wire::write_message(stream, 0, &Hello::ours()).await?;
+    let _: HelloReply = wire::read_message(stream).await.map_err(refused)?;
+    let open = Open {
+        disk: job.disk.clone(),
+        size: job.source.size().0,
+        sector: job.source.sector(),
+        compression: job.compression.encodings(),
+    };
+    wire::write_message(stream, 0, &open).await?;
+    let reply: OpenReply = wire::read_message(stream).await.map_err(refused)?;
+    let mut id = [0; 16];
+    getrandom::fill(&mut id).map_err(|error| wire::Error::Io { op: "draw random bits", source: error.into() })?;
+    let pass = PassId(u128::from_le_bytes(id));
+    wire::write_message(stream, 0, &Begin { pass, kind: PassKind::Initial }).await?;
+    let BeginReply {} = wire::read_message(stream).await.map_err(refused)?;
+    Ok((pass, reply))
+}
+
+/// What listening and talking have in common.
+struct Shared {
+    pass: PassId,
+    window: u64,
+    /// Asks the reading thread for a range.
+    extents: mpsc::Sender<Extent>,
+    /// Window cost given back, and frames carried out, both since the pass began.
+    returned: AtomicU64,
+    carried_out: AtomicU64,
+    /// Ranges that were refused, and so asked for again.
+    refused: AtomicU64,
+    refused_bytes: AtomicU64,
+    /// One of the above changed.
+    news: Notify,
+}
+
+impl Shared {
+    /// Until the acknowledgement of the commit.
+    async fn listen<S: AsyncRead + AsyncWrite>(
+        &self,
+        reader: &mut ReadHalf<S>,
+        progress: &Progress,
+    ) -> Result<Committed, Error> {
+        loop {
+            let header = wire::read_header(reader).await?;
+            match header.kind {
+                Kind::Refused => {
+                    let Some(extent) = Extent::new(header.offset, header.length) else { continue };
+                    progress.again.fetch_add(1, Ordering::Relaxed);
+                    tracing::warn!(%extent, "the master target refused a damaged frame; it is sent again");
+                    if self.refused.load(Ordering::Relaxed) >= MAX_DAMAGED {
+                        return Err(Error::Damaged(MAX_DAMAGED));
+                    }
+                    self.refused_bytes.fetch_add(extent.len(), Ordering::Relaxed);
+                    // Before the count is raised: who sees the count can count on the thread's answer.
+                    self.extents.send(extent).ok();
+                    self.refused.fetch_add(1, Ordering::Release);
+                    self.news.notify_one();
+                }
+                Kind::Progress => {
+                    self.carried_out.fetch_max(header.sequence, Ordering::Relaxed);
+                    self.returned.fetch_max(header.length, Ordering::Release);
+                    self.news.notify_one();
+                }
+                _ => {
+                    let committed: Committed = wire::read_message_body(reader, &header).await?;
+                    if committed.pass != self.pass {
+                        return Err(wire::Error::Unexpected {
+                            found: Kind::Committed,
+                            expected: Kind::Progress,
+                        }
+                        .into());
+                    }
+                    return Ok(committed);
+                }
+            }
+        }
+    }
+
+    /// Sends everything and the commit; returns only what failed.
+    async fn talk<S: AsyncRead + AsyncWrite>(
+        &self,
+        mut writer: WriteHalf<S>,
+        mut pieces: tokio::sync::mpsc::Receiver<Output>,
+        job: &Job,
+    ) -> Error {
+        match self.send_all(&mut writer, &mut pieces, job).await {
+            Ok(()) => std::future::pending().await,
+            Err(error) => error,
+        }
+    }
+
+    async fn send_all<S: AsyncRead + AsyncWrite>(
+        &self,
+        writer: &mut WriteHalf<S>,
+        pieces: &mut tokio::sync::mpsc::Receiver<Output>,
+        job: &Job,
+    ) -> Result<(), Error> {
+        let lost = |source| Error::Wire(wire::Error::Io { op: "write", source });
+        let (mut sequence, mut cost, mut bytes, mut finished) = (0, 0, 0, 0);
+        loop {
+            // The source is through when the first extent and all that were refused are.
+            let refused = self.refused.load(Ordering::Acquire);
+            let all_sent = finished == 1 + refused;
+            if all_sent && self.carried_out.load(Ordering::Relaxed) == sequence {
+                break;
+            }
+            let output = tokio::select! {
+                biased;
+                output = pieces.recv(), if !all_sent => output,
+                () = self.news.notified() => continue,
+            };
+            match output {
+                Some(Output::Piece(Piece { mut header, payload })) => {
+                    header.sequence = sequence;
+                    cost += header.window_cost();
+                    if cost - self.returned.load(Ordering::Acquire) > self.window {
+                        // What was sent must reach the peer before it can give window back.
+                        writer.flush().await.map_err(lost)?;
+                        while cost - self.returned.load(Ordering::Acquire) > self.window {
+                            self.news.notified().await;
+                        }
+                    }
+                    if let Some(limiter) = &job.limiter {
+                        sleep(limiter.take(payload.bytes().len() as u64)).await;
+                    }
+                    wire::write_header(writer, &header).await?;
+                    writer.write_all(payload.bytes()).await.map_err(lost)?;
+                    if pieces.is_empty() {
+                        writer.flush().await.map_err(lost)?;
+                    }
+                    sequence += 1;
+                    bytes += header.length;
+                    let progress = &job.progress;
+                    progress.sent.fetch_add(payload.bytes().len() as u64, Ordering::Relaxed);
+                    progress.done.fetch_add(header.length, Ordering::Relaxed);
+                    if header.kind == Kind::Zero {
+                        progress.zero.fetch_add(header.length, Ordering::Relaxed);
+                    }
+                }
+                Some(Output::Finished) => {
+                    finished += 1;
+                    writer.flush().await.map_err(lost)?;
+                }
+                Some(Output::Failed(error)) => return Err(error.into()),
+                None => unreachable!("the reading thread lives while it may be asked, or says why not"),
+            }
+        }
+        let bytes = bytes - self.refused_bytes.load(Ordering::Relaxed);
+        let commit = Commit { pass: self.pass, frames: sequence, bytes, point_in_time: false };
+        wire::write_message(writer, sequence, &commit).await?;
+        Ok(())
+    }
+}
+

@@ -1,0 +1,278 @@
+//! A source disk, and the thread that reads ahead of the connection.
+
+use std::collections::VecDeque;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::Receiver;
+
+use tokio::sync::mpsc::Sender;
+
+use super::encode::{Encoder, Piece};
+use super::{Compression, Progress};
+use crate::error::IoError;
+use crate::storage::device::{Device, EngineChoice};
+use crate::storage::{Action, Completion, Geometry, Request, Storage};
+use crate::sys::aligned::{Arena, Buffer, PAGE};
+use crate::sys::ioctl;
+use crate::units::{ByteLen, Extent};
+
+/// How much is read by one request.
+const CHUNK: usize = 1 << 20;
+
+/// How many requests are under way.
+const DEPTH: usize = 8;
+
+/// Memory for what was read and not sent yet: bounds what a slow connection lets pile up.
+const MEMORY: usize = 24 << 20;
+
+/// Why a source cannot be opened or read.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The operating system refused.
+    #[error(transparent)]
+    Io(#[from] IoError),
+    /// It is no disk and no image.
+    #[error("{} is no block device and no regular file", .0.display())]
+    NotADisk(PathBuf),
+    /// There is nothing to send.
+    #[error("{} is empty", .0.display())]
+    Empty(PathBuf),
+}
+
+/// An open source disk or image file.
+#[derive(Debug)]
+pub struct Source {
+    path: PathBuf,
+    /// For reading at any offset.
+    file: File,
+    /// For reading around the page cache, where the file system can.
+    direct: Option<File>,
+    size: u64,
+    sector: u32,
+}
+
+impl Source {
+    /// Opens a block device or an image file for reading.
+    pub fn open(path: &Path) -> Result<Source, Error> {
+        let name = path.display().to_string();
+        let failed = |op| {
+            let name = name.clone();
+            move |error: io::Error| Error::Io(IoError::new(op, name, error))
+        };
+        let mut file = File::open(path).map_err(failed("open"))?;
+        let kind = file.metadata().map_err(failed("look at"))?.file_type();
+        if !kind.is_block_device() && !kind.is_file() {
+            return Err(Error::NotADisk(path.to_owned()));
+        }
+        let size = file.seek(SeekFrom::End(0)).map_err(failed("measure"))?;
+        if size == 0 {
+            return Err(Error::Empty(path.to_owned()));
+        }
+        let sector = match kind.is_block_device() {
+            true => ioctl::logical_sector(&file).map_err(failed("ask for the sector size of"))?,
+            false => 512,
+        };
+        let direct = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path).ok();
+        Ok(Source { path: path.to_owned(), file, direct, size, sector })
+    }
+
+    /// The path that it was opened by.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The size in bytes.
+    pub fn size(&self) -> ByteLen {
+        ByteLen(self.size)
+    }
+
+    /// The logical sector size in bytes; 512 for an image file.
+    pub fn sector(&self) -> u32 {
+        self.sector
+    }
+
+    /// The whole source.
+    pub(super) fn extent(&self) -> Extent {
+        let Some(extent) = Extent::new(0, self.size) else {
+            unreachable!("an empty source is not opened");
+        };
+        extent
+    }
+
+    /// What can be read around the page cache ends here: direct reads come in whole blocks.
+    fn direct_end(&self) -> u64 {
+        match self.direct {
+            Some(_) => self.size - self.size % PAGE as u64,
+            None => 0,
+        }
+    }
+
+    /// Opens the queue for direct reads. Where the file system takes the flag and then refuses the reads (or
+    /// refused the flag), reads go through the page cache.
+    fn reader(&self, engine: EngineChoice, arena: &Arena) -> Result<Option<Device>, Error> {
+        let Some(direct) = &self.direct else { return Ok(None) };
+        let name = self.path.display().to_string();
+        let file = direct.try_clone().map_err(|error| IoError::new("duplicate", &*name, error))?;
+        if self.direct_end() > 0 {
+            let mut probe = arena.alloc_blocking(PAGE);
+            match direct.read_at(&mut probe, 0) {
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Ok(None),
+                // Anything else comes again, with its offset, from the read that matters.
+                _ => {}
+            }
+        }
+        let geometry = Geometry { size: self.direct_end(), block: PAGE as u32 };
+        let (device, chosen) = Device::new(file, name, geometry, engine, DEPTH, arena)?;
+        tracing::debug!(source = %self.path.display(), engine = %chosen, "reading");
+        Ok(Some(device))
+    }
+}
+
+/// What the thread hands over.
+pub(super) enum Output {
+    /// A frame to send.
+    Piece(Piece),
+    /// Everything of the oldest unfinished extent was handed over.
+    Finished,
+    /// The source cannot be read; nothing follows.
+    Failed(Error),
+}
+
+/// Reads the extents that are asked for, in order, until nobody asks any more or nobody listens.
+pub(super) fn read(
+    source: Arc<Source>,
+    engine: EngineChoice,
+    compression: Compression,
+    progress: Arc<Progress>,
+    extents: Receiver<Extent>,
+    output: Sender<Output>,
+) {
+    let result = Reader::new(source, engine, compression, progress, output.clone())
+        .and_then(|mut reader| extents.iter().try_for_each(|extent| reader.extent(extent)));
+    if let Err(Stop::Failed(error)) = result {
+        // The listener may be gone as well.
+        output.blocking_send(Output::Failed(error)).ok();
+    }
+}
+
+/// Why the thread stops before it has read everything.
+enum Stop {
+    NobodyListens,
+    Failed(Error),
+}
+
+impl<E: Into<Error>> From<E> for Stop {
+    fn from(error: E) -> Stop {
+        Stop::Failed(error.into())
+    }
+}
+
+struct Reader {
+    source: Arc<Source>,
+    device: Option<Device>,
+    arena: Arena,
+    encoder: Encoder,
+    progress: Arc<Progress>,
+    output: Sender<Output>,
+    pieces: Vec<Piece>,
+    completions: Vec<Completion>,
+}
+
+impl Reader {
+    fn new(
+        source: Arc<Source>,
+        engine: EngineChoice,
+        compression: Compression,
+        progress: Arc<Progress>,
+        output: Sender<Output>,
+    ) -> Result<Reader, Stop> {
+        let arena = Arena::new(MEMORY).map_err(|error| IoError::new("map", "memory", error))?;
+        let device = source.reader(engine, &arena)?;
+        let encoder = Encoder::new(compression);
+        let (pieces, completions) = (Vec::new(), Vec::new());
+        Ok(Reader { source, device, arena, encoder, progress, output, pieces, completions })
+    }
+
+    fn extent(&mut self, extent: Extent) -> Result<(), Stop> {
+        let mut at = extent.offset();
+        // A range that is sent again may begin anywhere.
+        let direct_end = self.source.direct_end().min(extent.end() - extent.end() % PAGE as u64);
+        if self.device.is_some() && at.is_multiple_of(PAGE as u64) && at < direct_end {
+            self.read_ahead(at, direct_end)?;
+            at = direct_end;
+        }
+        while at < extent.end() {
+            let len = (extent.end() - at).min(CHUNK as u64) as usize;
+            let mut buffer = self.arena.alloc_blocking(len);
+            self.source.file.read_exact_at(&mut buffer, at).map_err(|error| {
+                IoError::at("read", self.source.path.display().to_string(), at, error)
+            })?;
+            self.emit(at, buffer)?;
+            at += len as u64;
+        }
+        let rest = self.encoder.flush();
+        self.hand_over(rest)?;
+        self.output.blocking_send(Output::Finished).map_err(|_| Stop::NobodyListens)
+    }
+
+    /// Keeps `DEPTH` reads under way and emits them in the order of their offsets.
+    fn read_ahead(&mut self, start: u64, end: u64) -> Result<(), Stop> {
+        let mut next = start;
+        // The oldest first; the tag of each is its offset.
+        let mut window: VecDeque<(u64, Option<Buffer>)> = VecDeque::new();
+        loop {
+            while next < end && window.len() < DEPTH {
+                let len = (end - next).min(CHUNK as u64) as usize;
+                // Waits for memory only where nothing is under way that would have to be looked after.
+                let buffer = match window.is_empty() {
+                    true => self.arena.alloc_blocking(len),
+                    false => match self.arena.try_alloc(len) {
+                        Some(buffer) => buffer,
+                        None => break,
+                    },
+                };
+                let Some(device) = &mut self.device else { return Ok(()) };
+                device.submit(Request { tag: next, action: Action::Read { offset: next, buffer } });
+                window.push_back((next, None));
+                next += len as u64;
+            }
+            let Some((at, buffer)) = window.front_mut() else { return Ok(()) };
+            match buffer.take() {
+                Some(buffer) => {
+                    let at = *at;
+                    window.pop_front();
+                    self.emit(at, buffer)?;
+                }
+                None => {
+                    let Some(device) = &mut self.device else { return Ok(()) };
+                    device.wait(&mut self.completions)?;
+                    for Completion { tag, buffer, result } in self.completions.drain(..) {
+                        result?;
+                        if let Some(slot) = window.iter_mut().find(|(at, _)| *at == tag) {
+                            slot.1 = buffer;
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn emit(&mut self, at: u64, buffer: Buffer) -> Result<(), Stop> {
+        self.progress.read.fetch_add(buffer.len() as u64, Ordering::Relaxed);
+        let mut pieces = std::mem::take(&mut self.pieces);
+        self.encoder.chunk(at, buffer, &mut pieces);
+        let result = self.hand_over(pieces.drain(..));
+        self.pieces = pieces;
+        result
+    }
+
+    fn hand_over(&self, pieces: impl IntoIterator<Item = Piece>) -> Result<(), Stop> {
+        pieces.into_iter().try_for_each(|piece| {
+            self.output.blocking_send(Output::Piece(piece)).map_err(|_| Stop::NobodyListens)
+        })
+    }
+}

@@ -49,6 +49,11 @@ impl Drop for Target {
 
 impl Target {
     async fn start() -> Target {
+        Target::issuing_with(None).await
+    }
+
+    /// A target that shows its own certificate, and issues those of the authority `other`.
+    async fn issuing_with(other: Option<Arc<server::Identity>>) -> Target {
         let state = tempfile::tempdir().unwrap();
         let identity = Arc::new(server::Identity::load_or_create(state.path()).unwrap());
         let tokens = TokenStore::new(state.path());
@@ -56,7 +61,7 @@ impl Target {
         let address = listener.local_addr().unwrap().to_string().parse().unwrap();
         let (report, ends) = mpsc::unbounded_channel();
         let acceptor = TlsAcceptor::from(identity.server_config().unwrap());
-        let (shared, store) = (identity.clone(), tokens.clone());
+        let (shared, store) = (other.unwrap_or_else(|| identity.clone()), tokens.clone());
         let task = tokio::spawn(async move {
             loop {
                 let (tcp, _) = listener.accept().await.unwrap();
@@ -335,8 +340,18 @@ async fn a_machines_certificate_does_not_make_a_server() {
     let imposter = TlsAcceptor::from(Arc::new(config));
     let connector = TlsConnector::from(identity.client_config().unwrap());
     let (client, _) = tokio::join!(connector.connect(tls::server_name(), ours), imposter.accept(theirs));
-    let error = HandshakeError::from(client.err().expect("the imposter was believed"));
+    let error = HandshakeError::from(client.expect_err("the imposter was believed"));
     assert!(matches!(error, HandshakeError::ForeignCertificate(_)), "{error:?}");
+}
+
+#[tokio::test]
+async fn an_authority_that_is_not_the_servers_own_is_not_taken() {
+    let other = Target::start().await;
+    let target = Target::issuing_with(Some(other.identity.clone())).await;
+    let source = tempfile::tempdir().unwrap();
+    let error = enroll(&target.token("web-01"), source.path()).await.unwrap_err();
+    assert!(matches!(error, Error::Identity(client::Error::Corrupt(_))), "{error:?}");
+    nothing_kept(source.path());
 }
 
 #[tokio::test]

@@ -3,7 +3,7 @@
 use std::io::Read;
 use std::path::PathBuf;
 
-use mt_agent::net::enrolment::{self, Error};
+use mt_agent::net::enrolment::{self, Error, PATIENCE};
 use mt_agent::net::message::Code;
 use mt_agent::net::tls::HandshakeError;
 use mt_agent::net::token::Token;
@@ -30,13 +30,18 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let token: Token = text.parse().map_err(Failure::refused)?;
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Failure::failed)?;
-    let path = runtime.block_on(enrolment::enroll(&token, &args.state_dir)).map_err(|error| match error {
-        Error::Expired { .. } | Error::Handshake(HandshakeError::WrongServer(_)) => Failure::refused(error),
-        Error::Wire(wire::Error::Peer(ref theirs)) if theirs.code == Code::TokenRefused => {
-            Failure::refused(error)
-        }
-        error => Failure::failed(error),
-    })?;
+    let path =
+        runtime.block_on(enrolment::enroll(&token, &args.state_dir, PATIENCE)).map_err(
+            |error| match error {
+                Error::Expired { .. } | Error::Handshake(HandshakeError::WrongServer(_)) => {
+                    Failure::refused(error)
+                }
+                Error::Wire(wire::Error::Peer(ref theirs)) if theirs.code == Code::TokenRefused => {
+                    Failure::refused(error)
+                }
+                error => Failure::failed(error),
+            },
+        )?;
     println!("The machine {} is enrolled at {} ({}).", token.machine, token.address, path.display());
     Ok(())
 }

@@ -17,7 +17,7 @@ use super::wire;
 use crate::error::IoError;
 use crate::name::Name;
 
-/// How long the client waits for the connection and the handshake, and again for the answer.
+/// How long a client does well to wait for each of the connection with its handshake, and the answer.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Why a machine was not enrolled, on its own side.
@@ -37,10 +37,12 @@ pub enum Error {
     )]
     Connect(#[source] IoError),
     /// The server does not answer in time.
-    #[error("{server} did not answer within {} seconds ({doing})", PATIENCE.as_secs())]
+    #[error("{server} did not answer within {} seconds ({doing})", patience.as_secs())]
     Timeout {
         /// Its address.
         server: String,
+        /// How long it was waited for.
+        patience: Duration,
         /// What was going on.
         doing: &'static str,
     },
@@ -60,11 +62,12 @@ pub enum Error {
 
 /// Enrols the machine that `token` names, and keeps its identity under `state_dir`.
 ///
-/// The key is made here and never leaves. An identity that the machine had before is replaced, at the very end.
+/// It waits for `patience` ([`PATIENCE`]) at most, for the connection and then for the answer. The key is made
+/// here and never leaves. An identity that the machine had before is replaced, at the very end.
 ///
 /// # Errors
 /// The step that failed. After [`Error::Wire`] and [`Error::Identity`] the token may be used up.
-pub async fn enroll(token: &Token, state_dir: &Path) -> Result<PathBuf, Error> {
+pub async fn enroll(token: &Token, state_dir: &Path, patience: Duration) -> Result<PathBuf, Error> {
     if OffsetDateTime::now_utc() >= token.expires {
         return Err(Error::Expired { at: token.expires });
     }
@@ -77,7 +80,7 @@ pub async fn enroll(token: &Token, state_dir: &Path) -> Result<PathBuf, Error> {
     let server = token.address.to_string();
     let late = |doing| {
         let server = server.clone();
-        move |_| Error::Timeout { server, doing }
+        move |_| Error::Timeout { server, patience, doing }
     };
     let connecting = async {
         let tcp = TcpStream::connect((token.address.host(), token.address.port()))
@@ -86,7 +89,7 @@ pub async fn enroll(token: &Token, state_dir: &Path) -> Result<PathBuf, Error> {
         let connector = TlsConnector::from(client::pinning_config(token.fingerprint));
         Ok::<_, Error>(connector.connect(server_name(), tcp).await.map_err(HandshakeError::from)?)
     };
-    let mut stream = tokio::time::timeout(PATIENCE, connecting).await.map_err(late("connecting"))??;
+    let mut stream = tokio::time::timeout(patience, connecting).await.map_err(late("connecting"))??;
 
     let asking = async {
         wire::write_message(&mut stream, 0, &Hello::ours()).await?;
@@ -95,7 +98,7 @@ pub async fn enroll(token: &Token, state_dir: &Path) -> Result<PathBuf, Error> {
         wire::read_message::<EnrollReply, _>(&mut stream).await
     };
     let reply =
-        tokio::time::timeout(PATIENCE, asking).await.map_err(late("waiting for the certificate"))??;
+        tokio::time::timeout(patience, asking).await.map_err(late("waiting for the certificate"))??;
 
     let identity = client::Identity {
         machine: token.machine.clone(),

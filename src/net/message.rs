@@ -512,7 +512,7 @@ mod tests {
     #[test]
     fn unknown_fields_compressions_and_codes_are_passed_over() {
         let json =
-            br#"{"disk":"a","size":1,"sector":512,"compression":["brotli","zstd","zstd"],"colour":"red"}"#;
+            br#"{"disk":"a","size":1,"sector":512,"compression":["brotli","lz4-hc","zstd","zstd"],"colour":"red"}"#;
         assert_eq!(parse::<Open>(json).unwrap().compression, [Encoding::Zstd]);
         let error: Error = parse(br#"{"code":"from-the-future","message":"m"}"#).unwrap();
         assert_eq!(error.code, Code::Unknown);

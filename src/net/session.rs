@@ -184,7 +184,6 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
         return Ok(wire::write_message(&mut *writer.lock().await, 0, &reply).await?);
     };
     let open: Open = within(patience.handshake, wire::read_message_body(reader, &header)).await?;
-    let source_size = open.size;
     let report = Arc::new(Report::default());
     let (fault_sender, fault) = oneshot::channel();
     let events = report.clone().events(fault_sender);
@@ -205,7 +204,6 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
         counters,
         report: report.clone(),
         window,
-        source_size,
         patience,
         pass: None,
         compressed: Vec::new(),
@@ -294,7 +292,6 @@ struct Receiving {
     counters: Arc<Counters>,
     report: Arc<Report>,
     window: u64,
-    source_size: u64,
     patience: Patience,
     pass: Option<Pass>,
     /// Holds a compressed payload; at most one data frame long.

@@ -1,1 +1,5 @@
-//! (being built)
+//! The service: configuration, logging, the instance lock, the control socket, status and metrics.
+
+pub mod config;
+pub mod lock;
+pub mod logging;

@@ -1,1 +1,3 @@
-//! (being built)
+//! One target disk, and what it tells of itself.
+
+pub mod counters;

@@ -1,6 +1,5 @@
 //! The rules by which a disk may become a target.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -10,6 +9,7 @@ use time::OffsetDateTime;
 use super::{Assignment, State};
 use crate::disk::discover::{Disk, Role};
 use crate::disk::id::{self, DiskId};
+use crate::error::IoError;
 use crate::name::{Name, ParseNameError};
 
 /// One `NAME=DISK` of a command.
@@ -153,6 +153,20 @@ pub enum Why {
     /// A loop device, where those are not allowed.
     #[error("it is a loop device; set `allow_loop = true` in the configuration if that is what you want")]
     Loop,
+    /// What cannot be a disk.
+    #[error("it has {size} bytes in sectors of {sector}: no medium, or a path that failed")]
+    Geometry {
+        /// In bytes.
+        size: u64,
+        /// In bytes.
+        sector: u32,
+    },
+    /// Nobody can tell what lies on it.
+    #[error("it cannot be read ({error}); see `dmesg`")]
+    Unreadable {
+        /// What the operating system said.
+        error: String,
+    },
     /// The kernel does not let it be written.
     #[error("it is read-only")]
     ReadOnly,
@@ -194,4 +208,130 @@ pub enum Why {
         /// That many.
         most: usize,
     },
+}
+
+/// A target that passed every rule that can be checked without the other assignments.
+#[derive(Clone, Debug)]
+pub struct Planned<'a> {
+    /// The machine's name for it.
+    pub name: Name,
+    /// How it was named.
+    pub given: String,
+    /// The disk.
+    pub disk: &'a Disk,
+    /// Its identity.
+    pub id: DiskId,
+    /// What lies on it, one thing an entry; empty for a disk that was assigned before.
+    pub content: Vec<String>,
+}
+
+impl Planned<'_> {
+    /// The assignment that this becomes.
+    pub fn assignment(&self, overwrite: bool, now: OffsetDateTime) -> Assignment {
+        Assignment {
+            name: self.name.clone(),
+            id: self.id.clone(),
+            size: self.disk.size,
+            logical_sector: self.disk.logical_sector,
+            overwrite: overwrite && !self.content.is_empty(),
+            assigned_at: now.replace_nanosecond(0).unwrap_or(now),
+            state: State::Empty,
+            last_commit: None,
+        }
+    }
+}
+
+/// What the user allows beyond the rules.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Allowed {
+    /// Disks that are not empty.
+    pub overwrite: bool,
+    /// Loop devices.
+    pub loops: bool,
+}
+
+/// Holds the requests of one command against the disks that are attached: all of them pass, or all that do not are
+/// named. `content` says what lies on a disk, and is asked only of those that nothing else speaks against. Whether a
+/// disk is assigned to somebody else is for [`super::Store::assign`] to say, which holds the lock.
+pub fn plan<'a>(
+    machine: &Name,
+    requests: &[Request],
+    disks: &'a [Disk],
+    allowed: Allowed,
+    content: impl Fn(&Disk) -> Result<Vec<String>, IoError>,
+) -> Result<Vec<Planned<'a>>, Refused> {
+    let mut planned: Vec<Planned<'a>> = Vec::new();
+    let mut refused = Vec::new();
+    for request in requests {
+        let checked = check(request, disks, allowed).and_then(|(disk, id)| {
+            if planned.iter().any(|other| other.name == request.name) {
+                return Err(Why::NameTwice);
+            }
+            if let Some(twice) = planned.iter().find(|other| other.id == id) {
+                return Err(Why::Twice { other: twice.name.clone() });
+            }
+            if disk.role == Role::Assigned {
+                return Ok((disk, id, Vec::new()));
+            }
+            let content = content(disk)
+                .map_err(|error| Why::Unreadable { error: format!("{error}: {}", error.source) })?;
+            if !content.is_empty() && !allowed.overwrite {
+                return Err(Why::NotEmpty { content: content.join(", ") });
+            }
+            Ok((disk, id, content))
+        });
+        let given = request.target.to_string();
+        match checked {
+            Ok((disk, id, content)) => {
+                planned.push(Planned { name: request.name.clone(), given, disk, id, content });
+            }
+            Err(why) => refused.push(Refusal { disk: request.name.clone(), given, why }),
+        }
+    }
+    if refused.is_empty() { Ok(planned) } else { Err(Refused { machine: machine.clone(), refused }) }
+}
+
+fn check<'a>(request: &Request, disks: &'a [Disk], allowed: Allowed) -> Result<(&'a Disk, DiskId), Why> {
+    let disk = match &request.target {
+        Target::Id(id) => {
+            if id.backing_file().is_some() && !allowed.loops {
+                return Err(Why::Loop);
+            }
+            disks.iter().find(|disk| disk.id.as_ref() == Some(id)).ok_or(Why::Absent)?
+        }
+        Target::Node(node) => {
+            // Through the links of /dev/disk/by-path and the like.
+            let node = std::fs::canonicalize(node).map_err(|_| Why::Absent)?;
+            let is = |disk: &&Disk| {
+                disk.node == node || disk.paths.iter().any(|path| Path::new("/dev").join(path) == node)
+            };
+            disks.iter().find(is).ok_or(Why::NotADisk)?
+        }
+    };
+    let evidence = || disk.evidence.join("; ");
+    match disk.role {
+        Role::System => return Err(Why::System { evidence: evidence() }),
+        Role::InUse => return Err(Why::InUse { evidence: evidence() }),
+        Role::Retention => return Err(Why::Retention),
+        Role::Clone => return Err(Why::Clone { evidence: evidence() }),
+        Role::NoUuid | Role::Assigned | Role::Free => {}
+    }
+    let Some(id) = disk.id.clone() else {
+        let hint: String = disk.problems.iter().map(|problem| format!("; {problem}")).collect();
+        return Err(Why::NoIdentity { hint });
+    };
+    if id.backing_file().is_some() && !allowed.loops {
+        return Err(Why::Loop);
+    }
+    if id.is_weak() && matches!(request.target, Target::Node(_)) {
+        return Err(Why::Weak { name: request.name.clone(), id });
+    }
+    if disk.read_only {
+        return Err(Why::ReadOnly);
+    }
+    let (size, sector) = (disk.size.0, disk.logical_sector);
+    if size == 0 || sector == 0 || !size.is_multiple_of(u64::from(sector)) {
+        return Err(Why::Geometry { size, sector });
+    }
+    Ok((disk, id))
 }

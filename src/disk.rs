@@ -3,4 +3,5 @@
 pub mod device;
 pub mod discover;
 pub mod id;
+pub mod signature;
 pub mod vpd;

@@ -1,0 +1,409 @@
+//! The configuration: `/etc/mt-agent/mt-agent.toml`, then the snippets of `/etc/mt-agent/conf.d/*.toml` in the
+//! order of their names. A key that several files set has the value of the last one.
+//!
+//! | key | value | default |
+//! |---|---|---|
+//! | `listen` | address and port for the data | `"[::]:9443"`, and `0.0.0.0` where there is no IPv6 |
+//! | `state_dir` | absolute path: keys, tokens, the instance lock | `"/var/lib/mt-agent"` |
+//! | `retention_dir` | absolute path: protections, journals, points | `retention` below `state_dir` |
+//! | `control_socket` | absolute path | `"/run/mt-agent/control.sock"` |
+//! | `engine` | `"auto"`, `"io-uring"` or `"threads"` | `"auto"` |
+//! | `window` | bytes in flight for each volume, `"2M"` to `"256M"` | `"8M"` |
+//! | `max_sessions` | how many connections at once, 1 to 4096 | `64` |
+//! | `allow_loop` | whether loop devices may be targets | `false` |
+//! | `idle_timeout` | how long a connection may be silent, `"1s"` to `"24h"` | `"60s"` |
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+use crate::error::IoError;
+use crate::units::ByteLen;
+
+/// Where the main file is looked for when none is given.
+pub const DEFAULT_FILE: &str = "/etc/mt-agent/mt-agent.toml";
+/// The directory of the snippets, beside [`DEFAULT_FILE`].
+pub const DEFAULT_SNIPPETS: &str = "/etc/mt-agent/conf.d";
+/// The control socket when none is configured.
+pub const DEFAULT_CONTROL_SOCKET: &str = "/run/mt-agent/control.sock";
+
+const MAX_LEN: u64 = 1 << 20;
+const WINDOW: Range<u64> = 2 * ByteLen::MIB..256 * ByteLen::MIB + 1;
+const MAX_SESSIONS: Range<i64> = 1..4097;
+const IDLE: Range<Duration> = Duration::from_secs(1)..Duration::from_secs(24 * 60 * 60 + 1);
+const KEYS: [&str; 9] = [
+    "listen",
+    "state_dir",
+    "retention_dir",
+    "control_socket",
+    "engine",
+    "window",
+    "max_sessions",
+    "allow_loop",
+    "idle_timeout",
+];
+
+/// The configuration in effect: what the files say, and the defaults for the rest.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Config {
+    /// Where connections for data are taken; see [`Config::bind`].
+    pub listen: SocketAddr,
+    /// Keys, tokens and the instance lock.
+    pub state_dir: PathBuf,
+    /// Protections, journals and points.
+    pub retention_dir: PathBuf,
+    /// The Unix socket of [`super::control`].
+    pub control_socket: PathBuf,
+    /// How volumes write.
+    pub engine: EngineChoice,
+    /// The bytes that may be in flight for each volume.
+    pub window: ByteLen,
+    /// How many connections may be open at once.
+    pub max_sessions: u32,
+    /// Whether loop devices may be targets.
+    pub allow_loop: bool,
+    /// How long a connection may be silent before it is closed.
+    pub idle_timeout: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Config {
+        Given::default().complete()
+    }
+}
+
+/// Which engine is configured for writing.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum EngineChoice {
+    /// io_uring where the kernel has it and allows it, else threads.
+    #[default]
+    Auto,
+    /// io_uring or nothing.
+    IoUring,
+    /// Threads.
+    Threads,
+}
+
+impl FromStr for EngineChoice {
+    type Err = ParseEngineError;
+
+    fn from_str(text: &str) -> Result<EngineChoice, ParseEngineError> {
+        match text {
+            "auto" => Ok(EngineChoice::Auto),
+            "io-uring" => Ok(EngineChoice::IoUring),
+            "threads" => Ok(EngineChoice::Threads),
+            _ => Err(ParseEngineError(text.escape_debug().collect())),
+        }
+    }
+}
+
+impl std::fmt::Display for EngineChoice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            EngineChoice::Auto => "auto",
+            EngineChoice::IoUring => "io-uring",
+            EngineChoice::Threads => "threads",
+        })
+    }
+}
+
+/// Why a text is no engine.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is no engine: use auto, io-uring or threads")]
+pub struct ParseEngineError(String);
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file cannot be read.
+    #[error(transparent)]
+    Io(#[from] IoError),
+    /// A file says something that it cannot.
+    #[error("{}:{line}: {what}", file.display())]
+    Config {
+        /// The file.
+        file: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// What is wrong there, and what would be right.
+        what: String,
+    },
+}
+
+impl Config {
+    /// The configuration of this host, or of `file` alone where one is given: then there are no snippets, and the
+    /// file must exist.
+    pub fn load(file: Option<&Path>) -> Result<Config, Error> {
+        match file {
+            Some(file) => {
+                let mut given = Given::default();
+                given.read(file)?;
+                Ok(given.complete())
+            }
+            None => Config::load_from(Path::new(DEFAULT_FILE), Path::new(DEFAULT_SNIPPETS)),
+        }
+    }
+
+    /// The configuration of a main file and a directory of snippets, either of which may be missing.
+    pub fn load_from(file: &Path, snippets: &Path) -> Result<Config, Error> {
+        let mut given = Given::default();
+        if file.exists() {
+            given.read(file)?;
+        }
+        for snippet in list(snippets)? {
+            given.read(&snippet)?;
+        }
+        Ok(given.complete())
+    }
+
+    /// Listens at [`Config::listen`], and at the IPv4 address of the same meaning where that is `[::]` and the host
+    /// has no IPv6. The socket does not block.
+    pub fn bind(&self) -> Result<TcpListener, IoError> {
+        let bound = match TcpListener::bind(self.listen) {
+            Err(error) if self.listen.ip().is_unspecified() && self.listen.is_ipv6() && no_ipv6(&error) => {
+                TcpListener::bind((Ipv4Addr::UNSPECIFIED, self.listen.port()))
+            }
+            bound => bound,
+        };
+        let failed = |error| IoError::new("listen at", self.listen.to_string(), error);
+        let listener = bound.map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        Ok(listener)
+    }
+}
+
+/// Whether binding failed because the kernel has no IPv6 (EAFNOSUPPORT), or no address of it (EADDRNOTAVAIL).
+fn no_ipv6(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL))
+}
+
+/// The `*.toml` of a directory by name, without those that begin with a dot (what editors leave).
+fn list(directory: &Path) -> Result<Vec<PathBuf>, IoError> {
+    let failed = |error| IoError::new("list", directory.display().to_string(), error);
+    let entries = match fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(failed(error)),
+    };
+    let mut files = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(failed)?.path();
+        let hidden = path.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b"."));
+        if !hidden && path.extension().is_some_and(|extension| extension == "toml") {
+            files.push(path);
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+/// What the files set so far.
+#[derive(Default)]
+struct Given {
+    listen: Option<SocketAddr>,
+    state_dir: Option<PathBuf>,
+    retention_dir: Option<PathBuf>,
+    control_socket: Option<PathBuf>,
+    engine: Option<EngineChoice>,
+    window: Option<ByteLen>,
+    max_sessions: Option<u32>,
+    allow_loop: Option<bool>,
+    idle_timeout: Option<Duration>,
+}
+
+impl Given {
+    fn complete(self) -> Config {
+        let state_dir = self.state_dir.unwrap_or_else(|| PathBuf::from("/var/lib/mt-agent"));
+        Config {
+            listen: self.listen.unwrap_or_else(|| SocketAddr::from(([0u16; 8], 9443))),
+            retention_dir: self.retention_dir.unwrap_or_else(|| state_dir.join("retention")),
+            state_dir,
+            control_socket: self.control_socket.unwrap_or_else(|| PathBuf::from(DEFAULT_CONTROL_SOCKET)),
+            engine: self.engine.unwrap_or_default(),
+            window: self.window.unwrap_or(ByteLen(8 * ByteLen::MIB)),
+            max_sessions: self.max_sessions.unwrap_or(64),
+            allow_loop: self.allow_loop.unwrap_or(false),
+            idle_timeout: self.idle_timeout.unwrap_or(Duration::from_secs(60)),
+        }
+    }
+
+    fn read(&mut self, path: &Path) -> Result<(), Error> {
+        let failed = |op, error| IoError::new(op, path.display().to_string(), error);
+        let file = File::open(path).map_err(|error| failed("open", error))?;
+        let mut bytes = Vec::new();
+        file.take(MAX_LEN + 1).read_to_end(&mut bytes).map_err(|error| failed("read", error))?;
+        if bytes.len() as u64 > MAX_LEN {
+            let error = io::Error::other(format!("longer than {MAX_LEN} bytes: this is no configuration"));
+            return Err(failed("read", error).into());
+        }
+        self.merge(&bytes).map_err(|(offset, what)| {
+            let line = bytes.iter().take(offset).filter(|&&byte| byte == b'\n').count() + 1;
+            Error::Config { file: path.to_owned(), line, what }
+        })
+    }
+
+    /// Takes what one file sets, or says what is wrong at which byte; of several mistakes the first one.
+    fn merge(&mut self, bytes: &[u8]) -> Result<(), (usize, String)> {
+        let text = std::str::from_utf8(bytes)
+            .map_err(|error| (error.valid_up_to(), "this is not UTF-8".to_owned()))?;
+        let table = DeTable::parse(text).map_err(|error| {
+            (error.span().map_or(0, |span| span.start), error.message().trim_end().to_owned())
+        })?;
+        let mut entries: Vec<_> = table.get_ref().iter().collect();
+        entries.sort_by_key(|(key, _)| key.span().start);
+        for (key, value) in entries {
+            let name: &str = key.get_ref();
+            self.set(name, value).map_err(|what| match what {
+                Wrong::Key(what) => (key.span().start, what),
+                Wrong::Value(what) => (value.span().start, format!("{name}: {what}")),
+            })?;
+        }
+        Ok(())
+    }
+
+    fn set(&mut self, key: &str, value: &Spanned<DeValue<'_>>) -> Result<(), Wrong> {
+        let value = value.get_ref();
+        match key {
+            "listen" => self.listen = Some(listen(value)?),
+            "state_dir" => self.state_dir = Some(path(value)?),
+            "retention_dir" => self.retention_dir = Some(path(value)?),
+            "control_socket" => self.control_socket = Some(path(value)?),
+            "engine" => {
+                self.engine =
+                    Some(text(value)?.parse().map_err(|error: ParseEngineError| error.to_string())?);
+            }
+            "window" => self.window = Some(window(value)?),
+            "max_sessions" => self.max_sessions = Some(max_sessions(value)?),
+            "allow_loop" => {
+                let allow = value.as_bool().ok_or_else(|| expected("true or false", value))?;
+                self.allow_loop = Some(allow);
+            }
+            "idle_timeout" => self.idle_timeout = Some(idle_timeout(value)?),
+            _ => return Err(Wrong::Key(unknown(key))),
+        }
+        Ok(())
+    }
+}
+
+/// Whether the mistake is in the key or in its value.
+enum Wrong {
+    Key(String),
+    Value(String),
+}
+
+impl From<String> for Wrong {
+    fn from(what: String) -> Wrong {
+        Wrong::Value(what)
+    }
+}
+
+fn expected(what: &str, value: &DeValue<'_>) -> String {
+    format!("this is {what}, not a value of type {}", value.type_str())
+}
+
+fn text<'a>(value: &'a DeValue<'_>) -> Result<&'a str, String> {
+    value.as_str().ok_or_else(|| expected("a text in quotes", value))
+}
+
+fn path(value: &DeValue<'_>) -> Result<PathBuf, String> {
+    let path = PathBuf::from(text(value)?);
+    if path.is_absolute() { Ok(path) } else { Err(format!("`{}` is no absolute path", path.display())) }
+}
+
+fn listen(value: &DeValue<'_>) -> Result<SocketAddr, String> {
+    let text = text(value)?;
+    text.parse().map_err(|_| {
+        format!(
+            "`{}` is no address with a port, as in \"[::]:9443\" or \"192.0.2.7:9443\"",
+            text.escape_debug()
+        )
+    })
+}
+
+fn integer(value: &DeValue<'_>) -> Option<i64> {
+    let integer = value.as_integer()?;
+    i64::from_str_radix(integer.as_str(), integer.radix()).ok()
+}
+
+fn window(value: &DeValue<'_>) -> Result<ByteLen, String> {
+    let given = match (value.as_str(), integer(value)) {
+        (Some(text), _) => text.parse::<ByteLen>().map_err(|error| error.to_string())?,
+        (None, Some(bytes)) => {
+            ByteLen(u64::try_from(bytes).map_err(|_| "a size is not negative".to_owned())?)
+        }
+        (None, None) => return Err(expected("a size, as in \"8M\"", value)),
+    };
+    if WINDOW.contains(&given.0) {
+        Ok(given)
+    } else {
+        // Whoever writes 8 means 8M: the unit is the mistake more often than the number.
+        let hint = if given.0 < 1024 { ", and a plain number counts bytes" } else { "" };
+        Err(format!(
+            "{given} is out of bounds: {} to {}{hint}",
+            ByteLen(WINDOW.start),
+            ByteLen(WINDOW.end - 1)
+        ))
+    }
+}
+
+fn max_sessions(value: &DeValue<'_>) -> Result<u32, String> {
+    let given = integer(value).ok_or_else(|| expected("a whole number", value))?;
+    u32::try_from(given).ok().filter(|_| MAX_SESSIONS.contains(&given)).ok_or_else(|| {
+        format!("{given} is out of bounds: {} to {}", MAX_SESSIONS.start, MAX_SESSIONS.end - 1)
+    })
+}
+
+fn idle_timeout(value: &DeValue<'_>) -> Result<Duration, String> {
+    let text = value.as_str().ok_or_else(|| expected("a time with its unit, as in \"60s\"", value))?;
+    let bad = || format!("`{}` is no time: a whole number and s, m or h, as in \"60s\"", text.escape_debug());
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let seconds = match unit.trim() {
+        "s" => 1,
+        "m" => 60,
+        "h" => 60 * 60,
+        _ => return Err(bad()),
+    };
+    let number: u64 = number.parse().map_err(|_| bad())?;
+    let given = Duration::from_secs(number.checked_mul(seconds).ok_or_else(bad)?);
+    if IDLE.contains(&given) { Ok(given) } else { Err(format!("{text} is out of bounds: 1s to 24h")) }
+}
+
+/// What is said of a key that there is not: the nearest one, or all of them where none is near.
+fn unknown(key: &str) -> String {
+    let plain = key.to_ascii_lowercase().replace('-', "_");
+    let nearest = KEYS.iter().map(|known| (distance(&plain, known), *known)).min();
+    let shown: String = key.escape_debug().take(100).collect();
+    match nearest {
+        Some((distance, known))
+            if distance <= known.len() / 3 || known.split('_').any(|part| part == plain) =>
+        {
+            format!("there is no key `{shown}`: did you mean `{known}`?")
+        }
+        _ => format!("there is no key `{shown}`: the keys are {}", KEYS.join(", ")),
+    }
+}
+
+/// The number of letters to insert, remove or change that lead from one word to the other (Levenshtein).
+fn distance(from: &str, to: &str) -> usize {
+    let to: Vec<char> = to.chars().collect();
+    let mut row: Vec<usize> = (0..=to.len()).collect();
+    // A key has at most some 20 letters; what is longer is far from all of them anyway.
+    for (i, a) in from.chars().take(100).enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, b) in to.iter().enumerate() {
+            let changed = diagonal + usize::from(a != *b);
+            diagonal = row[j + 1];
+            row[j + 1] = changed.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[to.len()]
+}

@@ -1,0 +1,256 @@
+//! What a disk is used for, with the evidence: mounts, swap and holders, through partitions, dm and md.
+
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
+
+use super::sysfs::Sysroot;
+
+/// What this host uses, by the device that it stands on.
+#[derive(Default, Debug)]
+pub(super) struct Usage {
+    /// Mounts by device number.
+    mounts: HashMap<String, Vec<Mount>>,
+    /// Kernel names of the swap devices.
+    swaps: HashSet<String>,
+    /// Kernel names of the members of mounted btrfs file systems, with the UUID of the file system.
+    btrfs: HashMap<String, String>,
+}
+
+#[derive(Debug)]
+struct Mount {
+    point: PathBuf,
+    /// Carries the retention directory, and is not a part of the host itself.
+    retention: bool,
+}
+
+/// What speaks against a disk.
+#[derive(Default, Debug)]
+pub(super) struct Findings {
+    /// Mounted, or swap.
+    pub(super) system: bool,
+    /// Carries the retention directory.
+    pub(super) retention: bool,
+    /// Held by dm, md or the like.
+    pub(super) held: bool,
+    /// The device numbers of the disk and of all its partitions.
+    pub(super) devnos: Vec<String>,
+    /// One fact a line.
+    pub(super) evidence: Vec<String>,
+    visited: HashSet<String>,
+}
+
+impl Findings {
+    /// Adds what was found of another path to the same disk.
+    pub(super) fn add(&mut self, other: Findings) {
+        self.system |= other.system;
+        self.retention |= other.retention;
+        self.held |= other.held;
+        self.devnos.extend(other.devnos);
+        self.evidence.extend(other.evidence);
+    }
+}
+
+/// Mount points that belong to the host, whatever else they carry.
+const HOST: [&str; 11] =
+    ["/", "/boot", "/boot/efi", "/efi", "/usr", "/var", "/var/lib", "/var/log", "/home", "/tmp", "/opt"];
+
+/// A container host has thousands of bind mounts of one file system; the first few say enough.
+const MOUNTS_SHOWN: usize = 8;
+
+/// Deeper than dm and md are ever stacked.
+const DEEPEST: usize = 16;
+
+impl Usage {
+    /// Reads mounts, swaps and btrfs members.
+    pub(super) fn read(sysroot: &Sysroot, retention: Option<&Path>) -> Usage {
+        let mut usage = Usage::default();
+        let table = sysroot.bytes("proc/self/mountinfo").unwrap_or_default();
+        let mut mounts: Vec<(String, PathBuf)> = Vec::new();
+        for line in String::from_utf8_lossy(&table).lines() {
+            if let Some((devno, point, source)) = mountinfo(line) {
+                // btrfs has a number of its own; its source says where it lies.
+                let devno = match devno.strip_prefix("0:") {
+                    Some(_) if source.starts_with("/dev/") => {
+                        resolve(sysroot, &source).and_then(|name| devno_of(sysroot, &name)).unwrap_or(devno)
+                    }
+                    _ => devno,
+                };
+                mounts.push((devno, point));
+            }
+        }
+        let covering = retention.and_then(|path| {
+            let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+            // The last one mounted on a point is the one that is seen.
+            mounts
+                .iter()
+                .rev()
+                .filter(|(_, point)| path.starts_with(point))
+                .max_by_key(|(_, point)| point.components().count())
+                .map(|(_, point)| point.clone())
+        });
+        for (devno, point) in mounts {
+            let retention = covering.as_ref() == Some(&point) && !HOST.iter().any(|host| Path::new(host) == point);
+            let mounts = usage.mounts.entry(devno).or_default();
+            if !mounts.iter().any(|mount| mount.point == point) {
+                mounts.push(Mount { point, retention });
+            }
+        }
+        let swaps = sysroot.bytes("proc/swaps").unwrap_or_default();
+        for line in String::from_utf8_lossy(&swaps).lines().skip(1) {
+            let path = unescape(line.split_whitespace().next().unwrap_or_default());
+            usage.swaps.extend(resolve(sysroot, &path));
+        }
+        for uuid in sysroot.names("sys/fs/btrfs") {
+            for member in sysroot.names(format!("sys/fs/btrfs/{uuid}/devices")) {
+                usage.btrfs.insert(member, uuid.clone());
+            }
+        }
+        usage
+    }
+
+    /// What uses the block device `sys/block/<name>`, without counting the map `own` that makes one disk of
+    /// several paths.
+    pub(super) fn of(&self, sysroot: &Sysroot, name: &str, own: Option<&str>) -> Findings {
+        let mut findings = Findings::default();
+        self.walk(sysroot, name, &format!("sys/block/{name}"), name, own, 0, &mut findings);
+        findings
+    }
+
+    #[allow(clippy::too_many_arguments)] // one recursion, nowhere else called
+    fn walk(
+        &self,
+        sysroot: &Sysroot,
+        name: &str,
+        dir: &str,
+        label: &str,
+        own: Option<&str>,
+        depth: usize,
+        found: &mut Findings,
+    ) {
+        if depth > DEEPEST || !found.visited.insert(name.to_owned()) {
+            return;
+        }
+        if let Some(devno) = sysroot.text(format!("{dir}/dev")) {
+            let mounts = self.mounts.get(&devno).map(Vec::as_slice).unwrap_or_default();
+            for mount in mounts {
+                found.system |= !mount.retention;
+                found.retention |= mount.retention;
+            }
+            for Mount { point, retention } in mounts.iter().take(MOUNTS_SHOWN) {
+                let what = if *retention { ", which holds the retention" } else { "" };
+                found.evidence.push(format!("{label} is mounted on {}{what}", point.display()));
+            }
+            if mounts.len() > MOUNTS_SHOWN {
+                found.evidence.push(format!("{label} is mounted {} times more", mounts.len() - MOUNTS_SHOWN));
+            }
+            found.devnos.push(devno);
+        }
+        if self.swaps.contains(name) {
+            found.system = true;
+            found.evidence.push(format!("{label} is swap"));
+        }
+        if let Some(uuid) = self.btrfs.get(name) {
+            found.system |= !found.retention;
+            found.evidence.push(format!("{label} belongs to the mounted btrfs {uuid}"));
+        }
+        for holder in sysroot.names(format!("{dir}/holders")) {
+            if Some(holder.as_str()) == own {
+                continue;
+            }
+            found.held = true;
+            let (title, what) = holder_of(sysroot, &holder);
+            found.evidence.push(format!("{label} {what} {title}"));
+            let block = format!("sys/block/{holder}");
+            // A holder may be a partition too, which only the flat directory has.
+            let dir = if sysroot.path(&block).exists() { block } else { format!("sys/class/block/{holder}") };
+            self.walk(sysroot, &holder, &dir, &format!("{title} on {label}"), own, depth + 1, found);
+        }
+        for part in sysroot.names(dir).iter().filter(|entry| entry.len() > name.len() && entry.starts_with(name)) {
+            let part_dir = format!("{dir}/{part}");
+            if sysroot.path(format!("{part_dir}/partition")).exists() {
+                let label = label.strip_prefix(name).map_or(part.clone(), |rest| format!("{part}{rest}"));
+                self.walk(sysroot, part, &part_dir, &label, own, depth + 1, found);
+            }
+        }
+    }
+}
+
+/// How a holder is called, and what it is to the device it holds.
+fn holder_of(sysroot: &Sysroot, holder: &str) -> (String, &'static str) {
+    let attribute = |path: &str| sysroot.text(format!("sys/block/{holder}/{path}"));
+    if let Some(map) = attribute("dm/name") {
+        let uuid = attribute("dm/uuid").unwrap_or_default();
+        let what = match uuid.split('-').next() {
+            Some("LVM") => "is a physical volume of an active volume group: it carries",
+            Some("CRYPT") => "is unlocked by dm-crypt as",
+            Some("mpath") => "is a path of the multipath map",
+            _ => "is held by",
+        };
+        return (format!("{holder} ({map})"), what);
+    }
+    match attribute("md/level") {
+        Some(level) => (format!("{holder} ({level})"), "is a member of"),
+        None => (holder.to_owned(), "is held by"),
+    }
+}
+
+/// Device number, mount point and source of a line of `mountinfo` (proc_pid_mountinfo(5)).
+fn mountinfo(line: &str) -> Option<(String, PathBuf, String)> {
+    let mut fields = line.split(' ');
+    let devno = fields.nth(2)?.to_owned();
+    let point = unescape(fields.nth(1)?);
+    // Optional fields, ended by a dash; then the type and the source.
+    let source = unescape(fields.skip_while(|field| *field != "-").nth(2)?);
+    Some((devno, PathBuf::from(point), source))
+}
+
+/// Undoes the kernel's `\040` and its like.
+fn unescape(text: &str) -> String {
+    let mut bytes = Vec::new();
+    let mut rest = text.as_bytes();
+    while let Some((&first, tail)) = rest.split_first() {
+        let code = match (first, tail) {
+            (b'\\', [a @ b'0'..=b'3', b @ b'0'..=b'7', c @ b'0'..=b'7', ..]) => {
+                Some((a - b'0') << 6 | (b - b'0') << 3 | (c - b'0'))
+            }
+            _ => None,
+        };
+        bytes.push(code.unwrap_or(first));
+        rest = if code.is_some() { &tail[3..] } else { tail };
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+fn devno_of(sysroot: &Sysroot, name: &str) -> Option<String> {
+    sysroot.text(format!("sys/class/block/{name}/dev"))
+}
+
+/// The kernel's name of the block device with this path in `/dev`.
+pub(super) fn resolve(sysroot: &Sysroot, path: &str) -> Option<String> {
+    let name = path.strip_prefix("/dev/")?;
+    let flat = name.replace('/', "!");
+    if sysroot.path(format!("sys/class/block/{flat}")).exists() {
+        return Some(flat);
+    }
+    if sysroot.is_live() {
+        return std::fs::canonicalize(path).ok()?.file_name()?.to_str().map(str::to_owned);
+    }
+    let map = name.strip_prefix("mapper/")?;
+    let named = |dm: &String| sysroot.text(format!("sys/block/{dm}/dm/name")).as_deref() == Some(map);
+    sysroot.names("sys/block").into_iter().filter(|name| name.starts_with("dm-")).find(named)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_of_mountinfo_gives_number_point_and_source() {
+        let line = r"36 35 98:0 /mnt1 /mnt\040two/\134x rw,noatime master:1 - ext3 /dev/root rw,errors=continue";
+        let (devno, point, source) = mountinfo(line).unwrap();
+        assert_eq!((devno.as_str(), point.to_str().unwrap(), source.as_str()), ("98:0", r"/mnt two/\x", "/dev/root"));
+        assert!(mountinfo("").is_none());
+        assert!(mountinfo("36 35 98:0 / /mnt rw shared:1 propagate_from:2").is_none());
+        assert_eq!(unescape(r"\400\09\"), r"\400\09\");
+    }
+}

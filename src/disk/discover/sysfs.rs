@@ -1,0 +1,98 @@
+//! The tree that discovery reads: `sys`, `proc` and `run/udev` under one root.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::Error;
+use crate::error::IoError;
+
+/// The root under which `sys`, `proc` and `run` are read: `/` for this machine, another directory for a tree
+/// that was recorded or made. Devices are asked themselves only under `/`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Sysroot {
+    root: PathBuf,
+}
+
+impl Default for Sysroot {
+    fn default() -> Sysroot {
+        Sysroot::new("/")
+    }
+}
+
+/// The longest attribute that is read: a VPD page has no more than 4 + 65535 bytes.
+const LONGEST_ATTRIBUTE: u64 = 128 << 10;
+
+impl Sysroot {
+    /// The tree under `root`.
+    pub fn new(root: impl Into<PathBuf>) -> Sysroot {
+        Sysroot { root: root.into() }
+    }
+
+    /// Whether this is the machine itself, so that devices may be opened and asked.
+    pub fn is_live(&self) -> bool {
+        self.root == Path::new("/")
+    }
+
+    /// A path under the root.
+    pub fn path(&self, path: impl AsRef<Path>) -> PathBuf {
+        self.root.join(path)
+    }
+
+    /// The bytes of a file, or `None` where it cannot be read: attributes come and go with drivers and devices,
+    /// and a device may go between two reads.
+    pub(super) fn bytes(&self, path: impl AsRef<Path>) -> Option<Vec<u8>> {
+        use io::Read;
+        let mut bytes = Vec::new();
+        fs::File::open(self.path(path)).ok()?.take(LONGEST_ATTRIBUTE).read_to_end(&mut bytes).ok()?;
+        Some(bytes)
+    }
+
+    /// The text of an attribute without the white space around it, or `None` where there is none.
+    pub(super) fn text(&self, path: impl AsRef<Path>) -> Option<String> {
+        let text = String::from_utf8_lossy(&self.bytes(path)?).trim().to_owned();
+        (!text.is_empty()).then_some(text)
+    }
+
+    /// A number in an attribute.
+    pub(super) fn number(&self, path: impl AsRef<Path>) -> Option<u64> {
+        self.text(path)?.parse().ok()
+    }
+
+    /// The names in a directory, sorted as people sort them (`sdb` before `sdaa`); none where there is no such
+    /// directory.
+    pub(super) fn names(&self, path: impl AsRef<Path>) -> Vec<String> {
+        let entries = fs::read_dir(self.path(path)).into_iter().flatten();
+        let mut names: Vec<String> = entries.filter_map(|e| e.ok()?.file_name().into_string().ok()).collect();
+        names.sort_by(|a, b| (a.len(), a).cmp(&(b.len(), b)));
+        names
+    }
+
+    /// The names of all whole block devices.
+    pub(super) fn block_devices(&self) -> Result<Vec<String>, Error> {
+        let path = self.path("sys/block");
+        if let Err(error) = fs::read_dir(&path) {
+            return Err(Error::Io(IoError::new("list", path.display().to_string(), error)));
+        }
+        Ok(self.names("sys/block"))
+    }
+
+    /// Asks every SCSI host to look for new disks, and gives how many were asked. Needs root.
+    pub fn rescan(&self) -> Result<usize, Error> {
+        let hosts = self.names("sys/class/scsi_host");
+        for host in &hosts {
+            let path = self.path(format!("sys/class/scsi_host/{host}/scan"));
+            // Not created where it is missing: sysfs has it, and another tree shall not gain files.
+            let file = fs::OpenOptions::new().write(true).open(&path);
+            file.and_then(|mut file| io::Write::write_all(&mut file, b"- - -")).map_err(|error| {
+                match error.kind() {
+                    io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => Error::Refused(
+                        format!("{host} may be asked to look again by root only; run this with sudo"),
+                    ),
+                    _ => Error::Io(IoError::new("write", path.display().to_string(), error)),
+                }
+            })?;
+        }
+        Ok(hosts.len())
+    }
+}

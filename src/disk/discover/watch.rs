@@ -1,0 +1,152 @@
+//! Follows disks as they come, go and change.
+//!
+//! Both of the kernel's uevent groups are listened to: its own, which needs no udevd, and udev's, whose messages
+//! come when the database has been written. Either one only says that something happened; what happened is
+//! found by looking again and comparing, so that a lost message costs nothing but time.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde::Serialize;
+
+use super::{Disk, Error, Options, Sysroot, discover};
+use crate::error::IoError;
+use crate::units::ByteLen;
+
+/// Events come in bursts: looking waits until there was none for this long…
+const QUIET: Duration = Duration::from_millis(150);
+/// …but no longer than this.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// What no event tells (a new mount, an opener) is seen at the latest after this long.
+const LOOK_ANYWAY: Duration = Duration::from_secs(30);
+
+/// What changed between two looks.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub enum Change {
+    /// A disk came.
+    Attached {
+        /// The disk.
+        disk: Disk,
+    },
+    /// A disk went.
+    Detached {
+        /// As it was.
+        disk: Disk,
+    },
+    /// A disk has another size.
+    Resized {
+        /// As it is now.
+        disk: Disk,
+        /// The size that it had, in bytes.
+        from: ByteLen,
+    },
+    /// Something else about a disk changed: its role, its paths, its problems.
+    Changed {
+        /// As it is now.
+        disk: Disk,
+    },
+}
+
+/// What changed from `before` to `after`. A disk is the same one while its identity (or, without one, its name
+/// and number) is.
+pub fn compare(before: &[Disk], after: &[Disk]) -> Vec<Change> {
+    let same = |a: &Disk, b: &Disk| a.id == b.id && (a.name == b.name && a.devno == b.devno);
+    let gone = before.iter().filter(|old| !after.iter().any(|new| same(old, new)));
+    let mut changes: Vec<Change> = gone.map(|disk| Change::Detached { disk: disk.clone() }).collect();
+    for new in after {
+        match before.iter().find(|old| same(old, new)) {
+            None => changes.push(Change::Attached { disk: new.clone() }),
+            Some(old) if old.size != new.size => {
+                changes.push(Change::Resized { disk: new.clone(), from: old.size });
+            }
+            Some(old) if old != new => changes.push(Change::Changed { disk: new.clone() }),
+            Some(_) => {}
+        }
+    }
+    changes
+}
+
+/// A watch over the disks of this machine.
+pub struct Watch {
+    sysroot: Sysroot,
+    options: Options,
+    kernel: udev::MonitorSocket,
+    udev: udev::MonitorSocket,
+    disks: Vec<Disk>,
+}
+
+impl Watch {
+    /// Begins to listen, then looks: nothing that happens after this is missed. Refused for another tree than
+    /// this machine's, which sends no events.
+    pub fn new(sysroot: Sysroot, options: Options) -> Result<Watch, Error> {
+        if !sysroot.is_live() {
+            return Err(Error::Refused("only this machine's own disks can be watched; leave out --sysroot".to_owned()));
+        }
+        let listen = |builder: io::Result<udev::MonitorBuilder>| builder?.match_subsystem("block")?.listen();
+        let failed = |error| Error::Io(IoError::new("listen for", "uevents of block devices", error));
+        let kernel = listen(udev::MonitorBuilder::new_kernel()).map_err(failed)?;
+        let udev = listen(udev::MonitorBuilder::new()).map_err(failed)?;
+        let disks = discover(&sysroot, &options)?;
+        Ok(Watch { sysroot, options, kernel, udev, disks })
+    }
+
+    /// The disks as they were last seen.
+    pub fn disks(&self) -> &[Disk] {
+        &self.disks
+    }
+
+    /// Waits until something changed, or until `stop` is readable, which gives no changes.
+    pub fn wait(&mut self, stop: Option<BorrowedFd<'_>>) -> Result<Vec<Change>, Error> {
+        loop {
+            if self.sleep(stop, LOOK_ANYWAY)? == Woken::Stop {
+                return Ok(Vec::new());
+            }
+            let burst = Instant::now();
+            while burst.elapsed() < PATIENCE {
+                match self.sleep(stop, QUIET)? {
+                    Woken::Event => {}
+                    Woken::Timeout => break,
+                    Woken::Stop => return Ok(Vec::new()),
+                }
+            }
+            let disks = discover(&self.sysroot, &self.options)?;
+            let changes = compare(&self.disks, &disks);
+            self.disks = disks;
+            if !changes.is_empty() {
+                return Ok(changes);
+            }
+        }
+    }
+
+    fn sleep(&self, stop: Option<BorrowedFd<'_>>, time: Duration) -> Result<Woken, Error> {
+        let mut fds: Vec<PollFd<'_>> = [Some(self.kernel.as_fd()), Some(self.udev.as_fd()), stop]
+            .into_iter()
+            .flatten()
+            .map(|fd| PollFd::new(fd, PollFlags::POLLIN))
+            .collect();
+        let timeout = PollTimeout::try_from(time).unwrap_or(PollTimeout::MAX);
+        let ready = match poll(&mut fds, timeout) {
+            Ok(ready) => ready,
+            // A signal that the program handles elsewhere.
+            Err(Errno::EINTR) => 0,
+            Err(errno) => return Err(Error::Io(IoError::new("wait for", "uevents of block devices", errno))),
+        };
+        if fds.get(2).is_some_and(|fd| fd.any() == Some(true)) {
+            return Ok(Woken::Stop);
+        }
+        // What they say does not matter, only that they are emptied.
+        let events = self.kernel.iter().count() + self.udev.iter().count();
+        Ok(if ready > 0 || events > 0 { Woken::Event } else { Woken::Timeout })
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Woken {
+    Event,
+    Timeout,
+    Stop,
+}

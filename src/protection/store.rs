@@ -1,0 +1,487 @@
+//! The files of the protections: read as they are, changed one at a time, durable before anyone is told.
+
+use std::collections::BTreeMap;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use time::OffsetDateTime;
+
+use super::assign::{Refusal, Refused, Why};
+use super::file::{self, ParseError};
+use super::{Assignment, Commit, Error, Fault, Pass, PassNumber, Protection, State};
+use crate::disk::id::DiskId;
+use crate::error::IoError;
+use crate::name::Name;
+
+/// The protections below one retention directory.
+///
+/// Beside `<machine>.toml` the directory `machines` holds
+///
+/// - `.lock`: every change of a file is made under an exclusive `flock` of it, so that two commands or a command
+///   and the service never lose each other's changes. Reading needs no lock, since files are replaced whole.
+/// - `<machine>.hold`: a session holds a shared `flock` of it, and taking a disk away needs an exclusive one.
+///   All three of opening, locking and removing it happen under `.lock`: nobody locks a file that is gone.
+/// - `.<machine>.toml.tmp`: what a crash left of a change that was not finished. It has no meaning.
+#[derive(Clone, Debug)]
+pub struct Store {
+    machines: PathBuf,
+}
+
+/// Keeps the disks of a machine from being taken away while it lives.
+#[derive(Debug)]
+pub struct Hold {
+    // Closing the file gives the lock back, and so does the end of the process, however it ends.
+    _lock: Flock<File>,
+}
+
+/// The exclusive lock under which files are changed.
+struct Exclusive {
+    _lock: Flock<File>,
+}
+
+impl Store {
+    /// The protections below the retention directory `dir`. Nothing is read or created yet.
+    pub fn open(dir: impl AsRef<Path>) -> Store {
+        Store { machines: dir.as_ref().join("machines") }
+    }
+
+    /// The file of a machine's protection, whether there is one or not.
+    pub fn file(&self, machine: &Name) -> PathBuf {
+        self.machines.join(format!("{machine}.toml"))
+    }
+
+    /// Reads the protection of a machine.
+    ///
+    /// # Errors
+    /// [`Error::NoMachine`] where it has none, [`Error::Corrupt`] or [`Error::Unsupported`] where its file cannot
+    /// be understood.
+    pub fn load(&self, machine: &Name) -> Result<Protection, Error> {
+        let path = self.file(machine);
+        let bytes = match read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.source.kind() == io::ErrorKind::NotFound => {
+                return Err(Error::NoMachine { machine: machine.clone() });
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let protection = file::parse(&bytes).map_err(|error| match error {
+            ParseError::Version(version) => Error::Unsupported { file: path.clone(), version },
+            ParseError::Corrupt { line, what } => Error::Corrupt { file: path.clone(), line, what },
+        })?;
+        // A copy of another machine's file would give two machines the same disks.
+        if protection.machine != *machine {
+            let line = bytes.split(|&b| b == b'\n').position(|line| line.starts_with(b"machine"));
+            let what = format!("this is the protection of machine {}, not of {machine}", protection.machine);
+            return Err(Error::Corrupt { file: path, line: line.map_or(1, |line| line + 1), what });
+        }
+        Ok(protection)
+    }
+
+    /// All machines that have a file, by name, each with its protection or why it cannot be read: one broken file
+    /// concerns nobody else.
+    ///
+    /// # Errors
+    /// Only where the directory itself cannot be listed. One that does not exist holds no protections.
+    pub fn all(&self) -> Result<Vec<(Name, Result<Protection, Error>)>, Error> {
+        let failed = |error| IoError::new("list", self.machines.display().to_string(), error);
+        let entries = match fs::read_dir(&self.machines) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(failed(error).into()),
+        };
+        let mut names = Vec::new();
+        for entry in entries {
+            let file = entry.map_err(failed)?.file_name();
+            let Some(stem) = file.to_str().and_then(|file| file.strip_suffix(".toml")) else { continue };
+            match stem.parse::<Name>() {
+                Ok(name) => names.push(name),
+                // Never written by us: what begins with a dot or has another character in it.
+                Err(_) => tracing::debug!(file = %self.machines.join(&file).display(), "not a protection"),
+            }
+        }
+        names.sort();
+        let load = |name: Name| {
+            let loaded = self.load(&name);
+            (name, loaded)
+        };
+        // One that was removed since the listing is not there, rather than broken.
+        let gone =
+            |(_, loaded): &(Name, Result<Protection, Error>)| matches!(loaded, Err(Error::NoMachine { .. }));
+        Ok(names.into_iter().map(load).filter(|entry| !gone(entry)).collect())
+    }
+
+    /// Every assigned target disk, with `machine/disk` to which it belongs.
+    ///
+    /// # Errors
+    /// Where any file cannot be read, or two name one disk: whoever must know that a disk is *not* assigned can
+    /// only know it from all of them.
+    pub fn assigned(&self) -> Result<BTreeMap<DiskId, String>, Error> {
+        let mut assigned: BTreeMap<DiskId, (Name, Name)> = BTreeMap::new();
+        for (machine, protection) in self.all()? {
+            for disk in protection?.disks {
+                if let Some((machine, disk_name)) = assigned.get(&disk.id) {
+                    let (machine, disk_name) = (machine.clone(), disk_name.clone());
+                    return Err(Error::Shared { id: disk.id, machine, disk: disk_name });
+                }
+                assigned.insert(disk.id, (machine.clone(), disk.name));
+            }
+        }
+        Ok(assigned.into_iter().map(|(id, (machine, disk))| (id, format!("{machine}/{disk}"))).collect())
+    }
+
+    /// What `assign` would write, checked as there, but neither locked nor written.
+    ///
+    /// # Errors
+    /// Those of [`Store::assign`].
+    pub fn assign_dry(&self, machine: &Name, disks: &[Assignment]) -> Result<Protection, Error> {
+        let assigned = self.assigned()?;
+        let current = match self.load(machine) {
+            Ok(protection) => Some(protection),
+            Err(Error::NoMachine { .. }) => None,
+            Err(error) => return Err(error),
+        };
+        let mut merged = current.unwrap_or_else(|| Protection {
+            machine: machine.clone(),
+            created: now(),
+            disks: Vec::new(),
+        });
+        let mut refused = Vec::new();
+        for disk in disks {
+            let refuse = |why| Refusal { disk: disk.name.clone(), given: disk.id.to_string(), why };
+            match merged.disk(&disk.name) {
+                // Asked for once more: nothing changes, least of all its state.
+                Some(known) if known.id == disk.id => continue,
+                Some(known) => {
+                    let why = Why::NameTaken { machine: machine.clone(), id: known.id.clone() };
+                    refused.push(refuse(why));
+                    continue;
+                }
+                None => {}
+            }
+            if let Some(owner) = assigned.get(&disk.id) {
+                refused.push(refuse(Why::Assigned { owner: owner.clone() }));
+                continue;
+            }
+            if let Some(twice) = merged.disks.iter().find(|known| known.id == disk.id) {
+                refused.push(refuse(Why::Twice { other: twice.name.clone() }));
+                continue;
+            }
+            merged.disks.push(disk.clone());
+        }
+        if merged.disks.len() > file::MAX_DISKS
+            && let Some(last) = disks.last()
+        {
+            let why = Why::TooMany { most: file::MAX_DISKS };
+            refused.push(Refusal { disk: last.name.clone(), given: last.id.to_string(), why });
+        }
+        if refused.is_empty() {
+            Ok(merged)
+        } else {
+            Err(Refused { machine: machine.clone(), refused }.into())
+        }
+    }
+
+    /// Assigns target disks to a machine: all of them, or on any error none. A disk that the machine has under the
+    /// same name already stays as it is.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] where a disk or a name is taken. A file of another machine that cannot be read is an
+    /// error too, since it may name the same disks.
+    pub fn assign(&self, machine: &Name, disks: &[Assignment]) -> Result<Protection, Error> {
+        let _exclusive = self.exclusive()?;
+        let merged = self.assign_dry(machine, disks)?;
+        self.write(&merged)?;
+        Ok(merged)
+    }
+
+    /// Takes one disk of a machine away, or with `None` all of them, and gives back what was taken. Works for a
+    /// file that cannot be read, too, if all disks are meant: then nothing is given back.
+    ///
+    /// # Errors
+    /// [`Error::Receiving`] while somebody has a [`Hold`] of the machine; [`Error::NoMachine`], [`Error::NoDisk`].
+    pub fn remove(&self, machine: &Name, disk: Option<&Name>) -> Result<Vec<Assignment>, Error> {
+        // Asked first, so that a mistyped name creates neither directory nor lock.
+        if !self.exists(machine)? {
+            return Err(Error::NoMachine { machine: machine.clone() });
+        }
+        let _exclusive = self.exclusive()?;
+        let loaded = self.load(machine);
+        let (taken, left) = match (loaded, disk) {
+            (Err(Error::Corrupt { .. } | Error::Unsupported { .. }), None) => (Vec::new(), None),
+            (Err(error), _) => return Err(error),
+            (Ok(protection), None) => (protection.disks, None),
+            (Ok(mut protection), Some(disk)) => {
+                let place = protection.disks.iter().position(|known| known.name == *disk);
+                let place =
+                    place.ok_or_else(|| Error::NoDisk { machine: machine.clone(), disk: disk.clone() })?;
+                let taken = vec![protection.disks.remove(place)];
+                (taken, (!protection.disks.is_empty()).then_some(protection))
+            }
+        };
+        let hold = self.machines.join(format!("{machine}.hold"));
+        let held = lock(&hold, FlockArg::LockExclusiveNonblock)
+            .map_err(|error| busy(error, || Error::Receiving { machine: machine.clone() }))?;
+        match left {
+            Some(protection) => self.write(&protection)?,
+            None => {
+                unlink(&self.file(machine))?;
+                // Until the directory is synced, a crash may bring the file back, whole.
+                sync_directory(&self.machines)?;
+                unlink(&hold)?;
+            }
+        }
+        drop(held);
+        Ok(taken)
+    }
+
+    /// Keeps the disks of a machine from being taken away for as long as the [`Hold`] lives. Several may be held at
+    /// once.
+    ///
+    /// # Errors
+    /// [`Error::NoMachine`] where it has no disks, and those of [`Store::load`].
+    pub fn hold(&self, machine: &Name) -> Result<Hold, Error> {
+        self.load(machine)?;
+        let _exclusive = self.exclusive()?;
+        // Again, now that nobody can take it away between this look and the lock.
+        self.load(machine)?;
+        let hold = self.machines.join(format!("{machine}.hold"));
+        // Does not wait for long: an exclusive lock is only taken under the lock that we have.
+        let lock = lock(&hold, FlockArg::LockShared)?;
+        Ok(Hold { _lock: lock })
+    }
+
+    /// Records that a pass begins to write a disk: from here on its content is no point, whatever happens. The same
+    /// pass may begin again to go on after an interruption; another one takes its place.
+    ///
+    /// # Errors
+    /// [`Error::Transition`] for a pass that faulted or was committed; [`Error::Shared`] where another protection
+    /// names the disk as well.
+    pub fn begin_pass(&self, machine: &Name, disk: &Name, pass: PassNumber) -> Result<(), Error> {
+        self.change(machine, disk, |known| {
+            match &known.state {
+                State::Receiving(open) if open.id == pass => return Ok(()),
+                State::Faulted(faulted, _) if faulted.id == pass => {
+                    return Err(format!("go on with pass {pass}, only begin another"));
+                }
+                State::Synchronized if known.last_commit.is_some_and(|commit| commit.pass == pass) => {
+                    return Err(format!("begin pass {pass}, which was committed"));
+                }
+                State::Empty | State::Receiving(_) | State::Synchronized | State::Faulted(..) => {}
+            }
+            known.state = State::Receiving(Pass { id: pass, started: now() });
+            Ok(())
+        })?;
+        Ok(())
+    }
+
+    /// Records that everything of a pass is durable on the disk: this *is* the commit. Committing the same pass once
+    /// more gives the commit that was recorded, for a sender that did not hear the answer.
+    ///
+    /// # Errors
+    /// [`Error::Transition`] for any pass but the one that is open.
+    pub fn commit_pass(
+        &self,
+        machine: &Name,
+        disk: &Name,
+        pass: PassNumber,
+        bytes: u64,
+        point_in_time: bool,
+    ) -> Result<Commit, Error> {
+        let mut recorded = None;
+        self.change(machine, disk, |known| {
+            let commit = match (&known.state, known.last_commit) {
+                (State::Synchronized, Some(commit)) if commit.pass == pass => commit,
+                (State::Receiving(open), _) if open.id == pass => {
+                    let commit = Commit { pass, time: now(), bytes, point_in_time };
+                    known.state = State::Synchronized;
+                    known.last_commit = Some(commit);
+                    commit
+                }
+                _ => return Err(format!("commit pass {pass}")),
+            };
+            recorded = Some(commit);
+            Ok(())
+        })?;
+        Ok(recorded.expect("a change that was accepted recorded its commit"))
+    }
+
+    /// Records that a write or a flush of a pass failed. The first reason is kept.
+    ///
+    /// # Errors
+    /// [`Error::Transition`] for any pass but the one that is open.
+    pub fn fault(&self, machine: &Name, disk: &Name, pass: PassNumber, reason: &str) -> Result<(), Error> {
+        self.change(machine, disk, |known| {
+            match &known.state {
+                State::Faulted(faulted, _) if faulted.id == pass => {}
+                State::Receiving(open) if open.id == pass => {
+                    let reason = reason[..reason.floor_char_boundary(file::MAX_REASON)].to_owned();
+                    known.state = State::Faulted(*open, Fault { time: now(), reason });
+                }
+                _ => return Err(format!("fault in pass {pass}")),
+            }
+            Ok(())
+        })
+    }
+
+    /// Reads, changes and writes one assignment under the lock. `step` says what it refused to do.
+    fn change(
+        &self,
+        machine: &Name,
+        disk: &Name,
+        step: impl FnOnce(&mut Assignment) -> Result<(), String>,
+    ) -> Result<(), Error> {
+        self.load(machine)?;
+        let _exclusive = self.exclusive()?;
+        let mut protection = self.load(machine)?;
+        let before = protection.clone();
+        let known = protection
+            .disks
+            .iter_mut()
+            .find(|known| known.name == *disk)
+            .ok_or_else(|| Error::NoDisk { machine: machine.clone(), disk: disk.clone() })?;
+        let from = match &known.state {
+            State::Receiving(pass) => format!("receiving pass {}", pass.id),
+            State::Faulted(pass, _) => format!("faulted in pass {}", pass.id),
+            state => state.name().to_owned(),
+        };
+        self.not_shared(machine, known)?;
+        step(known).map_err(|step| Error::Transition {
+            machine: machine.clone(),
+            disk: disk.clone(),
+            from,
+            step,
+        })?;
+        if protection == before { Ok(()) } else { self.write(&protection) }
+    }
+
+    /// Refuses a disk that another machine's file names as well, as after an edit by hand. Files that cannot be
+    /// read are passed over: they must not stop this machine, and were checked when the disk was assigned.
+    fn not_shared(&self, machine: &Name, disk: &Assignment) -> Result<(), Error> {
+        for (other, protection) in self.all()? {
+            let Ok(protection) = protection else { continue };
+            if other == *machine {
+                continue;
+            }
+            if let Some(theirs) = protection.disks.into_iter().find(|theirs| theirs.id == disk.id) {
+                return Err(Error::Shared { id: theirs.id, machine: other, disk: theirs.name });
+            }
+        }
+        Ok(())
+    }
+
+    fn exists(&self, machine: &Name) -> Result<bool, IoError> {
+        let path = self.file(machine);
+        path.try_exists().map_err(|error| IoError::new("look for", path.display().to_string(), error))
+    }
+
+    /// Waits for the lock under which files are changed. It is held for the change of one file.
+    fn exclusive(&self) -> Result<Exclusive, Error> {
+        create_directory(&self.machines)?;
+        let lock = lock(&self.machines.join(".lock"), FlockArg::LockExclusive)?;
+        Ok(Exclusive { _lock: lock })
+    }
+
+    /// Replaces the file of a machine, durably. The caller has the lock.
+    ///
+    /// What a crash leaves, step by step:
+    ///
+    /// 1. the temporary file is created or emptied, 2. written: the old file, and a temporary one that may be torn
+    ///    and that nobody reads; the next change empties it.
+    /// 3. the temporary file is synced: the same, but it is whole from here on, also after a power cut. Renamed
+    ///    before that, it could be found empty under its final name.
+    /// 4. it is renamed: the old file or the new one, each of them whole.
+    /// 5. the directory is synced: the new file. Only now the caller is told.
+    fn write(&self, protection: &Protection) -> Result<(), Error> {
+        let path = self.file(&protection.machine);
+        let target = path.display().to_string();
+        let text = file::encode(protection)
+            .map_err(|error| IoError::new("encode", &target, io::Error::other(error)))?;
+        let temporary = self.machines.join(format!(".{}.toml.tmp", protection.machine));
+        if let Err(error) = write_synced(&temporary, text.as_bytes()) {
+            // On a full file system the space is needed by whoever repairs it. That this fails as well changes
+            // nothing: the file has no meaning.
+            if let Err(also) = fs::remove_file(&temporary) {
+                tracing::debug!(file = %temporary.display(), error = %also, "left behind");
+            }
+            return Err(error.into());
+        }
+        fs::rename(&temporary, &path).map_err(|error| IoError::new("rename", &target, error))?;
+        sync_directory(&self.machines)?;
+        Ok(())
+    }
+}
+
+/// Now, to the second: that is what the files are read for.
+fn now() -> OffsetDateTime {
+    let now = OffsetDateTime::now_utc();
+    now.replace_nanosecond(0).unwrap_or(now)
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, IoError> {
+    let failed = |op, error| IoError::new(op, path.display().to_string(), error);
+    let file = File::open(path).map_err(|error| failed("open", error))?;
+    let mut bytes = Vec::new();
+    file.take(file::MAX_LEN + 1).read_to_end(&mut bytes).map_err(|error| failed("read", error))?;
+    if bytes.len() as u64 > file::MAX_LEN {
+        let error = io::Error::other(format!("longer than {} bytes: this is no protection", file::MAX_LEN));
+        return Err(failed("read", error));
+    }
+    Ok(bytes)
+}
+
+fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), IoError> {
+    let failed = |op, error| IoError::new(op, path.display().to_string(), error);
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(true).mode(0o640);
+    let mut file = options.open(path).map_err(|error| failed("create", error))?;
+    file.write_all(bytes).map_err(|error| failed("write", error))?;
+    file.sync_all().map_err(|error| failed("sync", error))
+}
+
+fn unlink(path: &Path) -> Result<(), IoError> {
+    fs::remove_file(path).map_err(|error| IoError::new("remove", path.display().to_string(), error))
+}
+
+fn sync_directory(path: &Path) -> Result<(), IoError> {
+    let failed = |op, error| IoError::new(op, path.display().to_string(), error);
+    let directory = File::open(path).map_err(|error| failed("open", error))?;
+    directory.sync_all().map_err(|error| failed("sync", error))
+}
+
+/// Creates a directory and what is missing above it, each entry durable in its parent.
+fn create_directory(path: &Path) -> Result<(), IoError> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    let Some(parent) = path.parent() else { return Ok(()) };
+    create_directory(parent)?;
+    match DirBuilder::new().mode(0o750).create(path) {
+        Ok(()) => sync_directory(parent),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
+        Err(error) => Err(IoError::new("create", path.display().to_string(), error)),
+    }
+}
+
+/// Opens, or creates, a file and takes an advisory lock of it.
+fn lock(path: &Path, how: FlockArg) -> Result<Flock<File>, IoError> {
+    let failed = |op, error: io::Error| IoError::new(op, path.display().to_string(), error);
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(0o640);
+    let mut file = options.open(path).map_err(|error| failed("open", error))?;
+    loop {
+        match Flock::lock(file, how) {
+            Ok(lock) => return Ok(lock),
+            Err((same, Errno::EINTR)) => file = same,
+            Err((_, errno)) => return Err(failed("lock", errno.into())),
+        }
+    }
+}
+
+/// What a lock that somebody else has means to the caller; other errors stay what they are.
+fn busy(error: IoError, taken: impl FnOnce() -> Error) -> Error {
+    if error.source.kind() == io::ErrorKind::WouldBlock { taken() } else { error.into() }
+}

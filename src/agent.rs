@@ -1,8 +1,240 @@
-//! The service: configuration, logging, the instance lock, the control socket, status and metrics.
+//! The service: configuration, logging, the instance lock, the control socket, status and metrics; and
+//! [`serve`], which wires them to the network and the disks.
 
 pub mod config;
 pub mod control;
 pub mod lock;
 pub mod logging;
 pub mod metrics;
+mod receive;
 pub mod status;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use sd_notify::NotifyState;
+use tokio::io::BufReader;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
+
+use crate::error::{IoError, chain};
+use crate::net::session::{self, Patience};
+use crate::net::tls::{self, HandshakeError};
+use crate::net::token::TokenStore;
+use crate::net::{keepalive, wire};
+use crate::protection::Store;
+use crate::storage::device;
+use config::Config;
+use control::Control;
+use receive::Receiver;
+use status::{Board, Live, Service};
+
+/// Why the service does not start, or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The operating system refused.
+    #[error(transparent)]
+    Io(#[from] IoError),
+    /// Another service runs.
+    #[error(transparent)]
+    Lock(#[from] lock::Error),
+    /// The control socket cannot be opened.
+    #[error("the control socket")]
+    Control(#[from] control::Error),
+    /// The keys cannot be made or read.
+    #[error("the keys of the service")]
+    Identity(#[from] tls::server::Error),
+}
+
+/// How much is read from a connection at once. TLS itself reads by records of 16 KiB at most, and by less where
+/// its own buffer is short: every one of those would be a system call.
+const READ_BUFFER: usize = 256 << 10;
+
+/// How long connections get to say goodbye when the service stops.
+const DRAIN: Duration = Duration::from_secs(8);
+
+/// Runs the service until SIGTERM or SIGINT.
+pub fn serve(config: Config) -> Result<(), Error> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .thread_name("net")
+        .build()
+        .map_err(|error| IoError::new("start", "the runtime", error))?;
+    runtime.block_on(run(config))
+}
+
+async fn run(config: Config) -> Result<(), Error> {
+    let directory = &config.state_dir;
+    std::fs::create_dir_all(directory)
+        .map_err(|error| IoError::new("create", directory.display().to_string(), error))?;
+    let _instance = lock::Instance::acquire(directory)?;
+    let identity = tls::server::Identity::load_or_create(directory)?;
+    let acceptor = TlsAcceptor::from(identity.server_config()?);
+    let engine = device::probe(config.engine)?;
+    let listener = config.bind()?;
+    let listener = TcpListener::from_std(listener)
+        .map_err(|error| IoError::new("listen at", config.listen.to_string(), error))?;
+    let listen = listener
+        .local_addr()
+        .map_err(|error| IoError::new("ask for the address of", config.listen.to_string(), error))?;
+    let store = Store::open(&config.retention_dir);
+    let live = Live::default();
+    let service = Arc::new(Service::new(listen, engine.clone()));
+    let board = Arc::new(Board::new(service.clone(), live.clone(), store.clone()));
+    let control = Control::bind(&config.control_socket)?;
+    let (stop, stopping) = watch::channel(false);
+    let mut asked_to_stop = stopping.clone();
+    let control = tokio::spawn(control.serve(board, async move {
+        // An error means that the sender is gone, and with it the service.
+        asked_to_stop.wait_for(|stop| *stop).await.ok();
+    }));
+    let fingerprint = identity.fingerprint();
+    tracing::info!(%listen, engine = %engine, %fingerprint, "listening");
+    let tokens = TokenStore::new(directory);
+    let front = Front {
+        acceptor,
+        places: Arc::new(Semaphore::new(config.max_sessions as usize)),
+        patience: Patience { idle: config.idle_timeout, ..Patience::default() },
+        service,
+        stopping,
+        host: Arc::new(Receiver { config, identity, tokens, store, live }),
+    };
+    tell_systemd(&[NotifyState::Ready, NotifyState::Status(&format!("listening at {listen}"))]);
+    let result = front.accept(listener).await;
+    tell_systemd(&[NotifyState::Stopping]);
+    stop.send(true).ok();
+    let mut sessions = result?;
+    let drained = timeout(DRAIN, async { while sessions.join_next().await.is_some() {} }).await;
+    if drained.is_err() {
+        tracing::warn!(sessions = sessions.len(), "connections did not end in time and are cut");
+        sessions.shutdown().await;
+    }
+    match timeout(DRAIN, control).await {
+        Ok(Ok(served)) => served?,
+        Ok(Err(_)) | Err(_) => tracing::warn!("the control socket did not end in time"),
+    }
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// Where there is no systemd, nobody listens: that is no error.
+fn tell_systemd(states: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
+        tracing::warn!(%error, "systemd could not be notified");
+    }
+}
+
+/// Takes connections.
+#[derive(Clone)]
+struct Front {
+    acceptor: TlsAcceptor,
+    places: Arc<Semaphore>,
+    patience: Patience,
+    service: Arc<Service>,
+    stopping: watch::Receiver<bool>,
+    host: Arc<Receiver>,
+}
+
+impl Front {
+    /// Until a signal; returns the sessions that still run.
+    async fn accept(&self, listener: TcpListener) -> Result<JoinSet<()>, Error> {
+        let failed = |error| IoError::new("wait for", "signals", error);
+        let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+        let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+        let mut sessions = JoinSet::new();
+        loop {
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                // Ends of sessions are collected as they come.
+                Some(_) = sessions.join_next() => continue,
+                _ = terminate.recv() => return Ok(sessions),
+                _ = interrupt.recv() => return Ok(sessions),
+            };
+            match accepted {
+                Ok((stream, peer)) => {
+                    let Ok(place) = self.places.clone().try_acquire_owned() else {
+                        self.service.refused_total.fetch_add(1, Ordering::Relaxed);
+                        tracing::warn!(%peer, "refused: `max_sessions` connections are open");
+                        continue;
+                    };
+                    let front = self.clone();
+                    sessions.spawn(async move {
+                        front.talk(stream, peer).await;
+                        drop(place);
+                    });
+                }
+                Err(error) => {
+                    // Out of descriptors, or the peer was gone already: the next try may do.
+                    tracing::warn!(%error, "a connection could not be taken");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+    }
+
+    async fn talk(&self, stream: TcpStream, peer: SocketAddr) {
+        self.service.sessions.fetch_add(1, Ordering::Relaxed);
+        self.service.sessions_total.fetch_add(1, Ordering::Relaxed);
+        match self.session(stream, peer).await {
+            Ok(()) => tracing::debug!(%peer, "connection ended"),
+            Err(error) => {
+                if error.is_refusal() {
+                    self.service.refused_total.fetch_add(1, Ordering::Relaxed);
+                }
+                if error.is_bad_frame() {
+                    self.service.bad_frames_total.fetch_add(1, Ordering::Relaxed);
+                }
+                tracing::warn!(%peer, error = chain(&error), "connection ended");
+            }
+        }
+        self.service.sessions.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    async fn session(&self, stream: TcpStream, peer: SocketAddr) -> Result<(), SessionError> {
+        keepalive::set(&stream).map_err(HandshakeError::Io)?;
+        let buffered = BufReader::with_capacity(READ_BUFFER, stream);
+        let handshake = timeout(self.patience.handshake, self.acceptor.accept(buffered));
+        let stream = handshake.await.map_err(|_| SessionError::Slow)?.map_err(HandshakeError::from)?;
+        let machine = tls::machine_of(stream.get_ref().1.peer_certificates())?;
+        let (host, stopping) = (self.host.clone(), self.stopping.clone());
+        Ok(session::serve(stream, peer, machine, host, self.patience, stopping).await?)
+    }
+}
+
+/// Why a connection ended early.
+#[derive(Debug, thiserror::Error)]
+enum SessionError {
+    #[error("no TLS")]
+    Handshake(#[from] HandshakeError),
+    #[error("the TLS handshake took too long")]
+    Slow,
+    #[error("the client's certificate names no machine")]
+    Name(#[from] tls::NameError),
+    #[error(transparent)]
+    Session(#[from] session::Error),
+}
+
+impl SessionError {
+    /// Whether the peer was not let in.
+    fn is_refusal(&self) -> bool {
+        match self {
+            SessionError::Handshake(_) | SessionError::Name(_) => true,
+            SessionError::Slow | SessionError::Session(_) => false,
+        }
+    }
+
+    fn is_bad_frame(&self) -> bool {
+        matches!(
+            self,
+            SessionError::Session(session::Error::Wire(
+                wire::Error::Frame(_) | wire::Error::PayloadChecksum { .. } | wire::Error::Message(_)
+            ))
+        )
+    }
+}

@@ -1,12 +1,20 @@
 //! The command line: one file a subcommand, each with its arguments and its `run`.
 
+mod discover_disks;
 mod enroll;
+mod places;
+mod protect;
+mod send;
+mod serve;
+mod status;
+mod table;
 mod token;
 
 use std::error::Error;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use mt_agent::error::chain;
 
 /// Where the agent keeps its keys and records unless told otherwise.
 const STATE_DIR: &str = "/var/lib/mt-agent";
@@ -43,16 +51,27 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    Enroll(enroll::Args),
+    DiscoverDisks(discover_disks::Args),
+    #[command(subcommand)]
+    Protect(protect::Command),
     Token(token::Args),
+    Enroll(enroll::Args),
+    Serve(serve::Args),
+    Send(send::Args),
+    Status(status::Args),
 }
 
 /// Parses the command line, runs the subcommand and reports how it ended.
 pub fn run() -> ExitCode {
     let cli = Cli::parse();
     let result: Result<(), Failure> = match cli.command {
-        Command::Enroll(args) => enroll::run(args),
+        Command::DiscoverDisks(args) => discover_disks::run(args),
+        Command::Protect(command) => protect::run(command),
         Command::Token(args) => token::run(args),
+        Command::Enroll(args) => enroll::run(args),
+        Command::Serve(args) => serve::run(args),
+        Command::Send(args) => send::run(args),
+        Command::Status(args) => status::run(args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -65,16 +84,4 @@ pub fn run() -> ExitCode {
             ExitCode::from(code)
         }
     }
-}
-
-/// An error and all its sources on one line, outermost first.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        next = cause.source();
-    }
-    text
 }

@@ -86,7 +86,9 @@ pub enum Error {
     #[error("the master target did not answer within {0:?}")]
     Silent(Duration),
     /// Payloads arrive damaged again and again, although TLS guards the way between.
-    #[error("{0} frames arrived with a bad checksum: suspect the memory of this machine or of the master target")]
+    #[error(
+        "{0} frames arrived with a bad checksum: suspect the memory of this machine or of the master target"
+    )]
     Damaged(u64),
 }
 

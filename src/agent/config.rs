@@ -18,13 +18,13 @@ use std::io::{self, Read};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::time::Duration;
 
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use crate::error::IoError;
+use crate::storage::device::EngineChoice;
 use crate::units::ByteLen;
 
 /// Where the main file is looked for when none is given.
@@ -35,7 +35,7 @@ pub const DEFAULT_SNIPPETS: &str = "/etc/mt-agent/conf.d";
 pub const DEFAULT_CONTROL_SOCKET: &str = "/run/mt-agent/control.sock";
 
 const MAX_LEN: u64 = 1 << 20;
-const WINDOW: Range<u64> = 2 * ByteLen::MIB..256 * ByteLen::MIB + 1;
+pub(super) const WINDOW: Range<u64> = 2 * ByteLen::MIB..256 * ByteLen::MIB + 1;
 const MAX_SESSIONS: Range<i64> = 1..4097;
 const IDLE: Range<Duration> = Duration::from_secs(1)..Duration::from_secs(24 * 60 * 60 + 1);
 const KEYS: [&str; 9] = [
@@ -78,46 +78,6 @@ impl Default for Config {
         Given::default().complete()
     }
 }
-
-/// Which engine is configured for writing.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum EngineChoice {
-    /// io_uring where the kernel has it and allows it, else threads.
-    #[default]
-    Auto,
-    /// io_uring or nothing.
-    IoUring,
-    /// Threads.
-    Threads,
-}
-
-impl FromStr for EngineChoice {
-    type Err = ParseEngineError;
-
-    fn from_str(text: &str) -> Result<EngineChoice, ParseEngineError> {
-        match text {
-            "auto" => Ok(EngineChoice::Auto),
-            "io-uring" => Ok(EngineChoice::IoUring),
-            "threads" => Ok(EngineChoice::Threads),
-            _ => Err(ParseEngineError(text.escape_debug().collect())),
-        }
-    }
-}
-
-impl std::fmt::Display for EngineChoice {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.pad(match self {
-            EngineChoice::Auto => "auto",
-            EngineChoice::IoUring => "io-uring",
-            EngineChoice::Threads => "threads",
-        })
-    }
-}
-
-/// Why a text is no engine.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is no engine: use auto, io-uring or threads")]
-pub struct ParseEngineError(String);
 
 /// Why there is no configuration.
 #[derive(Debug, thiserror::Error)]
@@ -276,8 +236,11 @@ impl Given {
             "retention_dir" => self.retention_dir = Some(path(value)?),
             "control_socket" => self.control_socket = Some(path(value)?),
             "engine" => {
-                self.engine =
-                    Some(text(value)?.parse().map_err(|error: ParseEngineError| error.to_string())?);
+                self.engine = Some(
+                    text(value)?
+                        .parse()
+                        .map_err(|error: crate::storage::device::ParseEngineError| error.to_string())?,
+                );
             }
             "window" => self.window = Some(window(value)?),
             "max_sessions" => self.max_sessions = Some(max_sessions(value)?),

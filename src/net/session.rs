@@ -7,13 +7,13 @@
 
 use std::net::SocketAddr;
 use std::pin::pin;
-use std::sync::{Arc, OnceLock};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use time::OffsetDateTime;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
-use tokio::sync::{Mutex, Notify, oneshot};
+use tokio::sync::{Mutex, Notify, oneshot, watch};
 use tokio::time::timeout;
 
 use super::compress;
@@ -22,6 +22,7 @@ use super::message::{
     self, Begin, BeginReply, Code, Commit, Committed, Enroll, EnrollReply, Hello, HelloReply, Open, OpenReply,
 };
 use super::wire;
+use crate::error::chain;
 use crate::name::Name;
 use crate::units::Extent;
 use crate::volume::counters::{Counters, Phase};
@@ -103,21 +104,22 @@ impl Error {
     }
 }
 
-/// Speaks with one client until it closes the connection. `machine` is the one that its certificate names;
-/// without one it may only enrol.
+/// Speaks with one client until it closes the connection, or until `stopping` becomes true. `machine` is the one
+/// that its certificate names; without one it may only enrol.
 pub async fn serve<S>(
     stream: S,
     peer: SocketAddr,
     machine: Option<Name>,
     host: Arc<dyn Host>,
     patience: Patience,
+    stopping: watch::Receiver<bool>,
 ) -> Result<(), Error>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let (mut reader, writer) = tokio::io::split(stream);
     let writer = Mutex::new(writer);
-    let result = converse(&mut reader, &writer, peer, machine, host, patience).await;
+    let result = converse(&mut reader, &writer, peer, machine, host, patience, stopping).await;
     let mut writer = writer.into_inner();
     if let Err(error) = &result
         && let Some(last_word) = error.to_peer()
@@ -137,10 +139,7 @@ where
 /// How long the end of a session may take, a step.
 const CLOSING: Duration = Duration::from_secs(3);
 
-async fn within<T>(
-    limit: Duration,
-    next: impl Future<Output = Result<T, wire::Error>>,
-) -> Result<T, Error> {
+async fn within<T>(limit: Duration, next: impl Future<Output = Result<T, wire::Error>>) -> Result<T, Error> {
     match timeout(limit, next).await {
         Ok(result) => Ok(result?),
         Err(_) => Err(Error::Silent(limit)),
@@ -161,6 +160,7 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
     machine: Option<Name>,
     host: Arc<dyn Host>,
     patience: Patience,
+    stopping: watch::Receiver<bool>,
 ) -> Result<(), Error> {
     let hello: Hello = match within(patience.handshake, wire::read_message(reader)).await {
         // A port scan, or a health check.
@@ -178,8 +178,7 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
             let text = "this connection has no client certificate; enrol the machine with `mt-agent enroll`";
             return Err(message::Error::new(Code::NotAuthorized, text).into());
         }
-        let request: Enroll =
-            within(patience.handshake, wire::read_message_body(reader, &header)).await?;
+        let request: Enroll = within(patience.handshake, wire::read_message_body(reader, &header)).await?;
         let reply = off_runtime(move || host.enroll(peer, &request)).await??;
         return Ok(wire::write_message(&mut *writer.lock().await, 0, &reply).await?);
     };
@@ -210,7 +209,7 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
     };
     let result = async {
         wire::write_message(&mut *writer.lock().await, 0, &reply).await?;
-        pass.run(reader, writer, fault).await
+        pass.run(reader, writer, fault, stopping).await
     }
     .await;
     // The device is closed before the connection is: a sender that connects again finds it free.
@@ -218,12 +217,7 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
     off_runtime(move || volume.close()).await?;
     match result {
         Err(Ended::Faulted(fault)) => {
-            let mut text = String::from("the target disk failed");
-            let mut next: Option<&dyn std::error::Error> = Some(&*fault.0);
-            while let Some(cause) = next {
-                text.push_str(&format!(": {cause}"));
-                next = cause.source();
-            }
+            let text = format!("the target disk failed: {}", chain(&*fault.0));
             off_runtime(move || passes.fault(&fault)).await??;
             Err(message::Error::new(Code::Io, text).into())
         }
@@ -322,6 +316,7 @@ impl Receiving {
         reader: &mut ReadHalf<S>,
         writer: &Mutex<WriteHalf<S>>,
         fault: oneshot::Receiver<Fault>,
+        mut stopping: watch::Receiver<bool>,
     ) -> Result<(), Ended> {
         let report = self.report.clone();
         let mut progress = pin!(report_progress(&report, writer));
@@ -333,6 +328,10 @@ impl Receiving {
                 // It returns early only where writing fails.
                 result = &mut progress => return result.map_err(|error| Ended::Session(error.into())),
                 Ok(fault) = &mut fault => Err(Ended::Faulted(fault)),
+                Ok(_) = stopping.wait_for(|stop| *stop) => {
+                    let text = "the service stops; run `mt-agent send` again once it is back";
+                    Err(message::Error::new(Code::ShuttingDown, text).into())
+                }
             }
         };
         // Not dropped in the middle of a frame: what comes after it must be readable.
@@ -349,12 +348,17 @@ impl Receiving {
     ) -> Result<(), Error> {
         loop {
             let header = match within(self.patience.idle, wire::read_header(reader)).await {
-                Err(Error::Wire(wire::Error::Closed)) if !self.pass.as_ref().is_some_and(|pass| pass.open) => return Ok(()),
+                Err(Error::Wire(wire::Error::Closed))
+                    if !self.pass.as_ref().is_some_and(|pass| pass.open) =>
+                {
+                    return Ok(());
+                }
                 other => other?,
             };
             match header.kind {
                 Kind::Begin => {
-                    let begin = within(self.patience.handshake, wire::read_message_body(reader, &header)).await?;
+                    let begin =
+                        within(self.patience.handshake, wire::read_message_body(reader, &header)).await?;
                     self.begin(begin).await?;
                     wire::write_message(&mut *writer.lock().await, 0, &BeginReply {}).await?;
                 }
@@ -372,7 +376,8 @@ impl Receiving {
                     self.volume.zero(extent, header.window_cost()).map_err(out_of_range)?;
                 }
                 Kind::Commit => {
-                    let commit = within(self.patience.handshake, wire::read_message_body(reader, &header)).await?;
+                    let commit =
+                        within(self.patience.handshake, wire::read_message_body(reader, &header)).await?;
                     let committed = self.commit(commit).await?;
                     wire::write_message(&mut *writer.lock().await, header.sequence, &committed).await?;
                 }
@@ -452,9 +457,8 @@ impl Receiving {
             other => other?,
         }
         if header.encoding != Encoding::Raw {
-            compress::unpack(header.encoding, &self.compressed, &mut buffer).map_err(|source| {
-                wire::Error::Compression { sequence: header.sequence, source }
-            })?;
+            compress::unpack(header.encoding, &self.compressed, &mut buffer)
+                .map_err(|source| wire::Error::Compression { sequence: header.sequence, source })?;
         }
         if let Some(pass) = &mut self.pass {
             pass.written += extent.len();

@@ -204,7 +204,9 @@ mod tests {
             encoder.chunk((index << 20) as u64, buffer, &mut copied);
             // The arena holds one chunk: what refers to it is copied out.
             pieces.extend(copied.into_iter().map(|piece| match piece.payload {
-                Payload::Raw(..) => Piece { payload: Payload::Packed(piece.payload.bytes().to_vec()), ..piece },
+                Payload::Raw(..) => {
+                    Piece { payload: Payload::Packed(piece.payload.bytes().to_vec()), ..piece }
+                }
                 _ => piece,
             }));
         }

@@ -110,7 +110,8 @@ async fn begin<S: AsyncRead + AsyncWrite + Unpin>(
     wire::write_message(stream, 0, &open).await?;
     let reply: OpenReply = wire::read_message(stream).await.map_err(refused)?;
     let mut id = [0; 16];
-    getrandom::fill(&mut id).map_err(|error| wire::Error::Io { op: "draw random bits", source: error.into() })?;
+    getrandom::fill(&mut id)
+        .map_err(|error| wire::Error::Io { op: "draw random bits", source: error.into() })?;
     let pass = PassId(u128::from_le_bytes(id));
     wire::write_message(stream, 0, &Begin { pass, kind: PassKind::Initial }).await?;
     let BeginReply {} = wire::read_message(stream).await.map_err(refused)?;
@@ -251,4 +252,3 @@ impl Shared {
         Ok(())
     }
 }
-

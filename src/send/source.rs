@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -13,6 +13,7 @@ use tokio::sync::mpsc::Sender;
 
 use super::encode::{Encoder, Piece};
 use super::{Compression, Progress};
+use crate::disk::discover::{Sysroot, roles};
 use crate::error::IoError;
 use crate::storage::device::{Device, EngineChoice};
 use crate::storage::{Action, Completion, Geometry, Request, Storage};
@@ -93,6 +94,18 @@ impl Source {
     /// The logical sector size in bytes; 512 for an image file.
     pub fn sector(&self) -> u32 {
         self.sector
+    }
+
+    /// What of this host's is mounted on the source, one fact a line: while it is, what is read changes.
+    pub fn mounts(&self, sysroot: &Sysroot) -> Vec<String> {
+        match self.file.metadata() {
+            Ok(metadata) if metadata.file_type().is_block_device() => {
+                let (major, minor) =
+                    (nix::sys::stat::major(metadata.rdev()), nix::sys::stat::minor(metadata.rdev()));
+                roles::mounted(sysroot, &format!("{major}:{minor}"))
+            }
+            _ => Vec::new(),
+        }
     }
 
     /// The whole source.
@@ -208,9 +221,10 @@ impl Reader {
         while at < extent.end() {
             let len = (extent.end() - at).min(CHUNK as u64) as usize;
             let mut buffer = self.arena.alloc_blocking(len);
-            self.source.file.read_exact_at(&mut buffer, at).map_err(|error| {
-                IoError::at("read", self.source.path.display().to_string(), at, error)
-            })?;
+            self.source
+                .file
+                .read_exact_at(&mut buffer, at)
+                .map_err(|error| IoError::at("read", self.source.path.display().to_string(), at, error))?;
             self.emit(at, buffer)?;
             at += len as u64;
         }

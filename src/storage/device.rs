@@ -7,6 +7,7 @@ use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
@@ -18,8 +19,7 @@ use crate::sys::ring::{Done, Op, Ring};
 use crate::units::Extent;
 
 /// Which engine to use.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum EngineChoice {
     /// io_uring where it works, else threads.
     #[default]
@@ -29,6 +29,34 @@ pub enum EngineChoice {
     /// The pool of threads.
     Threads,
 }
+
+impl FromStr for EngineChoice {
+    type Err = ParseEngineError;
+
+    fn from_str(text: &str) -> Result<EngineChoice, ParseEngineError> {
+        match text {
+            "auto" => Ok(EngineChoice::Auto),
+            "io-uring" => Ok(EngineChoice::IoUring),
+            "threads" => Ok(EngineChoice::Threads),
+            _ => Err(ParseEngineError(text.escape_debug().collect())),
+        }
+    }
+}
+
+impl fmt::Display for EngineChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            EngineChoice::Auto => "auto",
+            EngineChoice::IoUring => "io-uring",
+            EngineChoice::Threads => "threads",
+        })
+    }
+}
+
+/// Why a text is no engine.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is no engine: use auto, io-uring or threads")]
+pub struct ParseEngineError(String);
 
 /// The engine that runs, and why it was chosen.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]

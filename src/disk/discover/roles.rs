@@ -89,7 +89,8 @@ impl Usage {
                 .map(|(_, point)| point.clone())
         });
         for (devno, point) in mounts {
-            let retention = covering.as_ref() == Some(&point) && !HOST.iter().any(|host| Path::new(host) == point);
+            let retention =
+                covering.as_ref() == Some(&point) && !HOST.iter().any(|host| Path::new(host) == point);
             let mounts = usage.mounts.entry(devno).or_default();
             if !mounts.iter().any(|mount| mount.point == point) {
                 mounts.push(Mount { point, retention });
@@ -165,7 +166,9 @@ impl Usage {
             let dir = if sysroot.path(&block).exists() { block } else { format!("sys/class/block/{holder}") };
             self.walk(sysroot, &holder, &dir, &format!("{title} on {label}"), own, depth + 1, found);
         }
-        for part in sysroot.names(dir).iter().filter(|entry| entry.len() > name.len() && entry.starts_with(name)) {
+        for part in
+            sysroot.names(dir).iter().filter(|entry| entry.len() > name.len() && entry.starts_with(name))
+        {
             let part_dir = format!("{dir}/{part}");
             if sysroot.path(format!("{part_dir}/partition")).exists() {
                 let label = label.strip_prefix(name).map_or(part.clone(), |rest| format!("{part}{rest}"));
@@ -173,6 +176,19 @@ impl Usage {
             }
         }
     }
+}
+
+/// What is mounted on (or swaps on) the block device with this number, a disk or a partition: one fact a line,
+/// as `sda2 is mounted on /home`.
+pub fn mounted(sysroot: &Sysroot, devno: &str) -> Vec<String> {
+    let Ok(target) = std::fs::read_link(sysroot.path(format!("sys/dev/block/{devno}"))) else {
+        return Vec::new();
+    };
+    let Some(name) = target.file_name().and_then(|name| name.to_str()) else { return Vec::new() };
+    let mut found = Findings::default();
+    let dir = format!("sys/class/block/{name}");
+    Usage::read(sysroot, None).walk(sysroot, name, &dir, name, None, 0, &mut found);
+    if found.system { found.evidence } else { Vec::new() }
 }
 
 /// How a holder is called, and what it is to the device it holds.
@@ -246,9 +262,13 @@ mod tests {
 
     #[test]
     fn a_line_of_mountinfo_gives_number_point_and_source() {
-        let line = r"36 35 98:0 /mnt1 /mnt\040two/\134x rw,noatime master:1 - ext3 /dev/root rw,errors=continue";
+        let line =
+            r"36 35 98:0 /mnt1 /mnt\040two/\134x rw,noatime master:1 - ext3 /dev/root rw,errors=continue";
         let (devno, point, source) = mountinfo(line).unwrap();
-        assert_eq!((devno.as_str(), point.to_str().unwrap(), source.as_str()), ("98:0", r"/mnt two/\x", "/dev/root"));
+        assert_eq!(
+            (devno.as_str(), point.to_str().unwrap(), source.as_str()),
+            ("98:0", r"/mnt two/\x", "/dev/root")
+        );
         assert!(mountinfo("").is_none());
         assert!(mountinfo("36 35 98:0 / /mnt rw shared:1 propagate_from:2").is_none());
         assert_eq!(unescape(r"\400\09\"), r"\400\09\");

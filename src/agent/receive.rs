@@ -1,0 +1,181 @@
+//! What the service lets a session touch: the protections, and the disks that they name.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use time::OffsetDateTime;
+
+use super::config::Config;
+use super::status::{Live, Shown};
+use crate::disk::device::{self, Refusal, TargetOptions, open_target};
+use crate::disk::discover::Options;
+use crate::error::{IoError, chain};
+use crate::name::Name;
+use crate::net::frame::MAX_DATA;
+use crate::net::message::{self, Begin, Code, Commit, Enroll, EnrollReply, Open};
+use crate::net::session::{Host, Opened, Passes};
+use crate::net::token::TokenStore;
+use crate::net::{enrolment, tls};
+use crate::protection::{self, Hold, PassNumber, Store};
+use crate::storage::Geometry;
+use crate::storage::device::Device;
+use crate::sys::aligned::Arena;
+use crate::units::ByteLen;
+use crate::volume::counters::Counters;
+use crate::volume::{Events, Fault, Volume};
+
+/// How many requests to one disk are under way at once.
+const DEPTH: usize = 32;
+
+/// The service, as a session sees it.
+#[derive(Debug)]
+pub(super) struct Receiver {
+    pub(super) config: Config,
+    pub(super) identity: tls::server::Identity,
+    pub(super) tokens: TokenStore,
+    pub(super) store: Store,
+    pub(super) live: Live,
+}
+
+impl Host for Receiver {
+    fn enroll(&self, peer: SocketAddr, request: &Enroll) -> Result<EnrollReply, message::Error> {
+        enrolment::handle(request, peer, &self.tokens, &self.identity, OffsetDateTime::now_utc())
+            .map_err(|refused| refused.to_peer())
+    }
+
+    fn open(&self, machine: &Name, open: &Open, events: Events) -> Result<Opened, message::Error> {
+        // First the hold: from here on nobody takes the disk away from the machine.
+        let hold = self.store.hold(machine).map_err(|error| refuse(&error))?;
+        let protection = self.store.load(machine).map_err(|error| refuse(&error))?;
+        let Some(assignment) = protection.disk(&open.disk) else {
+            let error = protection::Error::NoDisk { machine: machine.clone(), disk: open.disk.clone() };
+            return Err(refuse(&error));
+        };
+        if assignment.id.backing_file().is_some() && !self.config.allow_loop {
+            let text = format!("{} is a loop device, and `allow_loop` is not set", assignment.id);
+            return Err(message::Error::new(Code::Refused, text));
+        }
+        let discovery = Options {
+            assigned: self.store.assigned().map_err(|error| refuse(&error))?,
+            retention: Some(self.config.retention_dir.clone()),
+            ..Options::default()
+        };
+        let machine_name = Some(machine.to_string());
+        let options = TargetOptions { discovery, machine: machine_name, at_least: ByteLen(open.size) };
+        let disk = open_target(&assignment.id, &options).map_err(|error| not_opened(&error))?;
+        for note in &disk.notes {
+            tracing::warn!(%machine, disk = %open.disk, id = %disk.id, note);
+        }
+        let failed = |error: IoError| message::Error::new(Code::Internal, chain(&error));
+        let arena = usize::try_from(self.config.window.0)
+            .map_err(io::Error::other)
+            .and_then(Arena::new)
+            .map_err(|error| failed(IoError::new("map", "a window", error)))?;
+        let geometry = Geometry { size: disk.size.0, block: disk.logical_block };
+        let choice = self.config.engine;
+        let (storage, engine) =
+            Device::new(disk.file, disk.id.to_string(), geometry, choice, DEPTH, &arena).map_err(failed)?;
+        tracing::info!(
+            %machine, disk = %open.disk, id = %disk.id, node = %disk.node.display(), engine = %engine,
+            size = %disk.size, source = %ByteLen(open.size), "volume opened"
+        );
+        let counters = Arc::new(Counters::new(open.size, engine));
+        let volume =
+            Volume::start(open.disk.as_str(), Box::new(storage), open.size, arena, events).map_err(failed)?;
+        let ledger = Ledger {
+            store: self.store.clone(),
+            machine: machine.clone(),
+            disk: open.disk.clone(),
+            pass: None,
+            counters: counters.clone(),
+            _shown: self.live.show(machine.clone(), open.disk.clone(), counters.clone()),
+            _hold: hold,
+        };
+        Ok(Opened {
+            volume,
+            device_size: disk.size.0,
+            block: disk.logical_block,
+            window: self.config.window.0,
+            counters,
+            passes: Box::new(ledger),
+        })
+    }
+}
+
+// The smallest window that can be configured holds several data frames, whatever the arena's fragmentation.
+const _: () = assert!(super::config::WINDOW.start >= 2 * MAX_DATA);
+
+/// Writes the passes of one volume to its protection.
+struct Ledger {
+    store: Store,
+    machine: Name,
+    disk: Name,
+    pass: Option<PassNumber>,
+    counters: Arc<Counters>,
+    _shown: Shown,
+    _hold: Hold,
+}
+
+impl Passes for Ledger {
+    fn begin(&mut self, begin: &Begin) -> Result<(), message::Error> {
+        let pass = PassNumber(begin.pass.0);
+        self.store.begin_pass(&self.machine, &self.disk, pass).map_err(|error| refuse(&error))?;
+        self.pass = Some(pass);
+        tracing::info!(machine = %self.machine, disk = %self.disk, %pass, "pass began");
+        Ok(())
+    }
+
+    fn commit(&mut self, commit: &Commit) -> Result<OffsetDateTime, message::Error> {
+        let pass = PassNumber(commit.pass.0);
+        let recorded = self
+            .store
+            .commit_pass(&self.machine, &self.disk, pass, commit.bytes, commit.point_in_time)
+            .map_err(|error| refuse(&error))?;
+        tracing::info!(machine = %self.machine, disk = %self.disk, %pass, bytes = commit.bytes, "pass committed");
+        Ok(recorded.time)
+    }
+
+    fn fault(&mut self, fault: &Fault) -> Result<(), message::Error> {
+        let reason = chain(&*fault.0);
+        tracing::error!(machine = %self.machine, disk = %self.disk, reason, "volume faulted");
+        self.counters.fault(reason.clone());
+        match self.pass {
+            Some(pass) => {
+                self.store.fault(&self.machine, &self.disk, pass, &reason).map_err(|error| refuse(&error))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// What the peer is told of a protection that cannot be used.
+fn refuse(error: &protection::Error) -> message::Error {
+    let code = match error {
+        protection::Error::NoMachine { .. } => Code::UnknownMachine,
+        protection::Error::NoDisk { .. } => Code::UnknownDisk,
+        protection::Error::Io(io) if out_of_space(&io.source) => Code::NoSpace,
+        _ if error.is_refusal() => Code::Refused,
+        _ => Code::Internal,
+    };
+    if code == Code::Internal || code == Code::NoSpace {
+        tracing::error!(error = chain(error), "the protection cannot be read or written");
+    }
+    message::Error::new(code, chain(error))
+}
+
+fn out_of_space(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// What the peer is told of a disk that cannot be opened.
+fn not_opened(error: &device::Error) -> message::Error {
+    let code = match error {
+        device::Error::Refused { reason: Refusal::TooSmall { .. }, .. } => Code::SizeMismatch,
+        device::Error::Refused { reason: Refusal::Busy(_), .. } => Code::Busy,
+        device::Error::Io(_) | device::Error::Discover(_) => Code::Io,
+        _ => Code::Refused,
+    };
+    tracing::warn!(error = chain(error), "target refused");
+    message::Error::new(code, chain(error))
+}

@@ -1,0 +1,49 @@
+//! `mt-agent serve`: the service.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use mt_agent::agent::{self, logging};
+use mt_agent::storage::device::EngineChoice;
+
+use super::Failure;
+use super::places::Places;
+
+/// Receive the blocks of protected machines and write them to their target disks
+#[derive(clap::Args)]
+pub struct Args {
+    /// Where to take connections, instead of the configured address
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    listen: Option<SocketAddr>,
+    /// The control socket, instead of the configured one
+    #[arg(long, value_name = "PATH")]
+    control_socket: Option<PathBuf>,
+    /// How to write: auto, io-uring or threads
+    #[arg(long)]
+    engine: Option<EngineChoice>,
+    /// Take loop devices as targets, for trials
+    #[arg(long)]
+    allow_loop: bool,
+    /// How to log: text, json or journald; by default what fits the surroundings
+    #[arg(long)]
+    log_format: Option<logging::Format>,
+    /// What to log: error, warn, info, debug or trace, or a filter such as mt_agent::net=debug,info
+    #[arg(long, value_name = "FILTER")]
+    log_level: Option<String>,
+    #[command(flatten)]
+    places: Places,
+}
+
+pub fn run(args: Args) -> Result<(), Failure> {
+    let mut config = args.places.load()?;
+    config.listen = args.listen.unwrap_or(config.listen);
+    config.control_socket = args.control_socket.unwrap_or(config.control_socket);
+    config.engine = args.engine.unwrap_or(config.engine);
+    config.allow_loop |= args.allow_loop;
+    logging::init(args.log_format, args.log_level.as_deref()).map_err(Failure::failed)?;
+    agent::serve(config).map_err(|error| match error {
+        agent::Error::Lock(agent::lock::Error::Refused { .. }) => Failure::refused(error),
+        agent::Error::Control(agent::control::Error::Refused(_)) => Failure::refused(error),
+        _ => Failure::failed(error),
+    })
+}

@@ -63,7 +63,7 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
     // The thread was just started, and holds the other end.
     extents.send(job.source.extent()).ok();
 
-    let (mut reader, writer) = tokio::io::split(stream);
+    let (mut reader, mut writer) = tokio::io::split(stream);
     let shared = Shared {
         pass,
         window: reply.window,
@@ -74,16 +74,23 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
         refused_bytes: AtomicU64::new(0),
         news: Notify::new(),
     };
-    let mut listen = pin!(shared.listen(&mut reader, &job.progress));
-    let talk = pin!(shared.talk(writer, pieces, job));
-    let failed = tokio::select! {
-        result = &mut listen => return result,
-        error = talk => error,
+    let failed = {
+        let mut listen = pin!(shared.listen(&mut reader, &job.progress));
+        let talk = pin!(shared.talk(&mut writer, pieces, job));
+        tokio::select! {
+            result = &mut listen => Ok(result?),
+            error = talk => Err((error, timeout(LAST_WORD, listen).await)),
+        }
     };
-    // Where writing failed, the peer has likely said why before it closed: that is the better answer.
-    match (&failed, timeout(LAST_WORD, listen).await) {
-        (Error::Wire(wire::Error::Io { .. }), Ok(result)) => result,
-        _ => Err(failed),
+    match failed {
+        Ok(committed) => {
+            // Everything is acknowledged: that the goodbye arrives makes no difference.
+            timeout(LAST_WORD, writer.shutdown()).await.ok();
+            Ok(committed)
+        }
+        // Where writing failed, the peer has likely said why before it closed: that is the better answer.
+        Err((Error::Wire(wire::Error::Io { .. }), Ok(result))) => result,
+        Err((error, _)) => Err(error),
     }
 }
 
@@ -180,11 +187,11 @@ impl Shared {
     /// Sends everything and the commit; returns only what failed.
     async fn talk<S: AsyncRead + AsyncWrite>(
         &self,
-        mut writer: WriteHalf<S>,
+        writer: &mut WriteHalf<S>,
         mut pieces: tokio::sync::mpsc::Receiver<Output>,
         job: &Job,
     ) -> Error {
-        match self.send_all(&mut writer, &mut pieces, job).await {
+        match self.send_all(writer, &mut pieces, job).await {
             Ok(()) => std::future::pending().await,
             Err(error) => error,
         }

@@ -5,6 +5,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod discover_disks;
+
 /// Why a command did not do what it was asked, sorted by exit code.
 #[derive(Debug)]
 pub enum Failure {
@@ -36,12 +38,17 @@ struct Cli {
 }
 
 #[derive(Subcommand)]
-enum Command {}
+enum Command {
+    /// List the disks: identity, role, problems
+    DiscoverDisks(discover_disks::Args),
+}
 
 /// Parses the command line, runs the subcommand and reports how it ended.
 pub fn run() -> ExitCode {
     let cli = Cli::parse();
-    let result: Result<(), Failure> = match cli.command {};
+    let result: Result<(), Failure> = match cli.command {
+        Command::DiscoverDisks(args) => discover_disks::run(args),
+    };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {

@@ -91,14 +91,14 @@ fn a_mounted_disk_is_refused() {
     assert_eq!(open(&path).unwrap().content().unwrap().to_string(), "ext4 (at byte 1080)");
     let point = dir.path().canonicalize().unwrap().join("a mount");
     fs::create_dir(&point).unwrap();
-    run("mount", &[device.node.to_str().unwrap(), point.to_str().unwrap()]);
+    let mounted = guard::Mounted::mount(&device.node, &point);
     let result = open(&path);
     let retention = TargetOptions {
         discovery: Options { retention: Some(point.join("journal")), ..Options::default() },
         ..TargetOptions::default()
     };
     let as_retention = open_target(&loop_id(&path), &retention);
-    run("umount", &[point.to_str().unwrap()]);
+    drop(mounted);
     let evidence = format!("{} is mounted on {}", device.name(), point.display());
     assert_eq!(role(result), (Role::System, vec![evidence.clone()]));
     assert_eq!(role(as_retention), (Role::Retention, vec![format!("{evidence}, which holds the retention")]));
@@ -127,9 +127,9 @@ fn a_mounted_partition_holds_its_disk() {
     run("mkfs.ext4", &["-q", part.to_str().unwrap()]);
     let point = point.join("m");
     fs::create_dir(&point).unwrap();
-    run("mount", &[part.to_str().unwrap(), point.to_str().unwrap()]);
+    let mounted = guard::Mounted::mount(&part, &point);
     let result = open(&path);
-    run("umount", &[point.to_str().unwrap()]);
+    drop(mounted);
     assert_eq!(
         role(result),
         (Role::System, vec![format!("{}p1 is mounted on {}", device.name(), point.display())])
@@ -213,6 +213,23 @@ fn a_file_that_was_replaced_under_its_device_is_not_the_disk() {
     image(&path.with_extension("old (deleted)"), 32 * MIB);
     let error = read().unwrap_err();
     assert!(error.to_string().contains("that one was replaced"), "{error}");
+}
+
+#[test]
+fn a_name_that_passed_to_another_disk_is_not_written_to() {
+    let Some((_dir, path, device)) = attached("first.img") else { return };
+    let listed = listed(&path);
+    let id = loop_id(&path);
+    device::open_listed(listed.clone(), &id, &TargetOptions::default()).unwrap();
+    // The same /dev name, another disk.
+    let other = path.with_file_name("other.img");
+    image(&other, 32 * MIB);
+    run("losetup", &["-d", device.node.to_str().unwrap()]);
+    run("losetup", &[device.node.to_str().unwrap(), other.to_str().unwrap()]);
+    let result = device::open_listed(listed.clone(), &id, &TargetOptions::default());
+    let found = Some(loop_id(&other));
+    assert_eq!(refusal(result), Refusal::Changed { node: device.node.display().to_string(), found });
+    assert!(matches!(device::inspect(&listed), Err(Error::Refused { reason: Refusal::Changed { .. }, .. })));
 }
 
 #[test]

@@ -56,6 +56,26 @@ impl Drop for LoopDev {
     }
 }
 
+/// A mount that goes away with the test; declared after its device, it goes before it.
+pub struct Mounted(PathBuf);
+
+impl Mounted {
+    /// Mounts `node` on the directory `point`.
+    pub fn mount(node: &Path, point: &Path) -> Mounted {
+        run("mount", &[node.to_str().unwrap(), point.to_str().unwrap()]);
+        Mounted(point.to_owned())
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let status = Command::new("umount").arg(&self.0).status();
+        if !status.is_ok_and(|status| status.success()) {
+            eprintln!("{} stays mounted", self.0.display());
+        }
+    }
+}
+
 /// Runs a tool that must succeed, and gives what it printed.
 pub fn run(tool: &str, args: &[&str]) -> String {
     let output = Command::new(tool).args(args).output().unwrap_or_else(|error| panic!("{tool}: {error}"));

@@ -1,9 +1,15 @@
 //! The command line: one file a subcommand, each with its arguments and its `run`.
 
+mod places;
+mod protect;
+mod status;
+mod table;
+
 use std::error::Error;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use mt_agent::error::chain;
 
 /// Why a command did not do what it was asked, sorted by exit code.
 #[derive(Debug)]
@@ -36,12 +42,19 @@ struct Cli {
 }
 
 #[derive(Subcommand)]
-enum Command {}
+enum Command {
+    #[command(subcommand)]
+    Protect(protect::Command),
+    Status(status::Args),
+}
 
 /// Parses the command line, runs the subcommand and reports how it ended.
 pub fn run() -> ExitCode {
     let cli = Cli::parse();
-    let result: Result<(), Failure> = match cli.command {};
+    let result: Result<(), Failure> = match cli.command {
+        Command::Protect(command) => protect::run(command),
+        Command::Status(args) => status::run(args),
+    };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
@@ -53,16 +66,4 @@ pub fn run() -> ExitCode {
             ExitCode::from(code)
         }
     }
-}
-
-/// An error and all its sources on one line, outermost first.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        next = cause.source();
-    }
-    text
 }

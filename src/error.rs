@@ -44,3 +44,15 @@ impl fmt::Display for IoError {
         Ok(())
     }
 }
+
+/// An error and all its sources on one line, outermost first: for where it is shown for good.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        next = cause.source();
+    }
+    text
+}

@@ -34,6 +34,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
+use crate::error::chain;
 use crate::name::Name;
 use crate::protection::{self, Assignment, State, Store};
 use crate::volume::counters::{Counters, Engine, Phase};
@@ -435,16 +436,4 @@ impl Board {
             (elapsed >= CLOSEST).then(|| received as f64 / elapsed.as_secs_f64())
         })
     }
-}
-
-/// An error and its sources on one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        next = cause.source();
-    }
-    text
 }

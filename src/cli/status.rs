@@ -58,7 +58,9 @@ enum Error {
     Foreign(PathBuf, #[source] Box<dyn std::error::Error + Send + Sync>),
     #[error("the service answered {0}: {1}")]
     Refused(StatusCode, String),
-    #[error("the service reports in schema {0}, and this mt-agent knows {SCHEMA_VERSION}; use the same version of both")]
+    #[error(
+        "the service reports in schema {0}, and this mt-agent knows {SCHEMA_VERSION}; use the same version of both"
+    )]
     Schema(u64),
     #[error("no disk is assigned to machine {0}; see `mt-agent protect list`")]
     NoMachine(Name),
@@ -164,8 +166,19 @@ async fn ask(socket: &Path, path: &str) -> Result<Bytes, Error> {
 
 /// The report for people.
 fn text(report: &Report) -> String {
-    let head =
-        ["MACHINE", "DISK", "IDENTITY", "PHASE", "DONE", "SIZE", "RATE", "ETA", "LAG", "LAST COMMIT", "ERROR"];
+    let head = [
+        "MACHINE",
+        "DISK",
+        "IDENTITY",
+        "PHASE",
+        "DONE",
+        "SIZE",
+        "RATE",
+        "ETA",
+        "LAG",
+        "LAST COMMIT",
+        "ERROR",
+    ];
     let mut rows = Vec::new();
     for machine in &report.machines {
         if let Some(error) = &machine.error {

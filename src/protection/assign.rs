@@ -1,5 +1,6 @@
 //! The rules by which a disk may become a target.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -7,9 +8,11 @@ use std::str::FromStr;
 use time::OffsetDateTime;
 
 use super::{Assignment, State};
+use crate::disk::device;
 use crate::disk::discover::{Disk, Role};
 use crate::disk::id::{self, DiskId};
-use crate::error::IoError;
+use crate::disk::signature::Content;
+use crate::error::chain;
 use crate::name::{Name, ParseNameError};
 
 /// One `NAME=DISK` of a command.
@@ -171,10 +174,15 @@ pub enum Why {
     #[error("it is read-only")]
     ReadOnly,
     /// It belongs to somebody.
-    #[error("it is assigned to {owner} already; `mt-agent protect remove` takes it away from there")]
+    #[error(
+        "it is assigned to machine {machine} as {disk}; if it shall not be any more, take it away there with \
+         `mt-agent protect remove {machine} --disk {disk}`"
+    )]
     Assigned {
-        /// As `machine/disk`.
-        owner: String,
+        /// The machine.
+        machine: Name,
+        /// The machine's disk.
+        disk: Name,
     },
     /// The machine has another target of this name.
     #[error(
@@ -221,8 +229,8 @@ pub struct Planned<'a> {
     pub disk: &'a Disk,
     /// Its identity.
     pub id: DiskId,
-    /// What lies on it, one thing an entry; empty for a disk that was assigned before.
-    pub content: Vec<String>,
+    /// What lies on it, as far as its ends tell; `None` for one that is assigned in just this way already.
+    pub content: Option<Content>,
 }
 
 impl Planned<'_> {
@@ -233,7 +241,7 @@ impl Planned<'_> {
             id: self.id.clone(),
             size: self.disk.size,
             logical_sector: self.disk.logical_sector,
-            overwrite: overwrite && !self.content.is_empty(),
+            overwrite: overwrite && self.content.as_ref().is_some_and(|content| !content.is_blank()),
             assigned_at: now.replace_nanosecond(0).unwrap_or(now),
             state: State::Empty,
             last_commit: None,
@@ -252,13 +260,14 @@ pub struct Allowed {
 
 /// Holds the requests of one command against the disks that are attached: all of them pass, or all that do not are
 /// named. `content` says what lies on a disk, and is asked only of those that nothing else speaks against. Whether a
-/// disk is assigned to somebody else is for [`super::Store::assign`] to say, which holds the lock.
+/// disk is assigned is looked at by `owners`, and for good by [`super::Store::assign`], which holds the lock.
 pub fn plan<'a>(
     machine: &Name,
     requests: &[Request],
     disks: &'a [Disk],
+    owners: &BTreeMap<DiskId, (Name, Name)>,
     allowed: Allowed,
-    content: impl Fn(&Disk) -> Result<Vec<String>, IoError>,
+    content: impl Fn(&Disk) -> Result<Content, device::Error>,
 ) -> Result<Vec<Planned<'a>>, Refused> {
     let mut planned: Vec<Planned<'a>> = Vec::new();
     let mut refused = Vec::new();
@@ -270,15 +279,18 @@ pub fn plan<'a>(
             if let Some(twice) = planned.iter().find(|other| other.id == id) {
                 return Err(Why::Twice { other: twice.name.clone() });
             }
-            if disk.role == Role::Assigned {
-                return Ok((disk, id, Vec::new()));
+            if let Some((owner, name)) = owners.get(&id) {
+                return if owner == machine && *name == request.name {
+                    Ok((disk, id, None))
+                } else {
+                    Err(Why::Assigned { machine: owner.clone(), disk: name.clone() })
+                };
             }
-            let content = content(disk)
-                .map_err(|error| Why::Unreadable { error: format!("{error}: {}", error.source) })?;
-            if !content.is_empty() && !allowed.overwrite {
-                return Err(Why::NotEmpty { content: content.join(", ") });
+            let content = content(disk).map_err(|error| Why::Unreadable { error: chain(&error) })?;
+            if !content.is_blank() && !allowed.overwrite {
+                return Err(Why::NotEmpty { content: content.to_string() });
             }
-            Ok((disk, id, content))
+            Ok((disk, id, Some(content)))
         });
         let given = request.target.to_string();
         match checked {

@@ -114,23 +114,30 @@ impl Store {
         Ok(names.into_iter().map(load).filter(|entry| !gone(entry)).collect())
     }
 
-    /// Every assigned target disk, with `machine/disk` to which it belongs.
+    /// Every assigned target disk, with the machine and the machine's disk to which it belongs.
     ///
     /// # Errors
     /// Where any file cannot be read, or two name one disk: whoever must know that a disk is *not* assigned can
     /// only know it from all of them.
-    pub fn assigned(&self) -> Result<BTreeMap<DiskId, String>, Error> {
-        let mut assigned: BTreeMap<DiskId, (Name, Name)> = BTreeMap::new();
+    pub fn owners(&self) -> Result<BTreeMap<DiskId, (Name, Name)>, Error> {
+        let mut owners: BTreeMap<DiskId, (Name, Name)> = BTreeMap::new();
         for (machine, protection) in self.all()? {
             for disk in protection?.disks {
-                if let Some((machine, disk_name)) = assigned.get(&disk.id) {
-                    let (machine, disk_name) = (machine.clone(), disk_name.clone());
-                    return Err(Error::Shared { id: disk.id, machine, disk: disk_name });
+                if let Some((machine, name)) = owners.get(&disk.id) {
+                    return Err(Error::Shared { id: disk.id, machine: machine.clone(), disk: name.clone() });
                 }
-                assigned.insert(disk.id, (machine.clone(), disk.name));
+                owners.insert(disk.id, (machine.clone(), disk.name));
             }
         }
-        Ok(assigned.into_iter().map(|(id, (machine, disk))| (id, format!("{machine}/{disk}"))).collect())
+        Ok(owners)
+    }
+
+    /// Every assigned target disk with its machine, as discovery takes it.
+    ///
+    /// # Errors
+    /// Those of [`Store::owners`].
+    pub fn assigned(&self) -> Result<BTreeMap<DiskId, String>, Error> {
+        Ok(self.owners()?.into_iter().map(|(id, (machine, _))| (id, machine.to_string())).collect())
     }
 
     /// What `assign` would write, checked as there, but neither locked nor written.
@@ -138,7 +145,7 @@ impl Store {
     /// # Errors
     /// Those of [`Store::assign`].
     pub fn assign_dry(&self, machine: &Name, disks: &[Assignment]) -> Result<Protection, Error> {
-        let assigned = self.assigned()?;
+        let owners = self.owners()?;
         let current = match self.load(machine) {
             Ok(protection) => Some(protection),
             Err(Error::NoMachine { .. }) => None,
@@ -162,8 +169,8 @@ impl Store {
                 }
                 None => {}
             }
-            if let Some(owner) = assigned.get(&disk.id) {
-                refused.push(refuse(Why::Assigned { owner: owner.clone() }));
+            if let Some((owner, name)) = owners.get(&disk.id) {
+                refused.push(refuse(Why::Assigned { machine: owner.clone(), disk: name.clone() }));
                 continue;
             }
             if let Some(twice) = merged.disks.iter().find(|known| known.id == disk.id) {

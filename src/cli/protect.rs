@@ -1,0 +1,318 @@
+//! `mt-agent protect`: which target disk belongs to which disk of which machine.
+
+use std::io::{self, Write};
+
+use clap::{Args, Subcommand};
+use mt_agent::disk::device;
+use mt_agent::disk::discover::{self, Disk, Sysroot};
+use mt_agent::error::{IoError, chain};
+use mt_agent::name::Name;
+use mt_agent::protection::assign::{self, Allowed, Planned, Request};
+use mt_agent::protection::{Assignment, Error, Protection, State, Store};
+use mt_agent::units::ByteLen;
+use serde_json::{Value, json};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+use super::Failure;
+use super::places::Places;
+use super::table;
+
+/// The version of the JSON that these commands print.
+const SCHEMA_VERSION: u32 = 1;
+
+/// Assign target disks to machines
+#[derive(Subcommand)]
+pub enum Command {
+    /// Assign target disks to a machine: all of those given, or none
+    Add(AddArgs),
+    /// List the machines and their target disks
+    List(ListArgs),
+    /// Take target disks away from a machine; what lies on them stays
+    Remove(RemoveArgs),
+}
+
+/// What `protect add` is told.
+#[derive(Args)]
+pub struct AddArgs {
+    /// The machine, by the name that its certificate will carry
+    machine: Name,
+    /// The machine's name for its disk, and the identity of the target disk (`mt-agent discover-disks`)
+    #[arg(long = "disk", value_name = "NAME=DISKID", required = true, value_delimiter = ',', value_parser = request)]
+    disks: Vec<Request>,
+    /// Take disks that are not empty too: everything on them is lost
+    #[arg(long)]
+    overwrite: bool,
+    /// Check everything and write nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Print what was assigned as JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    places: Places,
+}
+
+/// What `protect list` is told.
+#[derive(Args)]
+pub struct ListArgs {
+    /// Only this machine
+    machine: Option<Name>,
+    /// Print it as JSON, with sizes in bytes
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    places: Places,
+}
+
+/// What `protect remove` is told.
+#[derive(Args)]
+pub struct RemoveArgs {
+    /// The machine
+    machine: Name,
+    /// Only this one of its disks
+    #[arg(long, value_name = "NAME")]
+    disk: Option<Name>,
+    #[command(flatten)]
+    places: Places,
+}
+
+/// clap shows an error without its sources.
+fn request(text: &str) -> Result<Request, String> {
+    text.parse().map_err(|error: assign::ParseRequestError| chain(&error))
+}
+
+/// Runs one of them.
+pub fn run(command: Command) -> Result<(), Failure> {
+    match command {
+        Command::Add(args) => add(&args),
+        Command::List(args) => list(&args),
+        Command::Remove(args) => remove(&args),
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Failure {
+        match &error {
+            Error::Io(io) if io.source.kind() == io::ErrorKind::StorageFull => Failure::failed(format!(
+                "{}; nothing was changed: free some space on the retention file system",
+                chain(&error)
+            )),
+            _ if error.is_refusal() => Failure::refused(error),
+            _ => Failure::failed(error),
+        }
+    }
+}
+
+fn add(args: &AddArgs) -> Result<(), Failure> {
+    let config = args.places.load()?;
+    let store = Store::open(&config.retention_dir);
+    let owners = store.owners()?;
+    let options = discover::Options {
+        // Always looked at, so that one that is not allowed is refused for what it is.
+        include_loop: true,
+        assigned: store.assigned()?,
+        retention: Some(config.retention_dir.clone()),
+        probe_exclusive: true,
+    };
+    let disks = discover::discover(&Sysroot::new("/"), &options).map_err(Failure::failed)?;
+    let allowed = Allowed { overwrite: args.overwrite, loops: config.allow_loop };
+    let planned = assign::plan(&args.machine, &args.disks, &disks, &owners, allowed, device::inspect)
+        .map_err(Failure::refused)?;
+    let now = OffsetDateTime::now_utc();
+    let new: Vec<Assignment> = planned
+        .iter()
+        .filter(|planned| planned.content.is_some())
+        .map(|planned| planned.assignment(args.overwrite, now))
+        .collect();
+    if args.dry_run || new.is_empty() {
+        store.assign_dry(&args.machine, &new)?;
+    } else {
+        store.assign(&args.machine, &new)?;
+    }
+    let file = store.file(&args.machine);
+    if args.json {
+        let disks: Vec<Value> = planned.iter().map(planned_json).collect();
+        return print_json(&json!({
+            "schema_version": SCHEMA_VERSION,
+            "machine": args.machine,
+            "dry_run": args.dry_run,
+            "file": file.display().to_string(),
+            "disks": disks,
+        }));
+    }
+    let mut lines = Vec::new();
+    for planned in &planned {
+        let done = match (&planned.content, args.dry_run) {
+            (None, _) => "is assigned already",
+            (Some(_), true) => "would be assigned",
+            (Some(_), false) => "is assigned",
+        };
+        lines.push(format!("{}: {} {done}: {}", args.machine, planned.name, planned.id));
+        lines.push(format!("  now {}", describe(planned.disk)));
+        match &planned.content {
+            Some(content) if content.is_blank() => lines.push("  it is blank".to_owned()),
+            Some(content) => {
+                lines.push(format!("  it carries {content}: everything on it will be overwritten"));
+            }
+            None => {}
+        }
+        lines.extend(planned.disk.problems.iter().map(|note| format!("  note: {}", table::printable(note))));
+    }
+    if args.dry_run {
+        lines.push("dry run: nothing was written".to_owned());
+    }
+    print(&(lines.join("\n") + "\n"))
+}
+
+/// The disk as it shows itself now: `/dev/sdb, 10.0 GiB, VMware Virtual disk`.
+fn describe(disk: &Disk) -> String {
+    let mut parts = vec![disk.node.display().to_string(), disk.size.to_string()];
+    let maker: Vec<String> =
+        [&disk.vendor, &disk.model].into_iter().flatten().map(|text| table::printable(text)).collect();
+    if !maker.is_empty() {
+        parts.push(maker.join(" "));
+    }
+    parts.join(", ")
+}
+
+fn planned_json(planned: &Planned<'_>) -> Value {
+    json!({
+        "name": planned.name,
+        "id": planned.id,
+        "given": planned.given,
+        "node": planned.disk.node.display().to_string(),
+        "size": planned.disk.size,
+        "logical_sector": planned.disk.logical_sector,
+        "already_assigned": planned.content.is_none(),
+        "content": planned.content,
+        "weak_identity": planned.id.is_weak(),
+        "problems": planned.disk.problems,
+    })
+}
+
+fn list(args: &ListArgs) -> Result<(), Failure> {
+    let config = args.places.load()?;
+    let store = Store::open(&config.retention_dir);
+    let machines = match &args.machine {
+        Some(machine) => vec![(machine.clone(), Ok(store.load(machine)?))],
+        None => store.all()?,
+    };
+    let broken = machines.iter().filter(|(_, protection)| protection.is_err()).count();
+    if args.json {
+        let machines: Vec<Value> = machines.iter().map(machine_json).collect();
+        print_json(&json!({ "schema_version": SCHEMA_VERSION, "machines": machines }))?;
+    } else if machines.is_empty() {
+        print("no disk is assigned; assign some with `mt-agent protect add`\n")?;
+    } else {
+        let head = ["MACHINE", "DISK", "IDENTITY", "SIZE", "STATE", "LAST COMMIT", "ERROR"];
+        let rows: Vec<Vec<String>> = machines.iter().flat_map(rows).collect();
+        print(&(table::lines(&head, &rows).join("\n") + "\n"))?;
+    }
+    match broken {
+        0 => Ok(()),
+        1 => Err(Failure::failed("the protection of one machine cannot be read; its error says what to do")),
+        _ => Err(Failure::failed(format!(
+            "the protections of {broken} machines cannot be read; their errors say what to do"
+        ))),
+    }
+}
+
+fn rows((machine, protection): &(Name, Result<Protection, Error>)) -> Vec<Vec<String>> {
+    let none = || "-".to_owned();
+    let disk = |disk: &Assignment| {
+        let error = match &disk.state {
+            State::Faulted(_, fault) => table::printable(&fault.reason),
+            State::Empty | State::Receiving(_) | State::Synchronized => none(),
+        };
+        vec![
+            machine.to_string(),
+            disk.name.to_string(),
+            table::printable(&disk.id.to_string()),
+            disk.size.to_string(),
+            disk.state.name().to_owned(),
+            disk.last_commit.map_or_else(none, |commit| rfc3339(commit.time)),
+            error,
+        ]
+    };
+    match protection {
+        Ok(protection) => protection.disks.iter().map(disk).collect(),
+        Err(error) => {
+            let mut row = vec![machine.to_string()];
+            row.resize_with(6, none);
+            row.push(table::printable(&chain(error)));
+            vec![row]
+        }
+    }
+}
+
+fn machine_json((machine, protection): &(Name, Result<Protection, Error>)) -> Value {
+    match protection {
+        Ok(protection) => json!({
+            "machine": machine,
+            "error": null,
+            "created": rfc3339(protection.created),
+            "disks": protection.disks.iter().map(disk_json).collect::<Vec<_>>(),
+        }),
+        Err(error) => json!({ "machine": machine, "error": chain(error), "created": null, "disks": [] }),
+    }
+}
+
+fn disk_json(disk: &Assignment) -> Value {
+    let (pass, fault) = match &disk.state {
+        State::Empty | State::Synchronized => (None, None),
+        State::Receiving(pass) => (Some(pass), None),
+        State::Faulted(pass, fault) => (Some(pass), Some(fault)),
+    };
+    json!({
+        "name": disk.name,
+        "id": disk.id,
+        "size": disk.size,
+        "logical_sector": disk.logical_sector,
+        "overwrite": disk.overwrite,
+        "assigned_at": rfc3339(disk.assigned_at),
+        "state": disk.state.name(),
+        "pass": pass.map(|pass| json!({ "id": pass.id.to_string(), "started": rfc3339(pass.started) })),
+        "last_commit": disk.last_commit.map(|commit| json!({
+            "pass": commit.pass.to_string(),
+            "time": rfc3339(commit.time),
+            "bytes": commit.bytes,
+            "point_in_time": commit.point_in_time,
+        })),
+        "fault": fault.map(|fault| json!({ "time": rfc3339(fault.time), "reason": fault.reason })),
+    })
+}
+
+/// RFC 3339 has no years beyond 9999; such a time is shown as the number that it is.
+fn rfc3339(time: OffsetDateTime) -> String {
+    time.format(&Rfc3339).unwrap_or_else(|_| time.unix_timestamp().to_string())
+}
+
+fn remove(args: &RemoveArgs) -> Result<(), Failure> {
+    let config = args.places.load()?;
+    let store = Store::open(&config.retention_dir);
+    let taken = store.remove(&args.machine, args.disk.as_ref())?;
+    let mut text = String::new();
+    for disk in &taken {
+        let id = table::printable(&disk.id.to_string());
+        let size: ByteLen = disk.size;
+        text.push_str(&format!("{}: {} is taken away: {id}, {size}\n", args.machine, disk.name));
+    }
+    if taken.is_empty() {
+        text = format!("{}: its protection, which could not be read, is removed\n", args.machine);
+    }
+    print(&text)
+}
+
+fn print_json(value: &Value) -> Result<(), Failure> {
+    print(&format!("{value:#}\n"))
+}
+
+fn print(text: &str) -> Result<(), Failure> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        // `| head`: whoever reads has enough.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        written => written.map_err(|error| Failure::failed(IoError::new("write", "the output", error))),
+    }
+}

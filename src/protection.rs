@@ -267,3 +267,6 @@ impl Error {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -230,15 +230,25 @@ impl Store {
             }
         };
         let hold = self.machines.join(format!("{machine}.hold"));
-        let held = lock(&hold, FlockArg::LockExclusiveNonblock)
-            .map_err(|error| busy(error, || Error::Receiving { machine: machine.clone() }))?;
+        // Nobody can create it now, so where there is none nobody receives: none is created here, and space comes
+        // free on a file system that is full.
+        let hold = hold.exists().then_some(hold);
+        let held = match &hold {
+            Some(hold) => Some(
+                lock(hold, FlockArg::LockExclusiveNonblock)
+                    .map_err(|error| busy(error, || Error::Receiving { machine: machine.clone() }))?,
+            ),
+            None => None,
+        };
         match left {
             Some(protection) => self.write(&protection)?,
             None => {
                 unlink(&self.file(machine))?;
                 // Until the directory is synced, a crash may bring the file back, whole.
                 sync_directory(&self.machines)?;
-                unlink(&hold)?;
+                if let Some(hold) = &hold {
+                    unlink(hold)?;
+                }
             }
         }
         drop(held);

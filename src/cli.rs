@@ -1,5 +1,6 @@
 //! The command line: one file a subcommand, each with its arguments and its `run`.
 
+mod discover_disks;
 mod places;
 mod protect;
 mod status;
@@ -43,8 +44,12 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// List the disks: identity, role, problems
+    DiscoverDisks(discover_disks::Args),
+    /// Assign target disks to machines
     #[command(subcommand)]
     Protect(protect::Command),
+    /// Show the machines that are received and how far each of their disks is
     Status(status::Args),
 }
 
@@ -52,6 +57,7 @@ enum Command {
 pub fn run() -> ExitCode {
     let cli = Cli::parse();
     let result: Result<(), Failure> = match cli.command {
+        Command::DiscoverDisks(args) => discover_disks::run(args),
         Command::Protect(command) => protect::run(command),
         Command::Status(args) => status::run(args),
     };

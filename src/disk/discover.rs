@@ -206,7 +206,8 @@ fn describe(
     if transport == Transport::Loop {
         identity::backing_file(sysroot, name)?;
     }
-    let Identity { id, serial, vendor, model, notes } = identity::discover(sysroot, name, &path_devno, transport);
+    let Identity { id, serial, vendor, model, notes } =
+        identity::discover(sysroot, name, &path_devno, transport);
     let mut problems = notes;
     let own = map.map_or(name, |map| map.name.as_str());
     let paths = map.map_or_else(|| vec![name.to_owned()], |map| map.paths.clone());
@@ -214,7 +215,9 @@ fn describe(
         let devno = sysroot.text(format!("sys/block/{path}/dev")).unwrap_or_default();
         let other = identity::discover(sysroot, path, &devno, transport).id;
         if other.as_ref().map(|(id, _)| id) != id.as_ref().map(|(id, _)| id) {
-            problems.push(format!("{path} is a path of {own} and yet has another identity than {name}; check multipath"));
+            problems.push(format!(
+                "{path} is a path of {own} and yet has another identity than {name}; check multipath"
+            ));
         }
     }
     let mut found = usage.of(sysroot, own, None);
@@ -369,7 +372,9 @@ pub enum FindError {
     #[error(transparent)]
     Parse(#[from] super::id::ParseError),
     /// There is no such disk.
-    #[error("there is no disk `{0}` here; `mt-agent discover-disks` lists those that are (`--loop` for loop devices, `--rescan` to look again)")]
+    #[error(
+        "there is no disk `{0}` here; `mt-agent discover-disks` lists those that are (`--loop` for loop devices, `--rescan` to look again)"
+    )]
     Missing(String),
     /// The device is there and has no identity.
     #[error("{name} has no identity by which it could be assigned: {problem}")]

@@ -330,26 +330,25 @@ fn dotted(text: &str) -> Option<Result<DiskId, Reason>> {
 
 /// The names of the links in `/dev/disk/by-id`, and multipath's.
 fn link_name(text: &str) -> Option<Result<DiskId, Reason>> {
-    let kinds: [(&str, fn(&str) -> Result<DiskId, Reason>); 7] = [
-        ("wwn-", |rest| match after(rest, "0x") {
+    let prefixes = ["wwn-", "scsi-", "dm-uuid-mpath-", "mpath-", "ata-", "virtio-", "nvme-"];
+    let (prefix, rest) = prefixes.into_iter().find_map(|prefix| Some((prefix, after(text, prefix)?)))?;
+    if rest.rsplit_once("-part").is_some_and(|(_, n)| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
+    {
+        return Some(Err(Reason::Partition));
+    }
+    Some(match prefix {
+        "wwn-" => match after(rest, "0x") {
             Some(digits) => naa_digits(digits),
             None => dotted(rest).unwrap_or(Err(Reason::Form)),
-        }),
-        ("scsi-", typed),
-        ("dm-uuid-mpath-", typed),
-        ("mpath-", typed),
-        ("ata-", |rest| DiskId::t10(&format!("ATA {rest}")).ok_or(Reason::NoValue)),
-        ("virtio-", |rest| DiskId::virtio(rest).ok_or(Reason::NoValue)),
-        ("nvme-", |rest| {
-            match rest.split_once('.').map(|(prefix, _)| prefix.to_ascii_lowercase()).as_deref() {
-                Some("eui" | "uuid" | "nvme") => dotted(rest).unwrap_or(Err(Reason::Form)),
-                _ => Err(Reason::NvmeModel),
-            }
-        }),
-    ];
-    let (rest, read) = kinds.iter().find_map(|(prefix, read)| Some((after(text, prefix)?, read)))?;
-    let partition = rest.rsplit_once("-part").is_some_and(|(_, n)| !n.is_empty() && all_digits(n));
-    Some(if partition { Err(Reason::Partition) } else { read(rest) })
+        },
+        "ata-" => DiskId::t10(&format!("ATA {rest}")).ok_or(Reason::NoValue),
+        "virtio-" => DiskId::virtio(rest).ok_or(Reason::NoValue),
+        "nvme-" => match rest.split_once('.').map(|(kind, _)| kind.to_ascii_lowercase()).as_deref() {
+            Some("eui" | "uuid" | "nvme") => dotted(rest).unwrap_or(Err(Reason::Form)),
+            _ => Err(Reason::NvmeModel),
+        },
+        _ => typed(rest),
+    })
 }
 
 /// udev's and multipath's form: the designator type as one character, then the designator.
@@ -403,10 +402,6 @@ fn has_uuid_dashes(text: &str) -> bool {
 fn after<'a>(text: &'a str, prefix: &str) -> Option<&'a str> {
     let (head, rest) = text.split_at_checked(prefix.len())?;
     head.eq_ignore_ascii_case(prefix).then_some(rest)
-}
-
-fn all_digits(text: &str) -> bool {
-    text.bytes().all(|b| b.is_ascii_digit())
 }
 
 /// The bytes of a text of pairs of hexadecimal digits in any case; between pairs there may be one space, dash or

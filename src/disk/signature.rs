@@ -87,7 +87,8 @@ pub fn probe(source: &impl ReadAt) -> Result<Content, IoError> {
 pub fn probe_file(file: &File, target: &str) -> Result<Content, IoError> {
     // The end of a block device is not in its metadata.
     let mut position = file;
-    let size = position.seek(SeekFrom::End(0)).map_err(|error| IoError::new("seek to the end of", target, error))?;
+    let size =
+        position.seek(SeekFrom::End(0)).map_err(|error| IoError::new("seek to the end of", target, error))?;
     probe(&Cached { file, target, size })
 }
 
@@ -195,10 +196,12 @@ pub fn parse(head: &[u8], tail: &[u8], size: u64) -> Content {
         add("linux_raid_member", at);
     }
     // The boot sector of FAT and NTFS ends as a partition table does, and what stands before that is code.
-    let boot_sector = signatures.iter().any(|found| matches!(found.kind, "vfat" | "ntfs" | "exfat" | "BitLocker"));
+    let boot_sector =
+        signatures.iter().any(|found| matches!(found.kind, "vfat" | "ntfs" | "exfat" | "BitLocker"));
     if !boot_sector && has_partition_table(&ends) {
         // An entry of type 0xee covers the disk for those that know no GPT.
-        let protective = [446u64, 462, 478, 494].into_iter().any(|at| ends.has(at.saturating_add(4), &[0xee]));
+        let protective =
+            [446u64, 462, 478, 494].into_iter().any(|at| ends.has(at.saturating_add(4), &[0xee]));
         signatures.push(Signature { kind: if protective { "PMBR" } else { "dos" }, at: 510 });
     }
     signatures.sort_by_key(|found| found.at);
@@ -267,7 +270,8 @@ fn ext(ends: &Ends<'_>) -> Option<&'static str> {
 
 /// Where FAT says that it is FAT.
 fn fat(ends: &Ends<'_>) -> Option<u64> {
-    let names: [(u64, &[u8]); 4] = [(0x52, b"FAT32   "), (0x36, b"FAT12   "), (0x36, b"FAT16   "), (0x36, b"FAT     ")];
+    let names: [(u64, &[u8]); 4] =
+        [(0x52, b"FAT32   "), (0x36, b"FAT12   "), (0x36, b"FAT16   "), (0x36, b"FAT     ")];
     let jump = matches!(ends.get(0, 1), Some([0xeb | 0xe9]));
     names.iter().find(|(at, name)| jump && ends.has(*at, name)).map(|(at, _)| *at)
 }
@@ -279,7 +283,12 @@ fn has_partition_table(ends: &Ends<'_>) -> bool {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::as_conversions)]
+#[allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects,
+    clippy::as_conversions
+)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
@@ -292,7 +301,10 @@ mod tests {
         image.as_file().set_len(SIZE).unwrap();
         let path = image.path().to_str().unwrap();
         let mut command = Command::new("sh");
-        command.arg("-ec").arg(make.join(" ").replace("IMG", path)).env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+        command
+            .arg("-ec")
+            .arg(make.join(" ").replace("IMG", path))
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
         let output = command.output().unwrap();
         if output.status.code() == Some(127) {
             assert!(std::env::var_os("CI").is_none(), "{make:?} is not installed");
@@ -309,7 +321,8 @@ mod tests {
 
     /// All that `wipefs` would erase: type and offset, one a line.
     fn wipefs(image: &tempfile::NamedTempFile) -> Vec<(String, u64)> {
-        let output = Command::new("/usr/sbin/wipefs").args(["-i", "-p", "--noheadings"]).arg(image.path()).output();
+        let output =
+            Command::new("/usr/sbin/wipefs").args(["-i", "-p", "--noheadings"]).arg(image.path()).output();
         let text = String::from_utf8(output.unwrap().stdout).unwrap();
         let mut found: Vec<(String, u64)> = text
             .lines()
@@ -341,13 +354,16 @@ mod tests {
             &["printf 'label: dos\\n,100M\\n' | sfdisk -q IMG"],
             &["printf 'label: gpt\\n,100M\\n' | sfdisk -q IMG"],
             &["echo secret | cryptsetup luksFormat --type luks1 --pbkdf-force-iterations 1000 -q IMG -"],
-            &["echo secret | cryptsetup luksFormat --type luks2 --pbkdf pbkdf2 --pbkdf-force-iterations 1000 -q IMG -"],
+            &[
+                "echo secret | cryptsetup luksFormat --type luks2 --pbkdf pbkdf2 --pbkdf-force-iterations 1000 -q IMG -",
+            ],
         ];
         let mut tried = 0;
         for make in makers {
             let Some(image) = image(make) else { continue };
             let content = content(&image);
-            let found: Vec<(String, u64)> = content.signatures.iter().map(|s| (s.kind.to_owned(), s.at)).collect();
+            let found: Vec<(String, u64)> =
+                content.signatures.iter().map(|s| (s.kind.to_owned(), s.at)).collect();
             let mut theirs = wipefs(&image);
             // wipefs takes the end of a boot sector of NTFS for a partition table, and names each of the places
             // that FAT must have right; one of them is enough here.
@@ -366,7 +382,8 @@ mod tests {
 
     #[test]
     fn iso_9660_is_found() {
-        let make = ["mkdir IMG.d && echo hello > IMG.d/a && xorriso -as mkisofs -quiet -o IMG IMG.d; rm -r IMG.d"];
+        let make =
+            ["mkdir IMG.d && echo hello > IMG.d/a && xorriso -as mkisofs -quiet -o IMG IMG.d; rm -r IMG.d"];
         let Some(image) = image(&make) else { return };
         assert!(content(&image).signatures.contains(&Signature { kind: "iso9660", at: 32769 }));
     }
@@ -379,7 +396,7 @@ mod tests {
         let last = (size & !0xffff) - 0x1_0000;
         let cases: [(&str, u64, &[u8]); 8] = [
             ("linux_raid_member", last, b"\xfc\x4e\x2b\xa9\0\0\0\0"),
-            ("linux_raid_member", (size / 512 - 16 & !7) * 512, b"\xfc\x4e\x2b\xa9\x01\0\0\0"),
+            ("linux_raid_member", ((size / 512 - 16) & !7) * 512, b"\xfc\x4e\x2b\xa9\x01\0\0\0"),
             ("linux_raid_member", 0, b"\xfc\x4e\x2b\xa9\x01\0\0\0"),
             ("linux_raid_member", 4096, b"\xfc\x4e\x2b\xa9\x01\0\0\0"),
             ("gpt", size - 512, b"EFI PART"),

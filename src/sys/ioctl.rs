@@ -154,13 +154,14 @@ pub fn inquiry(device: &impl AsFd, page: Option<u8>) -> io::Result<Option<Vec<u8
         None => return Ok(None),
     };
     let whole = match (page, first.get(2..4)) {
-        (Some(_), Some(len)) => 4 + u16::from_be_bytes([len[0], len[1]]),
+        (Some(_), Some(len)) => u16::from_be_bytes([len[0], len[1]]).saturating_add(4),
         _ => 0,
     };
-    if usize::from(whole) > first.len() && first.len() == 252 {
-        if let Some(bytes) = inquiry_of(device, page, whole)? {
-            return Ok(Some(bytes));
-        }
+    if usize::from(whole) > first.len()
+        && first.len() == 252
+        && let Some(bytes) = inquiry_of(device, page, whole)?
+    {
+        return Ok(Some(bytes));
     }
     Ok(Some(first))
 }

@@ -36,7 +36,8 @@ pub(in crate::disk) fn holders(sysroot: &Sysroot, devnos: &[String]) -> Claim {
             continue;
         }
         let name = sysroot.text(format!("proc/{pid}/comm")).unwrap_or_else(|| "?".to_owned());
-        let exe = fs::metadata(sysroot.path(format!("proc/{pid}/exe"))).map(|exe| (exe.dev(), exe.ino())).ok();
+        let exe =
+            fs::metadata(sysroot.path(format!("proc/{pid}/exe"))).map(|exe| (exe.dev(), exe.ino())).ok();
         let same = name == "mt-agent" || exe.is_some() && exe == own;
         let evidence = format!("{name} (pid {pid}) has it open");
         if same { ours.push(evidence) } else { others.push(evidence) }
@@ -59,9 +60,8 @@ fn has_open(sysroot: &Sysroot, pid: &str, devnos: &[String]) -> bool {
         // The text of the link first: a stat of every socket and pipe of a host would be a long way round.
         let device = fs::read_link(&path).is_ok_and(|target| target.starts_with("/dev/"));
         device
-            && fs::metadata(&path).is_ok_and(|meta| {
-                meta.file_type().is_block_device() && devnos.contains(&number(meta.rdev()))
-            })
+            && fs::metadata(&path)
+                .is_ok_and(|meta| meta.file_type().is_block_device() && devnos.contains(&number(meta.rdev())))
     })
 }
 
@@ -76,7 +76,9 @@ fn mounted_elsewhere(sysroot: &Sysroot, devnos: &[String]) -> Option<String> {
     pids.iter().filter(|name| name.bytes().all(|b| b.is_ascii_digit())).find_map(|pid| {
         let table = sysroot.bytes(format!("proc/{pid}/mountinfo"))?;
         let table = String::from_utf8_lossy(&table).into_owned();
-        let line = table.lines().find(|line| line.split(' ').nth(2).is_some_and(|d| devnos.iter().any(|o| o == d)))?;
+        let line = table
+            .lines()
+            .find(|line| line.split(' ').nth(2).is_some_and(|d| devnos.iter().any(|o| o == d)))?;
         let point = line.split(' ').nth(4).unwrap_or("?");
         let name = sysroot.text(format!("proc/{pid}/comm")).unwrap_or_else(|| "?".to_owned());
         Some(format!("it is mounted on {point} in the mount namespace of {name} (pid {pid})"))

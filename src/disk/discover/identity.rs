@@ -32,14 +32,20 @@ impl Transport {
         // A path of a multipath namespace, `nvme0c1n1`, is hidden behind `nvme0n1`.
         let native = |rest: &str| rest.split_once('n').is_some_and(|(a, b)| digits(a) && digits(b));
         let letters = |rest: &str| !rest.is_empty() && rest.bytes().all(|b| b.is_ascii_lowercase());
-        let known: [(&str, Transport, &dyn Fn(&str) -> bool); 5] = [
-            ("sd", Transport::Scsi, &letters),
-            ("vd", Transport::Virtio, &letters),
-            ("xvd", Transport::Xen, &letters),
-            ("nvme", Transport::Nvme, &native),
-            ("loop", Transport::Loop, &digits),
-        ];
-        known.iter().find(|(prefix, _, fits)| name.strip_prefix(prefix).is_some_and(fits)).map(|known| known.1)
+        let behind = |prefix| name.strip_prefix(prefix);
+        if behind("sd").is_some_and(letters) {
+            Some(Transport::Scsi)
+        } else if behind("nvme").is_some_and(native) {
+            Some(Transport::Nvme)
+        } else if behind("vd").is_some_and(letters) {
+            Some(Transport::Virtio)
+        } else if behind("xvd").is_some_and(letters) {
+            Some(Transport::Xen)
+        } else if behind("loop").is_some_and(digits) {
+            Some(Transport::Loop)
+        } else {
+            None
+        }
     }
 }
 
@@ -90,7 +96,8 @@ pub(super) fn discover(sysroot: &Sysroot, name: &str, devno: &str, transport: Tr
     found.offer(udev.identity(), IdSource::Udev);
     found.serial = udev.get("ID_SCSI_SERIAL").or(udev.get("ID_SERIAL_SHORT")).map(str::to_owned);
     offer_sysfs(sysroot, name, transport, &mut found);
-    if transport == Transport::Scsi && !found.is_settled() && sysroot.is_live() && !has_page_83(sysroot, name) {
+    if transport == Transport::Scsi && !found.is_settled() && sysroot.is_live() && !has_page_83(sysroot, name)
+    {
         // O_NONBLOCK: a device that is not ready is asked all the same, and nothing is spun up.
         let node = Path::new("/dev").join(name.replace('!', "/"));
         if let Ok(file) = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(node) {
@@ -234,7 +241,9 @@ mod tests {
         assert_eq!(Transport::of("xvdb"), Some(Transport::Xen));
         assert_eq!(Transport::of("nvme0n1"), Some(Transport::Nvme));
         assert_eq!(Transport::of("loop7"), Some(Transport::Loop));
-        for other in ["ram0", "zram0", "dm-0", "md127", "sr0", "fd0", "nvme0c0n1", "sda1", "nbd0", "loop", "sd"] {
+        for other in
+            ["ram0", "zram0", "dm-0", "md127", "sr0", "fd0", "nvme0c0n1", "sda1", "nbd0", "loop", "sd"]
+        {
             assert_eq!(Transport::of(other), None, "{other}");
         }
     }

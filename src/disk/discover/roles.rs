@@ -89,7 +89,8 @@ impl Usage {
                 .map(|(_, point)| point.clone())
         });
         for (devno, point) in mounts {
-            let retention = covering.as_ref() == Some(&point) && !HOST.iter().any(|host| Path::new(host) == point);
+            let retention =
+                covering.as_ref() == Some(&point) && !HOST.iter().any(|host| Path::new(host) == point);
             let mounts = usage.mounts.entry(devno).or_default();
             if !mounts.iter().any(|mount| mount.point == point) {
                 mounts.push(Mount { point, retention });
@@ -165,7 +166,9 @@ impl Usage {
             let dir = if sysroot.path(&block).exists() { block } else { format!("sys/class/block/{holder}") };
             self.walk(sysroot, &holder, &dir, &format!("{title} on {label}"), own, depth + 1, found);
         }
-        for part in sysroot.names(dir).iter().filter(|entry| entry.len() > name.len() && entry.starts_with(name)) {
+        for part in
+            sysroot.names(dir).iter().filter(|entry| entry.len() > name.len() && entry.starts_with(name))
+        {
             let part_dir = format!("{dir}/{part}");
             if sysroot.path(format!("{part_dir}/partition")).exists() {
                 let label = label.strip_prefix(name).map_or(part.clone(), |rest| format!("{part}{rest}"));
@@ -246,9 +249,13 @@ mod tests {
 
     #[test]
     fn a_line_of_mountinfo_gives_number_point_and_source() {
-        let line = r"36 35 98:0 /mnt1 /mnt\040two/\134x rw,noatime master:1 - ext3 /dev/root rw,errors=continue";
+        let line =
+            r"36 35 98:0 /mnt1 /mnt\040two/\134x rw,noatime master:1 - ext3 /dev/root rw,errors=continue";
         let (devno, point, source) = mountinfo(line).unwrap();
-        assert_eq!((devno.as_str(), point.to_str().unwrap(), source.as_str()), ("98:0", r"/mnt two/\x", "/dev/root"));
+        assert_eq!(
+            (devno.as_str(), point.to_str().unwrap(), source.as_str()),
+            ("98:0", r"/mnt two/\x", "/dev/root")
+        );
         assert!(mountinfo("").is_none());
         assert!(mountinfo("36 35 98:0 / /mnt rw shared:1 propagate_from:2").is_none());
         assert_eq!(unescape(r"\400\09\"), r"\400\09\");

@@ -84,15 +84,21 @@ impl Sysroot {
             let path = self.path(format!("sys/class/scsi_host/{host}/scan"));
             // Not created where it is missing: sysfs has it, and another tree shall not gain files.
             let file = fs::OpenOptions::new().write(true).open(&path);
-            file.and_then(|mut file| io::Write::write_all(&mut file, b"- - -")).map_err(|error| {
-                match error.kind() {
+            file.and_then(|mut file| io::Write::write_all(&mut file, b"- - -")).map_err(
+                |error| match error.kind() {
                     io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => Error::Refused(
                         format!("{host} may be asked to look again by root only; run this with sudo"),
                     ),
                     _ => Error::Io(IoError::new("write", path.display().to_string(), error)),
-                }
-            })?;
+                },
+            )?;
         }
         Ok(hosts.len())
+    }
+
+    /// Whether every SCSI disk that the kernel knows has its block device, which comes a moment after it.
+    pub fn is_settled(&self) -> bool {
+        let disks = self.names("sys/class/scsi_disk");
+        disks.iter().all(|disk| self.path(format!("sys/class/scsi_disk/{disk}/device/block")).exists())
     }
 }

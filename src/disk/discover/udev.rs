@@ -86,10 +86,14 @@ mod tests {
         assert_eq!(identity(ata).as_deref(), Some("t10.ATA_QEMU_HARDDISK_QM1"));
         let ata = format!("{ata}E:ID_WWN_WITH_EXTENSION=0x5000c500a1b2c3d4\n");
         assert_eq!(identity(&ata).as_deref(), Some("naa.5000c500a1b2c3d4"));
-        assert_eq!(identity("E:ID_SERIAL=Samsung_980\nE:ID_WWN=eui.0025385b71b0a1c2\n").as_deref(),
-            Some("eui.0025385b71b0a1c2"));
-        assert_eq!(identity("E:ID_SCSI=1\nE:ID_SERIAL=SQEMU_QEMU_HARDDISK_d7\n").as_deref(),
-            Some("serial.QEMU_QEMU_HARDDISK_d7"));
+        assert_eq!(
+            identity("E:ID_SERIAL=Samsung_980\nE:ID_WWN=eui.0025385b71b0a1c2\n").as_deref(),
+            Some("eui.0025385b71b0a1c2")
+        );
+        assert_eq!(
+            identity("E:ID_SCSI=1\nE:ID_SERIAL=SQEMU_QEMU_HARDDISK_d7\n").as_deref(),
+            Some("serial.QEMU_QEMU_HARDDISK_d7")
+        );
         assert_eq!(identity("E:ID_SCSI=1\nE:ID_SERIAL=0QEMU_QEMU_HARDDISK_drive-scsi0-0-0-0\n"), None);
         assert_eq!(identity(""), None);
         assert_eq!(identity("E:\nE:=\nE:ID_WWN_WITH_EXTENSION=\nnonsense\0"), None);

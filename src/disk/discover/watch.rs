@@ -84,7 +84,9 @@ impl Watch {
     /// this machine's, which sends no events.
     pub fn new(sysroot: Sysroot, options: Options) -> Result<Watch, Error> {
         if !sysroot.is_live() {
-            return Err(Error::Refused("only this machine's own disks can be watched; leave out --sysroot".to_owned()));
+            return Err(Error::Refused(
+                "only this machine's own disks can be watched; leave out --sysroot".to_owned(),
+            ));
         }
         let listen = |builder: io::Result<udev::MonitorBuilder>| builder?.match_subsystem("block")?.listen();
         let failed = |error| Error::Io(IoError::new("listen for", "uevents of block devices", error));

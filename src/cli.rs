@@ -1,16 +1,21 @@
 //! The command line: one file a subcommand, each with its arguments and its `run`.
 
 mod discover_disks;
+mod enroll;
 mod places;
 mod protect;
 mod status;
 mod table;
+mod token;
 
 use std::error::Error;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use mt_agent::error::chain;
+
+/// Where the agent keeps its keys and records unless told otherwise.
+const STATE_DIR: &str = "/var/lib/mt-agent";
 
 /// Why a command did not do what it was asked, sorted by exit code.
 #[derive(Debug)]
@@ -51,6 +56,8 @@ enum Command {
     Protect(protect::Command),
     /// Show the machines that are received and how far each of their disks is
     Status(status::Args),
+    Enroll(enroll::Args),
+    Token(token::Args),
 }
 
 /// Parses the command line, runs the subcommand and reports how it ended.
@@ -60,6 +67,8 @@ pub fn run() -> ExitCode {
         Command::DiscoverDisks(args) => discover_disks::run(args),
         Command::Protect(command) => protect::run(command),
         Command::Status(args) => status::run(args),
+        Command::Enroll(args) => enroll::run(args),
+        Command::Token(args) => token::run(args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,5 +1,266 @@
-//! The wire protocol (being written).
+//! The wire protocol, and the code that speaks it.
+//!
+//! # The mt-agent protocol, version 1
+//!
+//! A *client* (the source of a replication, `mt-agent send`) writes disks of one machine to volumes of a
+//! *server* (the
+//! master target, `mt-agent serve`), over one TLS connection for each disk. This text is enough to write
+//! another
+//! client or server. `MUST`, `SHOULD` and `MAY` are those of RFC 2119. All numbers in headers are little-endian
+//! and unsigned; a size or offset is in bytes unless it says otherwise.
+//!
+//! ## 1. Transport
+//!
+//! TCP, port 9443 unless configured otherwise, and on it TLS 1.3 (RFC 8446), nothing older, with the
+//! application
+//! protocol (ALPN, RFC 7301) `mt-agent`. No 0-RTT, no resumption.
+//!
+//! The server shows a certificate for the DNS name `mt-agent.internal`, signed by the server's own authority. A
+//! client that is enrolled MUST verify the chain against that authority alone, and that name, whatever address
+//! it connected to. A client that is not enrolled yet MUST instead compare the SHA-256 of the server's
+//! certificate
+//! (DER) with the one in its token (section 6), and MUST NOT send the secret to any other server.
+//!
+//! The server asks for a client certificate. Without one the connection can do nothing but enrol. With one,
+//! signed
+//! by the server's authority for the purpose of client authentication, it speaks for the machine in the one URI
+//! `mt-agent://machine/NAME` among the certificate's subject alternative names, and MUST NOT reach another
+//! machine's disks. In TLS 1.3 a refused client certificate shows as an alert at the client's first read.
+//!
+//! A *name* (of a machine or a disk) is 1 to 64 characters of `A-Z a-z 0-9 . _ -`, the first neither `.` nor
+//! `-`.
+//!
+//! ## 2. Frames
+//!
+//! Both directions carry frames: a header of 48 bytes, then `payload_len` bytes of payload.
+//!
+//! | at | size | field | |
+//! |---|---|---|---|
+//! | 0 | 4 | magic | the bytes `MTAG` |
+//! | 4 | 1 | version | 1: the layout of this header |
+//! | 5 | 1 | type | section 3 |
+//! | 6 | 2 | flags | in Data, bits 0 and 1 are the payload's encoding: 0 raw, 1 LZ4, 2 Zstandard; 3 is invalid. All other bits, and all bits in other types, are 0 |
+//! | 8 | 8 | sequence | Data, Zero and Commit: the frame's number in its pass. Progress: section 5. Error: the number of the frame that it is about, or 0. Otherwise 0 |
+//! | 16 | 8 | offset | Data and Zero: the first byte on the volume. Otherwise 0 |
+//! | 24 | 8 | length | Data and Zero: how many bytes of the volume the frame covers. Progress: section 5. Otherwise 0 |
+//! | 32 | 4 | payload_len | bytes of payload after this header |
+//! | 36 | 4 | payload_crc | CRC-32C of the payload as sent; 0 without one |
+//! | 40 | 4 | reserved | 0 |
+//! | 44 | 4 | header_crc | CRC-32C of the bytes 0 to 43 |
+//!
+//! CRC-32C is that of RFC 3720 (Castagnoli, reflected, initial and final value all ones). TLS already protects
+//! the
+//! bytes on the network; the checksums cover the way between there and the disk, and find defects in either
+//! end.
+//!
+//! A receiver MUST check a header before it allocates or reads anything for its payload, and in this order:
+//! magic,
+//! header_crc, version, type, flags, reserved, then
+//!
+//! - Data: `length` from 1 to 1 MiB, and no more than the server's `max_payload`; `offset + length` below 2^64;
+//!   `payload_len` equal to `length` for raw, from 1 to `length` for the others (what compression makes no
+//!   smaller
+//!   is sent raw).
+//! - Zero: `length` from 1 byte to 1 GiB; `offset + length` below 2^64; no payload.
+//! - Progress: `offset` 0; no payload.
+//! - All others (*control*): `offset` and `length` 0; `payload_len` from 1 to 64 KiB.
+//!
+//! `sequence` is bound by the rules of section 5 only; where it is said to be 0, receivers ignore it.
+//!
+//! The encodings: *LZ4* is one block of the LZ4 block format, without a length before it. *Zstandard* is one
+//! frame
+//! (RFC 8878) without a dictionary. Either MUST decode to exactly `length` bytes; a receiver MUST stop
+//! decoding past
+//! them.
+//!
+//! ## 3. Types
+//!
+//! | type | number | from | payload |
+//! |---|---|---|---|
+//! | Hello | 1 | client | JSON |
+//! | HelloReply | 2 | server | JSON |
+//! | Enroll | 3 | client | JSON |
+//! | EnrollReply | 4 | server | JSON |
+//! | Open | 5 | client | JSON |
+//! | OpenReply | 6 | server | JSON |
+//! | Begin | 7 | client | JSON |
+//! | BeginReply | 8 | server | JSON |
+//! | Data | 9 | client | bytes of the volume |
+//! | Zero | 10 | client | none |
+//! | Progress | 11 | server | none |
+//! | Commit | 12 | client | JSON |
+//! | Committed | 13 | server | JSON |
+//! | Error | 14 | either | JSON |
+//!
+//! A control payload is one JSON object (RFC 8259) in UTF-8, with nothing but white space after it. A receiver
+//! MUST pass
+//! over members that it does not know, so that later versions can add some; a member that is not listed as
+//! optional
+//! MUST be there.
+//!
+//! ## 4. The order of things
+//!
+//! ```text
+//!   client                      server
+//!   Hello          ------->
+//!                  <-------     HelloReply
+//!   either:
+//!   Enroll         ------->
+//!                  <-------     EnrollReply        and the connection ends
+//!   or:
+//!   Open           ------->
+//!                  <-------     OpenReply
+//!   Begin          ------->
+//!                  <-------     BeginReply
+//!   Data, Zero …   ------->
+//!                  <-------     Progress …
+//!   Commit         ------->
+//!                  <-------     Progress …, Committed
+//!                               then again Begin, or the connection ends
+//! ```
+//!
+//! A frame of any other type at its place is an error (`protocol`). Outside a pass a side sends nothing before
+//! it has
+//! the answer to what it sent last. A connection ends with TLS's close_notify; one that ends without it broke
+//! off.
+//!
+//! An Error is a side's last frame, at any moment, in place of any answer: its sender closes the connection
+//! after
+//! it, and nothing that the receiver sends afterwards is looked at. So that the Error is not lost to a TCP
+//! reset, its
+//! sender SHOULD go on reading, and discard, for a moment; a client MUST read while it writes.
+//!
+//! How long silence is borne is each side's own affair. Before Begin a server MAY close a connection that is
+//! silent for
+//! 20 seconds. In a pass silence is normal (a slow disk, a source that is all holes): dead peers are found
+//! with TCP
+//! keepalive.
+//!
+//! ### Hello, HelloReply
+//!
+//! - Hello: `protocol`, an array of all versions that the client speaks; `features`, an optional array of
+//!   names of
+//!   optional features that it would use; `required`, an optional array of those that it cannot do without;
+//!   `agent`,
+//!   an optional text for the log, program and version.
+//! - HelloReply: `protocol`, the one version that both speak from here on; `features`, optional, those of the
+//!   offered
+//!   ones (from either array) that the server has too; `agent`.
+//!
+//! No common version is refused with `unsupported-version`, a required feature that the server lacks with
+//! `unsupported-feature` and its name. Version 1 defines no features. The header's version changes only with
+//! its
+//! layout; Hello, HelloReply, and an Error in answer to Hello always have headers of version 1, so that every
+//! version
+//! can tell every other that they do not fit.
+//!
+//! ### Open, OpenReply
+//!
+//! - Open: `disk`, the name under which the disk was assigned on the server; `size`, that of the source;
+//!   `sector`, the
+//!   source's logical sector size; `compression`, an optional array of `lz4` and `zstd`, those that the client
+//!   can
+//!   send.
+//! - OpenReply: `window`, section 5, at least `max_payload` rounded up to 4096; `max_payload`, the most that a
+//!   Data frame
+//!   may cover, at most 1 MiB; `volume_size`, that of the target, at least `size`; `block`, the alignment at
+//!   which the
+//!   server writes without reading first; `compression`, the offered ones that the server takes.
+//!
+//! The server opens the target (and checks its identity) before it answers. From OpenReply on, the volume is
+//! this
+//! connection's alone; a second one is refused with `busy`.
+//!
+//! ### Begin, BeginReply, Commit, Committed
+//!
+//! - Begin: `pass`, 128 random bits chosen by the client, as 32 lower-case hexadecimal digits; `kind`,
+//!   `initial`.
+//! - BeginReply: no members.
+//! - Commit: `pass`; `frames`, how many Data and Zero frames the pass had; `bytes`, the sum of their lengths;
+//!   `point_in_time`, true if the source stood still while it was read.
+//! - Committed: `pass`; `written`, bytes written from Data frames; `zeroed`, bytes made zero by Zero frames;
+//!   `time`,
+//!   when it was durable, by the server's clock (RFC 3339).
+//!
+//! ## 5. A pass
+//!
+//! Data and Zero frames are numbered from 0 without a gap by `sequence`, and Commit has the next number. Each
+//! MUST lie
+//! within the source's size. The frames of a pass MUST NOT overlap: the server has several writes in flight,
+//! and no
+//! order among them is promised. Offsets come in any order (ascending is fastest), at any alignment (`block` is
+//! fastest). What no frame covers stays as it was.
+//!
+//! **Window.** Each Data frame costs its `length` rounded up to a multiple of 4096, each Zero frame 4096. The
+//! client MUST NOT have sent, since Begin, more than `window` beyond what the server has given back. The
+//! server gives
+//! back in Progress: `length` is the total given back since Begin, and `sequence` the number n of frames such
+//! that all frames numbered below n are written. Both only grow, and each Progress stands for all before it. A
+//! window that was exceeded is an error (`protocol`).
+//!
+//! *Written* is not *durable*: a Progress promises nothing about a power cut. Only Committed does.
+//!
+//! **Commit.** The server checks both sums, and that all frames arrived; writes what is still in flight; makes
+//! the
+//! volume durable; and only then answers Committed. Until then the pass counts for nothing: a client whose
+//! connection
+//! broke off, at any moment before it read Committed, MUST take the pass for undone and send a new one, with a
+//! new
+//! `pass`. To send a pass twice is harmless.
+//!
+//! A payload whose checksum does not hold, or that does not decode, is not written; the server answers with
+//! Error (`bad-checksum` or `bad-frame`) and the frame's number.
+//!
+//! ## 6. Enrolment
+//!
+//! An administrator makes a token on the server for one machine, and carries it to the source; its text is
+//! specified in [`token`]. The client connects as section 1 says, without a certificate, and after Hello sends
+//!
+//! - Enroll: `secret`, the token's, 32 bytes in base64url without padding (43 characters); `csr`, a PKCS #10
+//!   certificate
+//!   request (RFC 2986) in PEM, signed with its key. The server takes the public key from it and nothing else.
+//! - EnrollReply: `machine`, the name; `certificate`, the client's, in PEM; `ca`, the server's authority, in
+//!   PEM.
+//!
+//! The client SHOULD verify that the certificate is for its key and machine, and that `ca` signed the
+//! certificate of the
+//! server it talks to. A token that is unknown, expired or used is refused with `token-refused`. A token is
+//! used up
+//! once the server begins to answer: where the answer is lost, another token is needed.
+//!
+//! ## 7. Errors
+//!
+//! Error: `code`, one of the names below; `message`, for people, at most 4096 bytes. A receiver takes a code
+//! that it does not know for
+//! a permanent failure. *Again* means that the same request on a new connection may succeed with nobody doing
+//! anything
+//! (after a pause).
+//!
+//! | code | meaning | again |
+//! |---|---|---|
+//! | `unsupported-version` | no version in common | |
+//! | `unsupported-feature` | a feature, compression or kind of pass that the peer lacks; the message names it | |
+//! | `bad-frame` | a header, message or encoding that breaks a rule of its own | |
+//! | `bad-checksum` | a payload arrived damaged; it was not written | yes |
+//! | `protocol` | a sound frame out of order, out of number or past the window | |
+//! | `not-authorized` | no certificate that allows this: enrol | |
+//! | `unknown-machine` | the machine has no disks assigned | |
+//! | `unknown-disk` | the machine has no disk of this name | |
+//! | `refused` | a safety rule forbids to write to the target; the message says which | |
+//! | `size-mismatch` | the source is larger than the target | |
+//! | `out-of-range` | a frame past the end of the source | |
+//! | `busy` | another connection has the volume | yes |
+//! | `volume-faulted` | the volume failed before and was not opened anew | |
+//! | `io` | reading, writing or flushing the target failed | |
+//! | `no-space` | no space for the server's own state | |
+//! | `shutting-down` | the service stops | yes |
+//! | `internal` | a defect of the peer | |
+//! | `token-refused` | the token is unknown, used or expired | |
 
+pub mod address;
+pub mod enrolment;
 pub mod frame;
 pub mod message;
+pub mod tls;
+pub mod token;
 pub mod wire;

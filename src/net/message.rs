@@ -137,7 +137,8 @@ impl HelloReply {
             let text = format!("the client needs the feature `{missing}`, which this agent does not have");
             return Err(Error::new(Code::UnsupportedFeature, text));
         }
-        let features = hello.features.iter().filter(known).cloned().collect();
+        let wanted = hello.features.iter().chain(&hello.required);
+        let features = wanted.filter(known).cloned().collect();
         Ok(HelloReply { protocol: PROTOCOL, features, agent: agent() })
     }
 }
@@ -511,7 +512,7 @@ mod tests {
     #[test]
     fn unknown_fields_compressions_and_codes_are_passed_over() {
         let json =
-            br#"{"disk":"a","size":1,"sector":512,"compression":["brotli","zstd","zstd"],"colour":"red"}"#;
+            br#"{"disk":"a","size":1,"sector":512,"compression":["brotli","lz4-hc","zstd","zstd"],"colour":"red"}"#;
         assert_eq!(parse::<Open>(json).unwrap().compression, [Encoding::Zstd]);
         let error: Error = parse(br#"{"code":"from-the-future","message":"m"}"#).unwrap();
         assert_eq!(error.code, Code::Unknown);

@@ -10,6 +10,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use super::frame::{self, HEADER_LEN, Header, Kind};
 use super::message::{self, Code, CodecError, Message};
+use super::tls::HandshakeError;
 
 /// Why the next frame, or the message in it, did not come.
 #[derive(Debug, thiserror::Error)]
@@ -17,8 +18,8 @@ pub enum Error {
     /// The peer closed the connection between two frames.
     #[error("the peer closed the connection")]
     Closed,
-    /// The connection ended within a frame.
-    #[error("the connection broke off in the middle of a frame")]
+    /// The connection ended within a frame, or without the farewell of TLS.
+    #[error("the connection broke off: the peer or the network between went away")]
     Truncated,
     /// Reading or writing failed.
     #[error("{op} failed on the connection")]
@@ -27,6 +28,15 @@ pub enum Error {
         op: &'static str,
         /// What the operating system or TLS said.
         source: io::Error,
+    },
+    /// TLS failed: often the first read says that the peer did not accept our certificate, since in TLS 1.3 it
+    /// looks at it only after our side of the handshake is done.
+    #[error("{op} failed on the connection")]
+    Tls {
+        /// `read` or `write`.
+        op: &'static str,
+        /// Why.
+        source: HandshakeError,
     },
     /// A header that breaks a rule.
     #[error("bad frame")]
@@ -59,7 +69,9 @@ impl Error {
     /// What to tell the peer before the connection is closed; `None` where it is gone, or spoke last itself.
     pub fn to_peer(&self) -> Option<message::Error> {
         let code = match self {
-            Error::Closed | Error::Truncated | Error::Io { .. } | Error::Peer(_) => return None,
+            Error::Closed | Error::Truncated | Error::Io { .. } | Error::Tls { .. } | Error::Peer(_) => {
+                return None;
+            }
             Error::Frame(frame::Error::UnsupportedVersion { .. }) => Code::UnsupportedVersion,
             Error::Frame(_) | Error::Message(_) => Code::BadFrame,
             Error::PayloadChecksum { .. } => Code::BadChecksum,
@@ -76,13 +88,21 @@ impl Error {
 
     fn read(source: io::Error) -> Error {
         match source.kind() {
+            // TLS reports a peer that is gone without close_notify (RFC 8446, section 6.1) so, too.
             io::ErrorKind::UnexpectedEof => Error::Truncated,
-            _ => Error::Io { op: "read", source },
+            _ => Error::io("read", source),
         }
     }
 
     fn write(source: io::Error) -> Error {
-        Error::Io { op: "write", source }
+        Error::io("write", source)
+    }
+
+    fn io(op: &'static str, source: io::Error) -> Error {
+        match HandshakeError::from(source) {
+            HandshakeError::Io(source) => Error::Io { op, source },
+            source => Error::Tls { op, source },
+        }
     }
 }
 
@@ -97,7 +117,6 @@ pub async fn read_header<R: AsyncRead + Unpin>(stream: &mut R) -> Result<Header,
             Ok(0) => return Err(Error::Closed),
             Ok(count) => break count,
             Err(source) if source.kind() == io::ErrorKind::Interrupted => {}
-            // TLS reports a peer that is gone without close_notify (RFC 8446, section 6.1) as an unexpected end.
             Err(source) => return Err(Error::read(source)),
         }
     };

@@ -223,7 +223,7 @@ fn a_file_under_another_name_gives_nobody_the_disks() {
         other => panic!("{other:?}"),
     }
     // What is not ours to read.
-    for other in [".hidden.toml", "notes.txt", "web01.toml~", "a b.toml", ".web02.toml.tmp"] {
+    for other in [".hidden.toml", "notes.txt", "web01.toml~", "a b.toml", ".web02.toml.0123"] {
         fs::write(dir.path().join("machines").join(other), "garbage").unwrap();
     }
     assert_eq!(store.all().unwrap().len(), 2);
@@ -238,20 +238,18 @@ fn every_crash_of_a_change_leaves_the_old_file_or_the_new_one() {
     let old = fs::read(store.file(&web)).unwrap();
     store.assign(&web, &[assignment("data", 2)]).unwrap();
     let new = fs::read(store.file(&web)).unwrap();
-    let temporary = dir.path().join("machines/.web01.toml.tmp");
-    assert!(!temporary.exists());
+    let directory = dir.path().join("machines");
+    assert_eq!(fs::read_dir(&directory).unwrap().count(), 2, "more than the file and the lock");
     // Created; torn at every length; whole.
     for written in 0..=new.len() {
         fs::write(store.file(&web), &old).unwrap();
-        fs::write(&temporary, &new[..written]).unwrap();
+        fs::write(directory.join(".web01.toml.0123456789abcdef"), &new[..written]).unwrap();
         assert_eq!(store.load(&web).unwrap().disks.len(), 1);
         assert_eq!(store.all().unwrap().len(), 1);
     }
-    // The next change is not disturbed by what was left, even if that is longer than what it writes.
-    fs::write(&temporary, "x".repeat(100_000)).unwrap();
+    // The next change is not disturbed by what was left.
     store.begin_pass(&web, &name("root"), A).unwrap();
     assert!(matches!(store.load(&web).unwrap().disks[0].state, State::Receiving(_)));
-    assert!(!temporary.exists());
     // A file that was created and never written is not taken for an empty protection.
     fs::write(store.file(&web), "").unwrap();
     assert!(matches!(store.load(&web), Err(Error::Corrupt { .. })));
@@ -367,7 +365,8 @@ fn a_full_file_system_leaves_the_old_file_as_it_was() {
         assert_eq!(error.source.kind(), std::io::ErrorKind::StorageFull, "{error:?}");
     }
     assert_eq!(fs::read(store.file(&web)).unwrap(), before);
-    assert!(!tmpfs.0.path().join("machines/.web01.toml.tmp").exists(), "a torn file keeps the space taken");
+    let left = fs::read_dir(tmpfs.0.path().join("machines")).unwrap().count();
+    assert_eq!(left, 2, "a torn file keeps the space taken");
     assert_eq!(store.load(&web).unwrap().disks, [assignment("root", 1)]);
     // Taking away what is no longer needed is the way out.
     store.remove(&web, None).unwrap();

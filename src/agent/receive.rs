@@ -17,7 +17,8 @@ use crate::net::message::{self, Begin, Code, Commit, Enroll, EnrollReply, Open};
 use crate::net::session::{Host, Opened, Passes};
 use crate::net::token::TokenStore;
 use crate::net::{enrolment, tls};
-use crate::protection::{self, Hold, PassNumber, Store};
+use crate::pass::PassId;
+use crate::protection::{self, Hold, Store};
 use crate::storage::Geometry;
 use crate::storage::device::Device;
 use crate::sys::aligned::Arena;
@@ -111,7 +112,7 @@ struct Ledger {
     store: Store,
     machine: Name,
     disk: Name,
-    pass: Option<PassNumber>,
+    pass: Option<PassId>,
     counters: Arc<Counters>,
     _shown: Shown,
     _hold: Hold,
@@ -119,7 +120,7 @@ struct Ledger {
 
 impl Passes for Ledger {
     fn begin(&mut self, begin: &Begin) -> Result<(), message::Error> {
-        let pass = PassNumber(begin.pass.0);
+        let pass = begin.pass;
         self.store.begin_pass(&self.machine, &self.disk, pass).map_err(|error| refuse(&error))?;
         self.pass = Some(pass);
         tracing::info!(machine = %self.machine, disk = %self.disk, %pass, "pass began");
@@ -127,7 +128,7 @@ impl Passes for Ledger {
     }
 
     fn commit(&mut self, commit: &Commit) -> Result<OffsetDateTime, message::Error> {
-        let pass = PassNumber(commit.pass.0);
+        let pass = commit.pass;
         let recorded = self
             .store
             .commit_pass(&self.machine, &self.disk, pass, commit.bytes, commit.point_in_time)

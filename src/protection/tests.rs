@@ -64,7 +64,7 @@ fn a_pass_leads_through_the_states_and_each_is_on_disk() {
     let State::Faulted(Pass { id: B, .. }, fault) = state().state else { panic!("{:?}", state()) };
     assert_eq!(fault.reason, "write failed: EIO");
     assert_eq!(state().last_commit, Some(commit));
-    store.begin_pass(&web, &root(0xc)).unwrap();
+    store.begin_pass(&web, &root, PassId(0xc)).unwrap();
     assert_eq!(store.load(&web).unwrap().disk(&name("data")).unwrap(), &assignment("data", 2));
 }
 

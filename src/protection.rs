@@ -53,7 +53,7 @@ use crate::name::Name;
 use crate::pass::PassId;
 use crate::units::ByteLen;
 
-pub use store::{Hold, Store};
+pub use store::{Hold, Listed, Store};
 
 /// The target disks of one machine.
 #[derive(Clone, PartialEq, Eq, Debug)]

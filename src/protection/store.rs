@@ -33,6 +33,9 @@ pub struct Store {
     machines: PathBuf,
 }
 
+/// A machine that has a file, with its protection or why that cannot be read.
+pub type Listed = (Name, Result<Protection, Error>);
+
 /// Keeps the disks of a machine from being taken away while it lives.
 #[derive(Debug)]
 pub struct Hold {
@@ -88,7 +91,7 @@ impl Store {
     ///
     /// # Errors
     /// Only where the directory itself cannot be listed. One that does not exist holds no protections.
-    pub fn all(&self) -> Result<Vec<(Name, Result<Protection, Error>)>, Error> {
+    pub fn all(&self) -> Result<Vec<Listed>, Error> {
         let failed = |error| IoError::new("list", self.machines.display().to_string(), error);
         let entries = match fs::read_dir(&self.machines) {
             Ok(entries) => entries,
@@ -336,7 +339,9 @@ impl Store {
             match &known.state {
                 State::Faulted(faulted, _) if faulted.id == pass => {}
                 State::Receiving(open) if open.id == pass => {
-                    let reason = reason[..reason.floor_char_boundary(file::MAX_REASON)].to_owned();
+                    let end =
+                        (0..=file::MAX_REASON.min(reason.len())).rfind(|&at| reason.is_char_boundary(at));
+                    let reason = reason[..end.unwrap_or(0)].to_owned();
                     known.state = State::Faulted(*open, Fault { time: now(), reason });
                 }
                 _ => return Err(format!("fault in pass {pass}")),

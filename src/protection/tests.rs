@@ -124,7 +124,10 @@ fn a_disk_belongs_to_one_machine_and_a_command_is_done_whole_or_not_at_all() {
         other => panic!("{other:?}"),
     };
     let taken = Why::Assigned { machine: web.clone(), disk: name("root") };
-    assert_eq!(reasons(store.assign(&db, &[assignment("root", 2), assignment("x", 1)])), [taken.clone()]);
+    assert_eq!(
+        reasons(store.assign(&db, &[assignment("root", 2), assignment("x", 1)])),
+        std::slice::from_ref(&taken)
+    );
     assert!(!store.file(&db).exists(), "half of a refused command was done");
     assert_eq!(reasons(store.assign(&web, &[assignment("again", 1)])), [taken]);
     let why = reasons(store.assign(&web, &[assignment("root", 3)]));
@@ -480,6 +483,21 @@ fn each_thing_that_may_be_wrong_is_named_with_its_line() {
             other => panic!("{to}: {other:?}"),
         }
     }
+    // Without a pass, the states that need a commit or must not have one.
+    let (start, end) = (GOOD.find("[disk.pass]").unwrap(), GOOD.find("[disk.last_commit]").unwrap());
+    let idle = format!("{}{}", &GOOD[..start], &GOOD[end..]);
+    let state = |text: &str, state: &str| file::parse(text.replace("receiving", state).as_bytes());
+    assert!(state(&idle, "synchronized").is_ok());
+    assert_eq!(
+        state(&idle, "empty").unwrap_err().to_string(),
+        "line 5: a disk that is empty has no last_commit"
+    );
+    assert!(state(&GOOD[..start], "empty").is_ok());
+    assert_eq!(
+        state(&GOOD[..start], "synchronized").unwrap_err().to_string(),
+        "line 5: a disk that is synchronized has a last_commit"
+    );
+    assert!(state(&GOOD[..start], "receiving").is_err());
     let disk = &GOOD[GOOD.find("[[disk]]").unwrap()..];
     let twice = format!("{GOOD}{disk}");
     let message = |text: &str| file::parse(text.as_bytes()).unwrap_err().to_string();

@@ -1,5 +1,6 @@
 //! What the service lets a session touch: the protections, and the disks that they name.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -10,6 +11,7 @@ use super::config::Config;
 use super::status::{Live, Shown};
 use crate::disk::device::{self, Refusal, TargetOptions, open_target};
 use crate::disk::discover::Options;
+use crate::disk::id::DiskId;
 use crate::error::{IoError, chain};
 use crate::name::Name;
 use crate::net::frame::MAX_DATA;
@@ -58,7 +60,7 @@ impl Host for Receiver {
             return Err(message::Error::new(Code::Refused, text));
         }
         let discovery = Options {
-            assigned: self.store.assigned().map_err(|error| refuse(&error))?,
+            assigned: self.assigned()?,
             retention: Some(self.config.retention_dir.clone()),
             ..Options::default()
         };
@@ -101,6 +103,23 @@ impl Host for Receiver {
             counters,
             passes: Box::new(ledger),
         })
+    }
+}
+
+impl Receiver {
+    /// Every assigned disk with its machine. A protection that cannot be read concerns its own machine alone:
+    /// the others go on.
+    fn assigned(&self) -> Result<BTreeMap<DiskId, String>, message::Error> {
+        let mut assigned = BTreeMap::new();
+        for (machine, loaded) in self.store.all().map_err(|error| refuse(&error))? {
+            match loaded {
+                Ok(protection) => {
+                    assigned.extend(protection.disks.into_iter().map(|disk| (disk.id, machine.to_string())));
+                }
+                Err(error) => tracing::warn!(%machine, error = chain(&error), "passed over a protection"),
+            }
+        }
+        Ok(assigned)
     }
 }
 

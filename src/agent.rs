@@ -238,3 +238,6 @@ impl SessionError {
         )
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -22,6 +22,7 @@ pub mod durable;
 pub mod error;
 pub mod name;
 pub mod net;
+pub mod pass;
 pub mod protection;
 pub mod send;
 pub mod storage;

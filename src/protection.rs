@@ -43,7 +43,6 @@ pub mod assign;
 pub mod file;
 mod store;
 
-use std::fmt;
 use std::path::PathBuf;
 
 use time::OffsetDateTime;
@@ -51,9 +50,10 @@ use time::OffsetDateTime;
 use crate::disk::id::DiskId;
 use crate::error::IoError;
 use crate::name::Name;
+use crate::pass::PassId;
 use crate::units::ByteLen;
 
-pub use store::{Hold, Store};
+pub use store::{Hold, Listed, Store};
 
 /// The target disks of one machine.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -124,7 +124,7 @@ impl State {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Pass {
     /// The sender's name for it.
-    pub id: PassNumber,
+    pub id: PassId,
     /// When it began.
     pub started: OffsetDateTime,
 }
@@ -133,7 +133,7 @@ pub struct Pass {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Commit {
     /// The sender's name for the pass.
-    pub pass: PassNumber,
+    pub pass: PassId,
     /// When it was committed.
     pub time: OffsetDateTime,
     /// How many bytes of the volume it brought, zeros included.
@@ -149,22 +149,6 @@ pub struct Fault {
     pub time: OffsetDateTime,
     /// What, as it is shown to the operator. At most [`file::MAX_REASON`] bytes are kept.
     pub reason: String,
-}
-
-/// The 128 bits by which a sender names a pass, written as 32 lower-case hexadecimal digits.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub struct PassNumber(pub u128);
-
-impl fmt::Display for PassNumber {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:032x}", self.0)
-    }
-}
-
-impl fmt::Debug for PassNumber {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
 }
 
 /// Why a protection cannot be read or changed.

@@ -342,12 +342,15 @@ fn idle_timeout(value: &DeValue<'_>) -> Result<Duration, String> {
 /// What is said of a key that there is not: the nearest one, or all of them where none is near.
 fn unknown(key: &str) -> String {
     let plain = key.to_ascii_lowercase().replace('-', "_");
-    let nearest = KEYS.iter().map(|known| (distance(&plain, known), *known)).min();
+    // Half of a name, such as `timeout`, is as near as one wrong letter.
+    let far = |known: &str| match known.split('_').any(|part| part == plain) {
+        true => 1,
+        false => distance(&plain, known),
+    };
+    let nearest = KEYS.iter().map(|known| (far(known), *known)).min();
     let shown: String = key.escape_debug().take(100).collect();
     match nearest {
-        Some((distance, known))
-            if distance <= known.len() / 3 || known.split('_').any(|part| part == plain) =>
-        {
+        Some((distance, known)) if distance <= known.len() / 3 => {
             format!("there is no key `{shown}`: did you mean `{known}`?")
         }
         _ => format!("there is no key `{shown}`: the keys are {}", KEYS.join(", ")),

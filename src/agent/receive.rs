@@ -1,5 +1,6 @@
 //! What the service lets a session touch: the protections, and the disks that they name.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -10,6 +11,7 @@ use super::config::Config;
 use super::status::{Live, Shown};
 use crate::disk::device::{self, Refusal, TargetOptions, open_target};
 use crate::disk::discover::Options;
+use crate::disk::id::DiskId;
 use crate::error::{IoError, chain};
 use crate::name::Name;
 use crate::net::frame::MAX_DATA;
@@ -17,7 +19,8 @@ use crate::net::message::{self, Begin, Code, Commit, Enroll, EnrollReply, Open};
 use crate::net::session::{Host, Opened, Passes};
 use crate::net::token::TokenStore;
 use crate::net::{enrolment, tls};
-use crate::protection::{self, Hold, PassNumber, Store};
+use crate::pass::PassId;
+use crate::protection::{self, Hold, Store};
 use crate::storage::Geometry;
 use crate::storage::device::Device;
 use crate::sys::aligned::Arena;
@@ -57,7 +60,7 @@ impl Host for Receiver {
             return Err(message::Error::new(Code::Refused, text));
         }
         let discovery = Options {
-            assigned: self.store.assigned().map_err(|error| refuse(&error))?,
+            assigned: self.assigned()?,
             retention: Some(self.config.retention_dir.clone()),
             ..Options::default()
         };
@@ -103,6 +106,23 @@ impl Host for Receiver {
     }
 }
 
+impl Receiver {
+    /// Every assigned disk with its machine. A protection that cannot be read concerns its own machine alone:
+    /// the others go on.
+    fn assigned(&self) -> Result<BTreeMap<DiskId, String>, message::Error> {
+        let mut assigned = BTreeMap::new();
+        for (machine, loaded) in self.store.all().map_err(|error| refuse(&error))? {
+            match loaded {
+                Ok(protection) => {
+                    assigned.extend(protection.disks.into_iter().map(|disk| (disk.id, machine.to_string())));
+                }
+                Err(error) => tracing::warn!(%machine, error = chain(&error), "passed over a protection"),
+            }
+        }
+        Ok(assigned)
+    }
+}
+
 // The smallest window that can be configured holds several data frames, whatever the arena's fragmentation.
 const _: () = assert!(super::config::WINDOW.start >= 2 * MAX_DATA);
 
@@ -111,7 +131,7 @@ struct Ledger {
     store: Store,
     machine: Name,
     disk: Name,
-    pass: Option<PassNumber>,
+    pass: Option<PassId>,
     counters: Arc<Counters>,
     _shown: Shown,
     _hold: Hold,
@@ -119,7 +139,7 @@ struct Ledger {
 
 impl Passes for Ledger {
     fn begin(&mut self, begin: &Begin) -> Result<(), message::Error> {
-        let pass = PassNumber(begin.pass.0);
+        let pass = begin.pass;
         self.store.begin_pass(&self.machine, &self.disk, pass).map_err(|error| refuse(&error))?;
         self.pass = Some(pass);
         tracing::info!(machine = %self.machine, disk = %self.disk, %pass, "pass began");
@@ -127,7 +147,7 @@ impl Passes for Ledger {
     }
 
     fn commit(&mut self, commit: &Commit) -> Result<OffsetDateTime, message::Error> {
-        let pass = PassNumber(commit.pass.0);
+        let pass = commit.pass;
         let recorded = self
             .store
             .commit_pass(&self.machine, &self.disk, pass, commit.bytes, commit.point_in_time)

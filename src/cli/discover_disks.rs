@@ -5,7 +5,6 @@
 //! (`attached`, `detached`, `resized`, `changed`), `disk`, and for `resized` the size `from` which it changed.
 //! Sizes are in bytes.
 
-use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::thread;
@@ -14,9 +13,11 @@ use std::time::{Duration, Instant};
 use mt_agent::disk::discover::watch::{Change, Watch};
 use mt_agent::disk::discover::{self, Disk, Options, Sysroot, discover};
 use mt_agent::disk::id::DiskId;
+use mt_agent::protection::Store;
 use serde::Serialize;
 
 use super::Failure;
+use super::places::Places;
 
 /// The version of the JSON; it changes when a field goes or changes its meaning.
 const SCHEMA_VERSION: u32 = 1;
@@ -45,6 +46,8 @@ pub struct Args {
     /// Read another tree's sys, proc and run/udev
     #[arg(long, value_name = "DIR", default_value = "/", conflicts_with = "watch")]
     sysroot: PathBuf,
+    #[command(flatten)]
+    places: Places,
 }
 
 #[derive(Serialize)]
@@ -66,8 +69,16 @@ pub fn run(args: Args) -> Result<(), Failure> {
     if args.rescan {
         rescan(&sysroot)?;
     }
-    let options =
-        Options { include_loop: args.include_loop, assigned: BTreeMap::new(), ..Options::default() };
+    let options = match sysroot.is_live() {
+        true => {
+            let config = args.places.load()?;
+            let assigned = Store::open(&config.retention_dir).assigned().map_err(Failure::failed)?;
+            let retention = Some(config.retention_dir);
+            Options { include_loop: args.include_loop, assigned, retention, ..Options::default() }
+        }
+        // Another host's disks: this one's assignments say nothing of them.
+        false => Options { include_loop: args.include_loop, ..Options::default() },
+    };
     let mut out = io::stdout().lock();
     if args.watch {
         let watch = Watch::new(sysroot, options).map_err(failure)?;

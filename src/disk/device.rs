@@ -260,11 +260,17 @@ pub fn open_target(expected: &DiskId, options: &TargetOptions) -> Result<OpenDis
     // The exclusive open below says the same, and a probe would only disturb others that are about to open.
     discovery.probe_exclusive = false;
     let disks = discover::discover(&sysroot, &discovery).map_err(Error::Discover)?;
-    let refused = |reason| Error::Refused { id: expected.clone(), reason };
     let disk = disks
         .into_iter()
         .find(|disk| disk.id.as_ref() == Some(expected))
         .ok_or_else(|| Error::Missing { id: expected.clone() })?;
+    open_listed(disk, expected, options)
+}
+
+/// Opens a disk of a listing that was made before, by the rules of [`open_target`]. The listing may be old: that
+/// the disk is still the one which it says is read from the descriptor.
+pub fn open_listed(disk: Disk, expected: &DiskId, options: &TargetOptions) -> Result<OpenDisk, Error> {
+    let refused = |reason| Error::Refused { id: expected.clone(), reason };
     check_role(&disk).map_err(refused)?;
     if let Some(machine) = options.machine.clone() {
         match options.discovery.assigned.get(expected).cloned() {
@@ -273,6 +279,7 @@ pub fn open_target(expected: &DiskId, options: &TargetOptions) -> Result<OpenDis
             None => return Err(refused(Refusal::NotAssigned { machine })),
         }
     }
+    let sysroot = Sysroot::default();
     let file = open_exclusively(&sysroot, &disk, expected)?;
     let failed = |op| {
         let name = disk.name.clone();

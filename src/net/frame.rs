@@ -525,7 +525,7 @@ mod tests {
             assert_eq!(Kind::from_number(kind.number()), Some(*kind));
         }
         assert_eq!(Kind::from_number(0), None);
-        assert_eq!(Kind::from_number(15), None);
+        assert_eq!(Kind::from_number(16), None);
     }
 
     #[test]
@@ -543,7 +543,7 @@ mod tests {
 
     #[test]
     fn kind_flags_and_reserved() {
-        for number in [0, 15, 255] {
+        for number in [0, 16, 255] {
             assert_eq!(patched(data(), 5, &[number]), Err(Error::UnknownKind { number }));
         }
         for flags in [3u16, 4, 0x8000, 0xffff] {
@@ -600,7 +600,7 @@ mod tests {
             let error = Error::ControlLength { kind: Kind::Hello, payload_len };
             assert_eq!(patched(hello(), 32, &payload_len.to_le_bytes()), Err(error));
         }
-        for header in [Header::zero(1, 4096, 4096), Header::progress(1, 4096)] {
+        for header in [Header::zero(1, 4096, 4096), Header::progress(1, 4096), Header::refused(&data())] {
             let kind = header.kind;
             let length = Error::UnexpectedPayload { kind, payload_len: 1, payload_crc: 0 };
             assert_eq!(patched(header, 32, &[1]), Err(length));
@@ -633,6 +633,8 @@ mod tests {
             ),
             (any::<u64>(), offset, 1..=MAX_ZERO).prop_map(|(s, o, l)| Header::zero(s, o, l)),
             (any::<u64>(), any::<u64>()).prop_map(|(w, r)| Header::progress(w, r)),
+            (any::<u64>(), 0..=1u64 << 50, 1..=MAX_DATA)
+                .prop_map(|(s, o, l)| Header { kind: Kind::Refused, ..Header::zero(s, o, l) }),
             (prop::sample::select(KINDS.to_vec()), 1..=MAX_CONTROL, payload)
                 .prop_filter("control only", |(kind, ..)| kind.is_control())
                 .prop_map(|(kind, payload_len, (sequence, payload_crc))| {

@@ -24,6 +24,7 @@ use super::message::{
 use super::wire;
 use crate::error::chain;
 use crate::name::Name;
+use crate::pass::PassId;
 use crate::units::Extent;
 use crate::volume::counters::{Counters, Phase};
 use crate::volume::{Event, Events, Fault, Volume};
@@ -294,7 +295,7 @@ struct Receiving {
 
 /// The pass that is being received.
 struct Pass {
-    id: message::PassId,
+    id: PassId,
     /// Until its commit.
     open: bool,
     /// The next frame's sequence number.

@@ -9,9 +9,10 @@ use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use toml::Spanned;
 
-use super::{Assignment, Commit, Fault, Pass, PassNumber, Protection, State};
+use super::{Assignment, Commit, Fault, Pass, Protection, State};
 use crate::disk::id::DiskId;
 use crate::name::Name;
+use crate::pass::PassId;
 use crate::units::ByteLen;
 
 /// The version of the schema that is written, and the only one that is read.
@@ -86,7 +87,7 @@ enum StateName {
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct PassTable {
-    id: Text<PassNumber>,
+    id: Text<PassId>,
     #[serde(with = "time::serde::rfc3339")]
     started: OffsetDateTime,
 }
@@ -94,7 +95,7 @@ struct PassTable {
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct CommitTable {
-    pass: Text<PassNumber>,
+    pass: Text<PassId>,
     #[serde(with = "time::serde::rfc3339")]
     time: OffsetDateTime,
     bytes: u64,
@@ -123,19 +124,6 @@ impl<'de, T: FromStr<Err: fmt::Display>> Deserialize<'de> for Text<T> {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Text<T>, D::Error> {
         let text = String::deserialize(deserializer)?;
         text.parse().map(Text).map_err(serde::de::Error::custom)
-    }
-}
-
-impl FromStr for PassNumber {
-    type Err = &'static str;
-
-    fn from_str(text: &str) -> Result<PassNumber, &'static str> {
-        let digit = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
-        if text.len() == 32 && text.bytes().all(digit) {
-            u128::from_str_radix(text, 16).map(PassNumber).map_err(|_| "a pass is named by 128 bits")
-        } else {
-            Err("a pass is named by 32 lower-case hexadecimal digits")
-        }
     }
 }
 

@@ -1,9 +1,9 @@
 //! The files of the protections: read as they are, changed one at a time, durable before anyone is told.
 
 use std::collections::BTreeMap;
-use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -12,10 +12,12 @@ use time::OffsetDateTime;
 
 use super::assign::{Refusal, Refused, Why};
 use super::file::{self, ParseError};
-use super::{Assignment, Commit, Error, Fault, Pass, PassNumber, Protection, State};
+use super::{Assignment, Commit, Error, Fault, Pass, Protection, State};
 use crate::disk::id::DiskId;
+use crate::durable;
 use crate::error::IoError;
 use crate::name::Name;
+use crate::pass::PassId;
 
 /// The protections below one retention directory.
 ///
@@ -25,11 +27,14 @@ use crate::name::Name;
 ///   and the service never lose each other's changes. Reading needs no lock, since files are replaced whole.
 /// - `<machine>.hold`: a session holds a shared `flock` of it, and taking a disk away needs an exclusive one.
 ///   All three of opening, locking and removing it happen under `.lock`: nobody locks a file that is gone.
-/// - `.<machine>.toml.tmp`: what a crash left of a change that was not finished. It has no meaning.
+/// - `.<machine>.toml.…`: what a crash left of a change that was not finished. It has no meaning.
 #[derive(Clone, Debug)]
 pub struct Store {
     machines: PathBuf,
 }
+
+/// A machine that has a file, with its protection or why that cannot be read.
+pub type Listed = (Name, Result<Protection, Error>);
 
 /// Keeps the disks of a machine from being taken away while it lives.
 #[derive(Debug)]
@@ -61,7 +66,7 @@ impl Store {
     /// be understood.
     pub fn load(&self, machine: &Name) -> Result<Protection, Error> {
         let path = self.file(machine);
-        let bytes = match read(&path) {
+        let bytes = match durable::read(&path, file::MAX_LEN) {
             Ok(bytes) => bytes,
             Err(error) if error.source.kind() == io::ErrorKind::NotFound => {
                 return Err(Error::NoMachine { machine: machine.clone() });
@@ -86,7 +91,7 @@ impl Store {
     ///
     /// # Errors
     /// Only where the directory itself cannot be listed. One that does not exist holds no protections.
-    pub fn all(&self) -> Result<Vec<(Name, Result<Protection, Error>)>, Error> {
+    pub fn all(&self) -> Result<Vec<Listed>, Error> {
         let failed = |error| IoError::new("list", self.machines.display().to_string(), error);
         let entries = match fs::read_dir(&self.machines) {
             Ok(entries) => entries,
@@ -243,11 +248,10 @@ impl Store {
         match left {
             Some(protection) => self.write(&protection)?,
             None => {
-                unlink(&self.file(machine))?;
-                // Until the directory is synced, a crash may bring the file back, whole.
-                sync_directory(&self.machines)?;
+                // A crash before it is durable may bring the file back, whole.
+                durable::remove(&self.file(machine))?;
                 if let Some(hold) = &hold {
-                    unlink(hold)?;
+                    durable::remove(hold)?;
                 }
             }
         }
@@ -277,7 +281,7 @@ impl Store {
     /// # Errors
     /// [`Error::Transition`] for a pass that faulted or was committed; [`Error::Shared`] where another protection
     /// names the disk as well.
-    pub fn begin_pass(&self, machine: &Name, disk: &Name, pass: PassNumber) -> Result<(), Error> {
+    pub fn begin_pass(&self, machine: &Name, disk: &Name, pass: PassId) -> Result<(), Error> {
         self.change(machine, disk, |known| {
             match &known.state {
                 State::Receiving(open) if open.id == pass => return Ok(()),
@@ -304,7 +308,7 @@ impl Store {
         &self,
         machine: &Name,
         disk: &Name,
-        pass: PassNumber,
+        pass: PassId,
         bytes: u64,
         point_in_time: bool,
     ) -> Result<Commit, Error> {
@@ -330,12 +334,14 @@ impl Store {
     ///
     /// # Errors
     /// [`Error::Transition`] for any pass but the one that is open.
-    pub fn fault(&self, machine: &Name, disk: &Name, pass: PassNumber, reason: &str) -> Result<(), Error> {
+    pub fn fault(&self, machine: &Name, disk: &Name, pass: PassId, reason: &str) -> Result<(), Error> {
         self.change(machine, disk, |known| {
             match &known.state {
                 State::Faulted(faulted, _) if faulted.id == pass => {}
                 State::Receiving(open) if open.id == pass => {
-                    let reason = reason[..reason.floor_char_boundary(file::MAX_REASON)].to_owned();
+                    let end =
+                        (0..=file::MAX_REASON.min(reason.len())).rfind(|&at| reason.is_char_boundary(at));
+                    let reason = reason[..end.unwrap_or(0)].to_owned();
                     known.state = State::Faulted(*open, Fault { time: now(), reason });
                 }
                 _ => return Err(format!("fault in pass {pass}")),
@@ -397,8 +403,12 @@ impl Store {
 
     /// Waits for the lock under which files are changed. It is held for the change of one file.
     fn exclusive(&self) -> Result<Exclusive, Error> {
-        create_directory(&self.machines)?;
-        let lock = lock(&self.machines.join(".lock"), FlockArg::LockExclusive)?;
+        // One at a time: each makes the name of its directory durable.
+        if let Some(retention) = self.machines.parent() {
+            durable::private_dir(retention)?;
+        }
+        durable::private_dir(&self.machines)?;
+        let lock = durable::lock(&self.machines.join(".lock"))?;
         Ok(Exclusive { _lock: lock })
     }
 
@@ -406,28 +416,20 @@ impl Store {
     ///
     /// What a crash leaves, step by step:
     ///
-    /// 1. the temporary file is created or emptied, 2. written: the old file, and a temporary one that may be torn
-    ///    and that nobody reads; the next change empties it.
+    /// 1. a temporary file is created, 2. written: the old file, and a temporary one that may be torn. Its name
+    ///    begins with a dot, and nobody reads it.
     /// 3. the temporary file is synced: the same, but it is whole from here on, also after a power cut. Renamed
     ///    before that, it could be found empty under its final name.
     /// 4. it is renamed: the old file or the new one, each of them whole.
     /// 5. the directory is synced: the new file. Only now the caller is told.
+    ///
+    /// Where 5 fails the change may or may not be there after a crash. The caller is told that it failed, and
+    /// every change can be made once more.
     fn write(&self, protection: &Protection) -> Result<(), Error> {
         let path = self.file(&protection.machine);
-        let target = path.display().to_string();
         let text = file::encode(protection)
-            .map_err(|error| IoError::new("encode", &target, io::Error::other(error)))?;
-        let temporary = self.machines.join(format!(".{}.toml.tmp", protection.machine));
-        if let Err(error) = write_synced(&temporary, text.as_bytes()) {
-            // On a full file system the space is needed by whoever repairs it. That this fails as well changes
-            // nothing: the file has no meaning.
-            if let Err(also) = fs::remove_file(&temporary) {
-                tracing::debug!(file = %temporary.display(), error = %also, "left behind");
-            }
-            return Err(error.into());
-        }
-        fs::rename(&temporary, &path).map_err(|error| IoError::new("rename", &target, error))?;
-        sync_directory(&self.machines)?;
+            .map_err(|error| IoError::new("encode", path.display().to_string(), io::Error::other(error)))?;
+        durable::write(&path, text.as_bytes(), 0o640)?;
         Ok(())
     }
 }
@@ -438,56 +440,11 @@ fn now() -> OffsetDateTime {
     now.replace_nanosecond(0).unwrap_or(now)
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, IoError> {
-    let failed = |op, error| IoError::new(op, path.display().to_string(), error);
-    let file = File::open(path).map_err(|error| failed("open", error))?;
-    let mut bytes = Vec::new();
-    file.take(file::MAX_LEN + 1).read_to_end(&mut bytes).map_err(|error| failed("read", error))?;
-    if bytes.len() as u64 > file::MAX_LEN {
-        let error = io::Error::other(format!("longer than {} bytes: this is no protection", file::MAX_LEN));
-        return Err(failed("read", error));
-    }
-    Ok(bytes)
-}
-
-fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), IoError> {
-    let failed = |op, error| IoError::new(op, path.display().to_string(), error);
-    let mut options = OpenOptions::new();
-    options.write(true).create(true).truncate(true).mode(0o640);
-    let mut file = options.open(path).map_err(|error| failed("create", error))?;
-    file.write_all(bytes).map_err(|error| failed("write", error))?;
-    file.sync_all().map_err(|error| failed("sync", error))
-}
-
-fn unlink(path: &Path) -> Result<(), IoError> {
-    fs::remove_file(path).map_err(|error| IoError::new("remove", path.display().to_string(), error))
-}
-
-fn sync_directory(path: &Path) -> Result<(), IoError> {
-    let failed = |op, error| IoError::new(op, path.display().to_string(), error);
-    let directory = File::open(path).map_err(|error| failed("open", error))?;
-    directory.sync_all().map_err(|error| failed("sync", error))
-}
-
-/// Creates a directory and what is missing above it, each entry durable in its parent.
-fn create_directory(path: &Path) -> Result<(), IoError> {
-    if path.is_dir() {
-        return Ok(());
-    }
-    let Some(parent) = path.parent() else { return Ok(()) };
-    create_directory(parent)?;
-    match DirBuilder::new().mode(0o750).create(path) {
-        Ok(()) => sync_directory(parent),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
-        Err(error) => Err(IoError::new("create", path.display().to_string(), error)),
-    }
-}
-
 /// Opens, or creates, a file and takes an advisory lock of it.
 fn lock(path: &Path, how: FlockArg) -> Result<Flock<File>, IoError> {
     let failed = |op, error: io::Error| IoError::new(op, path.display().to_string(), error);
     let mut options = OpenOptions::new();
-    options.read(true).write(true).create(true).truncate(false).mode(0o640);
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
     let mut file = options.open(path).map_err(|error| failed("open", error))?;
     loop {
         match Flock::lock(file, how) {

@@ -39,8 +39,8 @@ fn store() -> (tempfile::TempDir, Store) {
     (dir, store)
 }
 
-const A: PassNumber = PassNumber(0xa);
-const B: PassNumber = PassNumber(0xb);
+const A: PassId = PassId(0xa);
+const B: PassId = PassId(0xb);
 
 #[test]
 fn a_pass_leads_through_the_states_and_each_is_on_disk() {
@@ -64,7 +64,7 @@ fn a_pass_leads_through_the_states_and_each_is_on_disk() {
     let State::Faulted(Pass { id: B, .. }, fault) = state().state else { panic!("{:?}", state()) };
     assert_eq!(fault.reason, "write failed: EIO");
     assert_eq!(state().last_commit, Some(commit));
-    store.begin_pass(&web, &root, PassNumber(0xc)).unwrap();
+    store.begin_pass(&web, &root, PassId(0xc)).unwrap();
     assert_eq!(store.load(&web).unwrap().disk(&name("data")).unwrap(), &assignment("data", 2));
 }
 
@@ -124,7 +124,10 @@ fn a_disk_belongs_to_one_machine_and_a_command_is_done_whole_or_not_at_all() {
         other => panic!("{other:?}"),
     };
     let taken = Why::Assigned { machine: web.clone(), disk: name("root") };
-    assert_eq!(reasons(store.assign(&db, &[assignment("root", 2), assignment("x", 1)])), [taken.clone()]);
+    assert_eq!(
+        reasons(store.assign(&db, &[assignment("root", 2), assignment("x", 1)])),
+        std::slice::from_ref(&taken)
+    );
     assert!(!store.file(&db).exists(), "half of a refused command was done");
     assert_eq!(reasons(store.assign(&web, &[assignment("again", 1)])), [taken]);
     let why = reasons(store.assign(&web, &[assignment("root", 3)]));
@@ -223,7 +226,7 @@ fn a_file_under_another_name_gives_nobody_the_disks() {
         other => panic!("{other:?}"),
     }
     // What is not ours to read.
-    for other in [".hidden.toml", "notes.txt", "web01.toml~", "a b.toml", ".web02.toml.tmp"] {
+    for other in [".hidden.toml", "notes.txt", "web01.toml~", "a b.toml", ".web02.toml.0123"] {
         fs::write(dir.path().join("machines").join(other), "garbage").unwrap();
     }
     assert_eq!(store.all().unwrap().len(), 2);
@@ -238,20 +241,18 @@ fn every_crash_of_a_change_leaves_the_old_file_or_the_new_one() {
     let old = fs::read(store.file(&web)).unwrap();
     store.assign(&web, &[assignment("data", 2)]).unwrap();
     let new = fs::read(store.file(&web)).unwrap();
-    let temporary = dir.path().join("machines/.web01.toml.tmp");
-    assert!(!temporary.exists());
+    let directory = dir.path().join("machines");
+    assert_eq!(fs::read_dir(&directory).unwrap().count(), 2, "more than the file and the lock");
     // Created; torn at every length; whole.
     for written in 0..=new.len() {
         fs::write(store.file(&web), &old).unwrap();
-        fs::write(&temporary, &new[..written]).unwrap();
+        fs::write(directory.join(".web01.toml.0123456789abcdef"), &new[..written]).unwrap();
         assert_eq!(store.load(&web).unwrap().disks.len(), 1);
         assert_eq!(store.all().unwrap().len(), 1);
     }
-    // The next change is not disturbed by what was left, even if that is longer than what it writes.
-    fs::write(&temporary, "x".repeat(100_000)).unwrap();
+    // The next change is not disturbed by what was left.
     store.begin_pass(&web, &name("root"), A).unwrap();
     assert!(matches!(store.load(&web).unwrap().disks[0].state, State::Receiving(_)));
-    assert!(!temporary.exists());
     // A file that was created and never written is not taken for an empty protection.
     fs::write(store.file(&web), "").unwrap();
     assert!(matches!(store.load(&web), Err(Error::Corrupt { .. })));
@@ -292,7 +293,7 @@ fn changes_at_once_are_all_kept_and_a_disk_is_given_once() {
                 let hold = store.hold(machine).unwrap();
                 let disk_name = name(&format!("d{disk}"));
                 for pass in 0..5u128 {
-                    let pass = PassNumber(disk << 64 | pass);
+                    let pass = PassId(disk << 64 | pass);
                     store.begin_pass(machine, &disk_name, pass).unwrap();
                     store.commit_pass(machine, &disk_name, pass, 1, true).unwrap();
                 }
@@ -367,7 +368,8 @@ fn a_full_file_system_leaves_the_old_file_as_it_was() {
         assert_eq!(error.source.kind(), std::io::ErrorKind::StorageFull, "{error:?}");
     }
     assert_eq!(fs::read(store.file(&web)).unwrap(), before);
-    assert!(!tmpfs.0.path().join("machines/.web01.toml.tmp").exists(), "a torn file keeps the space taken");
+    let left = fs::read_dir(tmpfs.0.path().join("machines")).unwrap().count();
+    assert_eq!(left, 2, "a torn file keeps the space taken");
     assert_eq!(store.load(&web).unwrap().disks, [assignment("root", 1)]);
     // Taking away what is no longer needed is the way out.
     store.remove(&web, None).unwrap();
@@ -481,6 +483,21 @@ fn each_thing_that_may_be_wrong_is_named_with_its_line() {
             other => panic!("{to}: {other:?}"),
         }
     }
+    // Without a pass, the states that need a commit or must not have one.
+    let (start, end) = (GOOD.find("[disk.pass]").unwrap(), GOOD.find("[disk.last_commit]").unwrap());
+    let idle = format!("{}{}", &GOOD[..start], &GOOD[end..]);
+    let state = |text: &str, state: &str| file::parse(text.replace("receiving", state).as_bytes());
+    assert!(state(&idle, "synchronized").is_ok());
+    assert_eq!(
+        state(&idle, "empty").unwrap_err().to_string(),
+        "line 5: a disk that is empty has no last_commit"
+    );
+    assert!(state(&GOOD[..start], "empty").is_ok());
+    assert_eq!(
+        state(&GOOD[..start], "synchronized").unwrap_err().to_string(),
+        "line 5: a disk that is synchronized has a last_commit"
+    );
+    assert!(state(&GOOD[..start], "receiving").is_err());
     let disk = &GOOD[GOOD.find("[[disk]]").unwrap()..];
     let twice = format!("{GOOD}{disk}");
     let message = |text: &str| file::parse(text.as_bytes()).unwrap_err().to_string();
@@ -512,15 +529,10 @@ fn a_file_that_never_ends_is_not_read_to_its_end() {
 
 fn any_state() -> impl Strategy<Value = (State, Option<Commit>)> {
     let time = || (0i64..4_000_000_000).prop_map(|s| OffsetDateTime::from_unix_timestamp(s).unwrap());
-    let pass = || (any::<u128>(), time()).prop_map(|(id, started)| Pass { id: PassNumber(id), started });
+    let pass = || (any::<u128>(), time()).prop_map(|(id, started)| Pass { id: PassId(id), started });
     let commit = || {
         (any::<u128>(), time(), 0..i64::MAX as u64, any::<bool>()).prop_map(
-            |(pass, time, bytes, point_in_time)| Commit {
-                pass: PassNumber(pass),
-                time,
-                bytes,
-                point_in_time,
-            },
+            |(pass, time, bytes, point_in_time)| Commit { pass: PassId(pass), time, bytes, point_in_time },
         )
     };
     let fault = (time(), any::<String>()).prop_map(|(time, reason)| Fault { time, reason });

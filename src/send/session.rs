@@ -17,9 +17,10 @@ use super::{Compression, Error, PATIENCE, Progress};
 use crate::name::Name;
 use crate::net::frame::Kind;
 use crate::net::message::{
-    Begin, BeginReply, Commit, Committed, Hello, HelloReply, Open, OpenReply, PassId, PassKind,
+    Begin, BeginReply, Commit, Committed, Hello, HelloReply, Open, OpenReply, PassKind,
 };
 use crate::net::wire;
+use crate::pass::PassId;
 use crate::storage::device::EngineChoice;
 use crate::units::Extent;
 

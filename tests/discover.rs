@@ -1,0 +1,397 @@
+//! Discovery over made trees, through the library and through the command.
+
+#[path = "sysroot/tree.rs"]
+mod tree;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use assert_cmd::Command;
+use mt_agent::disk::discover::{self, Disk, FindError, IdSource, Options, Role, Sysroot};
+use tree::{GIB, LSI, PVSCSI, Scsi, Tree, VMWARE_A, VMWARE_B};
+
+fn list(root: &Path, options: &Options) -> Vec<Disk> {
+    discover::discover(&Sysroot::new(root), options).unwrap()
+}
+
+fn disks(tree: &Tree) -> Vec<Disk> {
+    list(&tree.root, &Options { include_loop: true, ..Options::default() })
+}
+
+fn named<'a>(disks: &'a [Disk], name: &str) -> &'a Disk {
+    disks.iter().find(|disk| disk.name == name).unwrap_or_else(|| panic!("{name} is not listed"))
+}
+
+fn id(disk: &Disk) -> Option<String> {
+    disk.id.as_ref().map(ToString::to_string)
+}
+
+#[test]
+fn a_vmware_vm_shows_its_uuids_on_either_adapter() {
+    for adapter in [PVSCSI, LSI] {
+        let dir = tempfile::tempdir().unwrap();
+        let found = disks(&tree::vmware(dir.path(), adapter, true));
+        assert_eq!(found.iter().map(|disk| disk.name.as_str()).collect::<Vec<_>>(), ["sda", "sdb"]);
+        let [sda, sdb] = &found[..] else { unreachable!() };
+        assert_eq!(id(sda), Some(format!("naa.{VMWARE_A}")));
+        assert_eq!(id(sdb), Some(format!("naa.{VMWARE_B}")));
+        assert_eq!(sdb.id_source, Some(IdSource::Sysfs));
+        assert_eq!((sdb.hctl.as_deref(), sdb.size.0, sdb.role), (Some("0:0:1:0"), 100 * GIB, Role::Free));
+        assert_eq!((sdb.vendor.as_deref(), sdb.model.as_deref()), (Some("VMware"), Some("Virtual disk")));
+        assert_eq!(sdb.serial.as_deref(), Some(VMWARE_B));
+        assert_eq!((&sdb.evidence, &sdb.problems), (&vec![], &vec![]));
+        assert_eq!(sda.role, Role::System);
+        assert_eq!(
+            sda.evidence,
+            [
+                "sda1 is mounted on /boot",
+                "sda2 is a physical volume of an active volume group: it carries dm-0 (centos-root)",
+                "dm-0 (centos-root) on sda2 is mounted on /",
+                "sda2 is a physical volume of an active volume group: it carries dm-1 (centos-swap)",
+                "dm-1 (centos-swap) on sda2 is swap",
+            ]
+        );
+    }
+}
+
+#[test]
+fn udev_s_database_is_asked_first_and_the_cut_wwn_is_not_believed() {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = tree::vmware(dir.path(), PVSCSI, true);
+    tree.udev_vmware("8:16", VMWARE_B);
+    // What a minimal VM may have: an entry without an identity.
+    tree.udev("8:0", &[("ID_SCSI", "1"), ("ID_WWN", &format!("0x{}", &VMWARE_A[..16]))]);
+    let found = disks(&tree);
+    assert_eq!(
+        (named(&found, "sda").id_source, named(&found, "sdb").id_source),
+        (Some(IdSource::Sysfs), Some(IdSource::Udev))
+    );
+    assert_eq!(id(named(&found, "sda")), Some(format!("naa.{VMWARE_A}")));
+    assert_eq!(id(named(&found, "sdb")), Some(format!("naa.{VMWARE_B}")));
+}
+
+#[test]
+fn what_is_found_does_not_depend_on_where_it_was_found() {
+    // udev knows neither UUID designators nor SCSI names, and stores the T10 designator in their place.
+    let dir = tempfile::tempdir().unwrap();
+    let tree = Tree::new(dir.path());
+    let uuid = tree::hex("10001efe0ec16b2e4b779d612d2f4a4a9b01");
+    tree.scsi(&Scsi {
+        name: "sda",
+        devno: "8:0",
+        hctl: "0:0:0:0",
+        adapter: PVSCSI,
+        vendor: "ACME",
+        model: "Array",
+        revision: "1",
+        size: GIB,
+        page_83: Some(tree::page_83(&[(2, 1, b"ACME    lun 7"), (1, 0xa, &uuid)])),
+        page_80: None,
+        wwid: None,
+    });
+    let without = id(&disks(&tree)[0]);
+    tree.udev("8:0", &[("ID_SCSI", "1"), ("ID_SERIAL", "1ACME_lun_7")]);
+    assert_eq!(without.as_deref(), Some("uuid.1efe0ec1-6b2e-4b77-9d61-2d2f4a4a9b01"));
+    assert_eq!(id(&disks(&tree)[0]), without);
+}
+
+#[test]
+fn a_vmware_vm_without_enableuuid_is_told_what_to_do() {
+    for adapter in [PVSCSI, LSI] {
+        let dir = tempfile::tempdir().unwrap();
+        let found = disks(&tree::vmware(dir.path(), adapter, false));
+        let (sda, sdb) = (named(&found, "sda"), named(&found, "sdb"));
+        assert_eq!((sda.role, sdb.role), (Role::System, Role::NoUuid));
+        for disk in [sda, sdb] {
+            assert_eq!((&disk.id, disk.id_source), (&None, None));
+            for word in ["disk.EnableUUID", "`TRUE`", "without quotes", "Power the VM off", "power it on"] {
+                assert!(disk.problems[0].contains(word), "{:?} does not say {word}", disk.problems);
+            }
+        }
+    }
+}
+
+#[test]
+fn paths_under_multipath_are_one_disk_and_without_it_clones() {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = tree::multipath(dir.path());
+    let found = disks(&tree);
+    assert_eq!(found.len(), 1);
+    let disk = &found[0];
+    assert_eq!(
+        (disk.name.as_str(), disk.node.to_str(), disk.devno.as_str()),
+        ("dm-0", Some("/dev/dm-0"), "253:0")
+    );
+    assert_eq!(disk.paths, ["sdb", "sdc"]);
+    assert_eq!(id(disk), Some(format!("naa.{}", tree::SAN)), "the port's NAA is not the disk's");
+    assert_eq!((disk.role, &disk.evidence, &disk.problems), (Role::Free, &vec![], &vec![]));
+
+    std::fs::remove_file(dir.path().join("sys/block/dm-0")).unwrap();
+    for path in ["sdb", "sdc"] {
+        std::fs::remove_file(dir.path().join(format!("sys/block/{path}/holders/dm-0"))).unwrap();
+    }
+    let found = disks(&tree);
+    assert_eq!(found.iter().map(|disk| disk.role).collect::<Vec<_>>(), [Role::Clone, Role::Clone]);
+    assert_eq!(found[0].evidence, ["sdb has the same identity as sdc"]);
+    assert!(found[0].problems[0].contains("start multipathd"));
+}
+
+#[test]
+fn a_third_path_outside_the_map_is_a_clone() {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = tree::multipath(dir.path());
+    let unit = tree::hex(tree::SAN);
+    tree.scsi(&Scsi {
+        name: "sdd",
+        devno: "8:48",
+        hctl: "3:0:0:23",
+        adapter: PVSCSI,
+        vendor: "DGC",
+        model: "VRAID",
+        revision: "0533",
+        size: 500 * GIB,
+        page_83: Some(tree::page_83(&[(1, 3, &unit)])),
+        page_80: None,
+        wwid: None,
+    });
+    let found = disks(&tree);
+    assert_eq!((named(&found, "dm-0").role, named(&found, "sdd").role), (Role::Clone, Role::Clone));
+    // And a path that is another disk is told.
+    let dir = tempfile::tempdir().unwrap();
+    let tree = tree::multipath(dir.path());
+    let page = tree::page_83(&[(1, 3, &tree::hex(VMWARE_A))]);
+    let device = std::fs::canonicalize(dir.path().join("sys/block/sdc/device")).unwrap();
+    std::fs::write(device.join("vpd_pg83"), page).unwrap();
+    assert!(disks(&tree)[0].problems[0].contains("sdc is a path of dm-0 and yet has another identity"));
+}
+
+#[test]
+fn qemu_sata_and_nvme_disks_have_their_identities() {
+    let dir = tempfile::tempdir().unwrap();
+    let found = disks(&tree::qemu_virtio_scsi(dir.path()));
+    let all: Vec<_> = found.iter().map(|disk| (id(disk), disk.role)).collect();
+    assert_eq!(all[0], (Some("naa.5000c50015ea71aa".to_owned()), Role::Free));
+    assert_eq!(all[1], (Some("serial.QEMU_QEMU_HARDDISK_target-7".to_owned()), Role::Free));
+    assert!(found[1].problems[0].contains("only a serial"));
+    assert_eq!(all[2], (None, Role::NoUuid), "the name of a QEMU drive is no identity");
+    assert!(found[2].problems[0].contains("wwn="));
+
+    let dir = tempfile::tempdir().unwrap();
+    let tree = tree::sata(dir.path());
+    let found = disks(&tree);
+    assert_eq!(id(&found[0]).as_deref(), Some("naa.50014ee2b1c2d3e4"));
+    assert_eq!(id(&found[1]).as_deref(), Some("t10.ATA_QEMU_HARDDISK_QM00003"));
+    // ata_id stores it without the vendor, and udev's entry gives the same disk.
+    tree.udev("8:16", &[("ID_ATA", "1"), ("ID_BUS", "ata"), ("ID_SERIAL", "QEMU_HARDDISK_QM00003")]);
+    let again = disks(&tree);
+    assert_eq!((&again[1].id, again[1].id_source), (&found[1].id, Some(IdSource::Udev)));
+
+    let dir = tempfile::tempdir().unwrap();
+    let found = disks(&tree::nvme(dir.path()));
+    let all: Vec<_> = found.iter().filter_map(id).collect();
+    assert_eq!(all[..2], ["eui.002538ba11b2c3d4", "eui.6479a7ffff000001000c2999f2a3b4c5"]);
+    assert_eq!(all[2], "uuid.1efe0ec1-6b2e-4b77-9d61-2d2f4a4a9b01");
+    assert_eq!(all[3], "nvme.1b36-666f6f-51454d55204e564d65204374726c-00000001");
+    assert_eq!(found[0].problems, Vec::<String>::new());
+    assert!(found[3].problems[0].contains("only a serial"));
+}
+
+#[test]
+fn the_kernel_s_wwid_serves_where_the_page_is_not_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = tree::sata(dir.path());
+    let device = std::fs::canonicalize(dir.path().join("sys/block/sda/device")).unwrap();
+    std::fs::remove_file(device.join("vpd_pg83")).unwrap();
+    let found = disks(&tree);
+    assert_eq!(
+        (id(&found[0]).as_deref(), found[0].id_source),
+        (Some("naa.50014ee2b1c2d3e4"), Some(IdSource::Sysfs))
+    );
+    // A hostile page gives a problem and the next best identity.
+    std::fs::write(device.join("vpd_pg83"), [0, 0x83, 0, 8, 1, 3, 0, 200, 1, 2, 3, 4]).unwrap();
+    let found = disks(&tree);
+    assert_eq!(id(&found[0]).as_deref(), Some("serial.ATA_WDC_WD10EZEX-08W_WD-WCC6Y0AB1CDE"));
+    assert!(found[0].problems[0].contains("reaches past the end of the page"));
+}
+
+#[test]
+fn roles_are_found_through_partitions_dm_and_md() {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = tree::many(dir.path(), 9);
+    // a: an md member in a partition, whose array carries a crypt device that is mounted.
+    let a = tree.partition("sda", 1, "8:1", GIB);
+    let b = tree.partition("sdb", 1, "8:17", GIB);
+    tree.md("md127", "9:127", "raid1", GIB, &[&a, &b]);
+    tree.dm("dm-7", "253:7", "secret", "CRYPT-LUKS2-abc-secret", GIB, &["md127"]);
+    tree.mount("253:7", r"/srv/my\040data", "/dev/mapper/secret");
+    // c: held, and not mounted.
+    tree.dm("dm-8", "253:8", "thing", "thing", GIB, &["sdc"]);
+    // d: swap on the whole disk. e: partitions that nobody uses.
+    tree.swap("/dev/sdd");
+    tree.partition("sde", 1, "8:65", GIB);
+    // f: the retention. g: btrfs, which has a device number of its own; h is its second member.
+    tree.mount("8:80", "/var/lib/mt-agent/retention", "/dev/sdf");
+    tree.mount("0:44", "/pool", "/dev/sdg");
+    tree.write("sys/fs/btrfs/0b1c/devices/sdg/dev", "8:96\n");
+    tree.write("sys/fs/btrfs/0b1c/devices/sdh/dev", "8:112\n");
+    let retention = Some("/var/lib/mt-agent/retention/journal".into());
+    let found = list(dir.path(), &Options { retention, ..Options::default() });
+    let role = |name| named(&found, name).role;
+    assert_eq!(role("sda"), Role::System);
+    assert_eq!(
+        named(&found, "sda").evidence,
+        [
+            "sda1 is a member of md127 (raid1)",
+            "md127 (raid1) on sda1 is unlocked by dm-crypt as dm-7 (secret)",
+            "dm-7 (secret) on md127 (raid1) on sda1 is mounted on /srv/my data",
+        ]
+    );
+    assert_eq!(role("sdb"), Role::System);
+    assert_eq!(
+        (role("sdc"), named(&found, "sdc").evidence[0].as_str()),
+        (Role::InUse, "sdc is held by dm-8 (thing)")
+    );
+    assert_eq!((role("sdd"), named(&found, "sdd").evidence[0].as_str()), (Role::System, "sdd is swap"));
+    assert_eq!(role("sde"), Role::Free);
+    assert_eq!(role("sdf"), Role::Retention);
+    assert!(
+        named(&found, "sdf").evidence[0].ends_with("/var/lib/mt-agent/retention, which holds the retention")
+    );
+    assert_eq!((role("sdg"), role("sdh"), role("sdi")), (Role::System, Role::System, Role::Free));
+    assert_eq!(named(&found, "sdh").evidence, ["sdh belongs to the mounted btrfs 0b1c"]);
+    // Without being told of the retention it is a mount like any other.
+    assert_eq!(named(&disks(&tree), "sdf").role, Role::System);
+}
+
+#[test]
+fn an_assignment_yields_to_what_speaks_against_it_and_keeps_its_evidence() {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = tree::vmware(dir.path(), PVSCSI, true);
+    tree.loop_device("loop0", "7:0", "/srv/a.img", GIB);
+    tree.loop_device("loop1", "7:1", "/srv/a.img", GIB);
+    tree.loop_device("loop2", "7:2", "/srv/b.img", GIB);
+    tree.loop_device("loop3", "7:3", "", 0);
+    let assigned: BTreeMap<_, _> =
+        [&format!("naa.{VMWARE_A}"), &format!("naa.{VMWARE_B}"), "loop:/srv/a.img"]
+            .map(|id| (id.parse().unwrap(), "web".to_owned()))
+            .into();
+    let found = list(dir.path(), &Options { include_loop: true, assigned, ..Options::default() });
+    let roles: Vec<_> = found.iter().map(|disk| (disk.name.as_str(), disk.role)).collect();
+    assert_eq!(
+        roles,
+        [
+            ("sda", Role::System),
+            ("sdb", Role::Assigned),
+            ("loop0", Role::Clone),
+            ("loop1", Role::Clone),
+            ("loop2", Role::Free)
+        ]
+    );
+    for disk in &found[..4] {
+        assert_eq!(disk.evidence.last().unwrap(), "it is assigned to the machine web", "{}", disk.name);
+    }
+    assert!(list(dir.path(), &Options::default()).iter().all(|disk| !disk.name.starts_with("loop")));
+}
+
+#[test]
+fn an_administrator_finds_a_disk_by_any_spelling_and_by_its_dev_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let found = disks(&tree::vmware(dir.path(), PVSCSI, true));
+    for text in [format!("wwn-0x{VMWARE_B}"), VMWARE_B.to_uppercase(), "/dev/sdb".to_owned()] {
+        assert_eq!(discover::find(&found, &text).unwrap().name, "sdb", "{text}");
+    }
+    assert!(matches!(discover::find(&found, "/dev/sdz"), Err(FindError::Missing(_))));
+    assert!(matches!(discover::find(&found, "naa.5000c500a1b2c3d4"), Err(FindError::Missing(_))));
+    assert!(matches!(discover::find(&found, "sdb"), Err(FindError::Parse(_))));
+    let dir = tempfile::tempdir().unwrap();
+    let found = disks(&tree::vmware(dir.path(), PVSCSI, false));
+    let error = discover::find(&found, "/dev/sdb").unwrap_err();
+    assert!(error.to_string().contains("disk.EnableUUID"), "{error}");
+}
+
+#[test]
+fn rescan_asks_every_host() {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = tree::multipath(dir.path());
+    assert_eq!(Sysroot::new(&tree.root).rescan().unwrap(), 2);
+    for host in ["host1", "host2"] {
+        let path = tree.root.join(format!("sys/class/scsi_host/{host}/scan"));
+        assert_eq!(std::fs::read_to_string(path).unwrap(), "- - -");
+    }
+}
+
+fn command(root: &Path) -> Command {
+    let mut command = Command::cargo_bin("mt-agent").unwrap();
+    command.arg("discover-disks").arg("--sysroot").arg(root);
+    command
+}
+
+#[test]
+fn the_command_lists_and_requires_uuids() {
+    let dir = tempfile::tempdir().unwrap();
+    tree::vmware(dir.path(), PVSCSI, true);
+    let output = command(dir.path()).arg("--require-uuid").assert().success().get_output().clone();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let rows: Vec<Vec<&str>> = text.lines().take(3).map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(
+        rows[0],
+        "IDENTITY NAME H:C:T:L SIZE VENDOR AND MODEL ROLE PROBLEMS".split(' ').collect::<Vec<_>>()
+    );
+    let b = format!("naa.{VMWARE_B}");
+    assert_eq!(rows[2], [&b, "sdb", "0:0:1:0", "100.0", "GiB", "VMware", "Virtual", "disk", "free", "none"]);
+
+    let dir = tempfile::tempdir().unwrap();
+    tree::vmware(dir.path(), LSI, false);
+    command(dir.path()).assert().success();
+    let output = command(dir.path()).arg("--require-uuid").assert().code(3).get_output().clone();
+    assert!(String::from_utf8(output.stdout).unwrap().contains("disk.EnableUUID"));
+    assert!(String::from_utf8(output.stderr).unwrap().contains("2 disks are without a UUID: sda, sdb"));
+}
+
+#[test]
+fn the_json_has_its_shape() {
+    let dir = tempfile::tempdir().unwrap();
+    tree::vmware(dir.path(), PVSCSI, true);
+    let output = command(dir.path()).arg("--json").assert().success().get_output().clone();
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(json["schema_version"], 1);
+    assert_eq!(
+        json["disks"][1],
+        serde_json::json!({
+            "id": format!("naa.{VMWARE_B}"), "id_source": "sysfs", "name": "sdb", "node": "/dev/sdb",
+            "devno": "8:16", "hctl": "0:0:1:0", "size": 100 * GIB, "logical_sector": 512, "physical_sector": 512,
+            "vendor": "VMware", "model": "Virtual disk", "serial": VMWARE_B, "read_only": false, "paths": ["sdb"],
+            "role": "free", "evidence": [], "problems": [],
+        })
+    );
+}
+
+#[test]
+fn what_cannot_be_done_is_said_and_has_its_exit_code() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = command(&dir.path().join("nowhere")).assert().code(1).get_output().clone();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(text.contains("sys/block") && text.contains("No such file"), "{text}");
+    command(dir.path()).arg("--watch").assert().code(2);
+    command(dir.path()).arg("--rescan").assert().code(2);
+}
+
+#[test]
+fn disks_of_a_big_target_are_listed_quickly() {
+    use nix::sys::resource::{UsageWho, getrusage};
+    use nix::sys::time::TimeValLike;
+    let dir = tempfile::tempdir().unwrap();
+    tree::many(dir.path(), 256);
+    let cpu = || {
+        let usage = getrusage(UsageWho::RUSAGE_THREAD).unwrap();
+        (usage.user_time() + usage.system_time()).num_milliseconds()
+    };
+    let before = cpu();
+    let found = list(dir.path(), &Options::default());
+    let spent = cpu() - before;
+    assert_eq!(found.len(), 256);
+    assert!(found.iter().all(|disk| disk.role == Role::Free && disk.id_source == Some(IdSource::Udev)));
+    // 100 ms are asked of the release build; this bound only catches what is out of proportion.
+    assert!(spent < 500, "{spent} ms of CPU for 256 disks");
+    eprintln!("{spent} ms of CPU for 256 disks");
+}

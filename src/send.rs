@@ -180,3 +180,6 @@ async fn connect(
     };
     timeout(PATIENCE, connecting).await.unwrap_or(Err(Error::Silent(PATIENCE)))
 }
+
+#[cfg(test)]
+mod tests;

@@ -7,6 +7,7 @@
 pub mod client;
 pub mod seccomp;
 
+use std::any::Any;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::net::SocketAddr;
@@ -83,7 +84,7 @@ pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
         if let Some(found) = look() {
             return found;
         }
-        assert!(start.elapsed() < PATIENCE, "waited in vain for {what}");
+        assert!(start.elapsed() < PATIENCE, "waited in vain for: {what}");
         std::thread::sleep(Duration::from_millis(10));
     }
 }
@@ -156,13 +157,13 @@ impl Tmpfs {
         Tmpfs { path: path.to_owned() }
     }
 
-    pub fn resize(&self, size: u64) {
-        tool("mount", &["-o", &format!("remount,size={size}"), self.path.to_str().unwrap()]);
+    pub fn resize(path: &Path, size: u64) {
+        tool("mount", &["-o", &format!("remount,size={size}"), path.to_str().unwrap()]);
     }
 
     /// Takes all the space that is left, until the file is removed.
-    pub fn fill(&self) -> PathBuf {
-        let filler = self.path.join("filler");
+    pub fn fill(path: &Path) -> PathBuf {
+        let filler = path.join("filler");
         let mut file = File::create(&filler).unwrap();
         let error = loop {
             if let Err(error) = file.write_all(&[0x5a; 4096]) {
@@ -387,6 +388,13 @@ impl Service {
         self.process = Some(process);
     }
 
+    /// Stops it and starts it with another configuration.
+    pub fn restart_with_config(&mut self, text: &str) {
+        self.process().kill();
+        fs::write(self.config(), text).unwrap();
+        self.spawn();
+    }
+
     pub fn config(&self) -> String {
         self.dir.join("mt-agent.toml").display().to_string()
     }
@@ -406,6 +414,11 @@ impl Service {
     /// What it logged since the first start.
     pub fn log(&self) -> String {
         fs::read_to_string(self.dir.join("service.err")).unwrap()
+    }
+
+    /// Waits until it has logged this: the end of a connection is logged once the peer has closed it, too.
+    pub fn wait_for_log(&self, text: &str) {
+        wait_for(text, || self.log().contains(text).then_some(()));
     }
 
     fn get(&self, path: &str) -> Option<String> {
@@ -486,10 +499,12 @@ impl Drop for Service {
 }
 
 /// A service, the enrolled machine `web01`, and target disks that are assigned to it as `d0`, `d1` and so on.
-// Dropped in this order: the service lets go of the disks, the disks of their files.
+// Dropped in this order: the service lets go of the disks, the disks of their files, the files of what they lie on.
 pub struct Rig {
     pub service: Service,
     pub targets: Vec<Loop>,
+    /// File systems in the directory, and what these lie on.
+    pub mounts: Vec<Box<dyn Any>>,
     pub dir: TempDir,
     started: std::cell::Cell<u32>,
 }
@@ -522,7 +537,7 @@ impl Rig {
             run(&["protect", "add", MACHINE, "--overwrite", "--config", &config, "--disk", &disks.join(",")])
                 .ok();
         }
-        Rig { service, targets, dir, started: 0.into() }
+        Rig { service, targets, mounts: Vec::new(), dir, started: 0.into() }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {

@@ -16,7 +16,8 @@ use mt_agent::net::tls::client::{Identity, pinning_config};
 use nix::sys::signal::Signal;
 use support::client::{Client, LENGTH_AT, PAYLOAD_LEN_AT, patched};
 use support::{
-    KIB, Loop, MACHINE, MIB, PATIENCE, Rig, Service, Tmpfs, assert_equal, directory, run, tool, wait_for,
+    Frozen, KIB, Loop, MACHINE, MIB, PATIENCE, Rig, Service, Tmpfs, assert_equal, directory, run, tool,
+    wait_for,
 };
 
 /// The service still does its work: a small image goes to `disk`.
@@ -424,24 +425,6 @@ async fn half_a_frame_is_an_interruption() {
         "something was written"
     );
     goes_on(&rig, "d0");
-}
-
-/// A disk that takes no writes for a while, since the file system under it is frozen.
-struct Frozen {
-    path: std::path::PathBuf,
-}
-
-impl Frozen {
-    fn new(path: &Path) -> Frozen {
-        tool("fsfreeze", &["--freeze", path.to_str().unwrap()]);
-        Frozen { path: path.to_owned() }
-    }
-}
-
-impl Drop for Frozen {
-    fn drop(&mut self) {
-        tool("fsfreeze", &["--unfreeze", self.path.to_str().unwrap()]);
-    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -209,6 +209,24 @@ impl Drop for Mount {
     }
 }
 
+/// A file system that is frozen: disks in files on it take no writes for a while.
+pub struct Frozen {
+    path: PathBuf,
+}
+
+impl Frozen {
+    pub fn new(path: &Path) -> Frozen {
+        tool("fsfreeze", &["--freeze", path.to_str().unwrap()]);
+        Frozen { path: path.to_owned() }
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        tool("fsfreeze", &["--unfreeze", self.path.to_str().unwrap()]);
+    }
+}
+
 /// A process, which is killed and waited for when this is dropped; what it prints goes to files.
 pub struct Process {
     child: Child,
@@ -437,6 +455,15 @@ impl Service {
 
     pub fn status(&self) -> Report {
         self.try_status().expect("the service answers on its control socket")
+    }
+
+    /// Waits until no connection is left, nor one that the sender opened just before it was killed.
+    pub fn wait_until_idle(&self) {
+        let mut quiet = 0;
+        wait_for("the end of all connections", || {
+            quiet = if self.status().service.sessions == 0 { quiet + 1 } else { 0 };
+            (quiet > 3).then_some(())
+        });
     }
 
     /// A volume as `status` has it.

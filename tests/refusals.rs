@@ -375,10 +375,16 @@ async fn messages_out_of_order_end_the_session() {
     let refusal = client.commit(0, 0).await.unwrap_err();
     assert!(refusal.message.contains("a pass that is not open"), "{refusal}");
     rig.wait_until_closed("d0");
+    // An initial pass leaves nothing out.
     let (mut client, _) = Client::begun(&rig, "d0", MIB).await;
     client.data(0, 0, &payload).await;
+    let refusal = client.commit(1, 4096).await.unwrap_err();
+    assert!(refusal.message.contains("covers 4096 of the source's 1048576 bytes"), "{refusal}");
+    assert_eq!(rig.wait_until_closed("d0").phase, "interrupted");
+    let (mut client, _) = Client::begun(&rig, "d0", 4096).await;
+    client.data(0, 0, &payload).await;
     client.commit(1, 4096).await.unwrap();
-    client.data(1, 4096, &payload).await;
+    client.data(1, 0, &payload).await;
     client.refused(Code::Protocol, "data outside of a pass").await;
     // What was committed stays so.
     rig.synchronized("d0");
@@ -720,7 +726,7 @@ async fn connections_beyond_the_limit_are_closed() {
     let mut rig = Rig::new(&[4 * MIB]);
     let config = fs::read_to_string(rig.service.config()).unwrap();
     rig.service.restart_with_config(&(config + "max_sessions = 1\n"));
-    let (mut client, _) = Client::begun(&rig, "d0", MIB).await;
+    let (mut client, _) = Client::begun(&rig, "d0", 4096).await;
     let source = rig.random("source.img", MIB);
     rig.send(&[("d0", &source)], &[]).fails(1, &["the connection failed during the TLS handshake"]);
     assert!(rig.service.log().contains("refused: `max_sessions` connections are open"));

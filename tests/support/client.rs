@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use mt_agent::net::frame::{Encoding, HEADER_LEN, Header, Kind};
 use mt_agent::net::message::{
-    self, Begin, BeginReply, Code, Commit, Committed, Hello, HelloReply, Message, Open, OpenReply, PassId,
-    PassKind,
+    self, Begin, BeginReply, Code, Commit, Committed, Hello, HelloReply, Message, Open, OpenReply, PassKind,
 };
 use mt_agent::net::tls::client::Identity;
 use mt_agent::net::{tls, wire};
+use mt_agent::pass::PassId;
 use rustls::ClientConfig;
 use std::sync::Arc;
 use tokio::io::AsyncWriteExt;

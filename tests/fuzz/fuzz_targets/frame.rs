@@ -14,6 +14,7 @@ fn check(bytes: &[u8; HEADER_LEN]) {
     let (length, payload) = match header.kind {
         Kind::Data => (MAX_DATA, header.length),
         Kind::Zero => (MAX_ZERO, 0),
+        Kind::Refused => (MAX_DATA, 0),
         Kind::Progress => (u64::MAX, 0),
         _ => (0, u64::from(MAX_CONTROL)),
     };

@@ -24,10 +24,11 @@ use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 
 use crate::error::{IoError, chain};
+use crate::net::keepalive;
+use crate::net::message::Code;
 use crate::net::session::{self, Patience};
 use crate::net::tls::{self, HandshakeError};
 use crate::net::token::TokenStore;
-use crate::net::{keepalive, wire};
 use crate::protection::Store;
 use crate::storage::device;
 use config::Config;
@@ -229,13 +230,14 @@ impl SessionError {
         }
     }
 
+    /// Whether it ended with a frame that was refused.
     fn is_bad_frame(&self) -> bool {
-        matches!(
-            self,
-            SessionError::Session(session::Error::Wire(
-                wire::Error::Frame(_) | wire::Error::PayloadChecksum { .. } | wire::Error::Message(_)
-            ))
-        )
+        let code = match self {
+            SessionError::Session(session::Error::Wire(error)) => error.to_peer().map(|told| told.code),
+            SessionError::Session(session::Error::Refused(refusal)) => Some(refusal.code),
+            _ => None,
+        };
+        matches!(code, Some(Code::BadFrame | Code::BadChecksum | Code::OutOfRange | Code::Protocol))
     }
 }
 

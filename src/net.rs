@@ -164,7 +164,8 @@
 //! Data and Zero frames are numbered from 0 without a gap by `sequence`, and Commit has the next number. Each
 //! MUST lie within the source's size. The frames of a pass MUST NOT overlap: the server has several writes in
 //! flight, and no order among them is promised. Offsets come in any order (ascending is fastest), at any
-//! alignment (`block` is fastest). What no frame covers stays as it was.
+//! alignment (`block` is fastest). The frames of an initial pass cover every byte of the source: what need not
+//! be sent is sent as zeros.
 //!
 //! **Window.** Each Data frame costs its `length` rounded up to a multiple of 4096, each Zero frame 4096. The
 //! client MUST NOT have sent, since Begin, more than `window` beyond what the server has given back. The

@@ -2,7 +2,7 @@
 //!
 //! One readable file a machine, `<retention>/machines/<machine>.toml`. It lies on the retention file system so
 //! that the disks and the retention disk, attached to another master target, go on from there. [`Store`] is the
-//! only one who writes these files, and whatever it wrote is durable when it returns. The bytes are in [`file`],
+//! only one who writes these files, and whatever it wrote is durable when it returns. The bytes are in [`mod@file`],
 //! the rules by which a disk may be assigned in [`assign`].
 //!
 //! ```toml

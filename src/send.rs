@@ -1,7 +1,7 @@
 //! The source side: reads the disks of a machine and sends them to its master target.
 //!
 //! Each disk has a thread that reads ahead, finds zeros, compresses and checksums ([`source`]), and a connection
-//! of its own ([`session`]). [`send`] runs them side by side and returns when the last commit was acknowledged.
+//! of its own (`session`). [`send`] runs them side by side and returns when the last commit was acknowledged.
 
 mod encode;
 pub mod limit;
@@ -180,3 +180,6 @@ async fn connect(
     };
     timeout(PATIENCE, connecting).await.unwrap_or(Err(Error::Silent(PATIENCE)))
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,7 +3,7 @@
 //! | request | answer |
 //! |---|---|
 //! | `GET /v1/status` | the [`Report`](super::status::Report) in JSON |
-//! | `GET /metrics` | [`metrics`](super::metrics) |
+//! | `GET /metrics` | [`super::metrics`] |
 //! | anything else | an error in JSON: `{"error": "…"}` with 404 or 405 |
 //!
 //! The socket's mode is 0660: whoever may read and write it may see everything here. Nothing can be changed by it.

@@ -32,7 +32,7 @@ pub fn text(board: &Board, report: Report) -> Result<String, fmt::Error> {
         ),
         (
             "frames_refused",
-            "Frames that were refused: checksum, length or offset",
+            "Connections that ended with a frame that was refused: checksum, length, offset or order",
             service.bad_frames_total.load(Ordering::Relaxed),
         ),
     ];
@@ -93,12 +93,18 @@ impl Collector for Snapshot {
 impl Snapshot {
     fn counters(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
         let bytes = Some(&Unit::Bytes);
-        let families: [(&str, &str, Option<&Unit>, Figure); 7] = [
+        let families: [(&str, &str, Option<&Unit>, Figure); 8] = [
             ("volume_received", "Bytes of the volume that arrived", bytes, |t| t.received_bytes),
             ("volume_wire", "Bytes of payloads on the wire", bytes, |t| t.wire_bytes),
             ("volume_written", "Bytes whose writing completed", bytes, |t| t.written_bytes),
             ("volume_zeroed", "Bytes made zero without being written", bytes, |t| t.zeroed_bytes),
             ("volume_frames", "Frames of data that arrived", None, |t| t.frames),
+            (
+                "volume_refused_frames",
+                "Frames whose payload arrived damaged and was thrown away",
+                None,
+                |t| t.refused_frames,
+            ),
             ("volume_commits", "Passes that were committed", None, |t| t.commits),
             ("volume_faults", "Passes in which a write or a flush failed", None, |t| t.faults),
         ];

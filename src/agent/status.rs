@@ -72,6 +72,8 @@ pub struct Totals {
     pub zeroed_bytes: u64,
     /// Frames of data.
     pub frames: u64,
+    /// Frames of data that arrived damaged.
+    pub refused_frames: u64,
     /// Passes that were committed.
     pub commits: u64,
     /// Passes in which a write or a flush failed.
@@ -87,6 +89,7 @@ impl Totals {
             written_bytes: counters.written_bytes.load(Ordering::Relaxed),
             zeroed_bytes: counters.zeroed_bytes.load(Ordering::Relaxed),
             frames: counters.frames.load(Ordering::Relaxed),
+            refused_frames: counters.refused_frames.load(Ordering::Relaxed),
             commits: u64::from(phase == Phase::Synchronized),
             faults: u64::from(phase == Phase::Faulted),
         }
@@ -98,6 +101,7 @@ impl Totals {
         self.written_bytes += other.written_bytes;
         self.zeroed_bytes += other.zeroed_bytes;
         self.frames += other.frames;
+        self.refused_frames += other.refused_frames;
         self.commits += other.commits;
         self.faults += other.faults;
     }
@@ -170,7 +174,8 @@ pub struct Service {
     pub sessions_total: AtomicU64,
     /// Connections that were refused: no certificate, a wrong one, not the protocol, too many.
     pub refused_total: AtomicU64,
-    /// Frames that were refused: a checksum, a length or an offset that does not hold.
+    /// Connections that ended with a frame that was refused: a checksum, a length, an offset or an order that does
+    /// not hold. A damaged payload alone ends no connection: see [`Counters::refused_frames`].
     pub bad_frames_total: AtomicU64,
 }
 

@@ -25,6 +25,7 @@ use super::wire;
 use crate::error::chain;
 use crate::name::Name;
 use crate::pass::PassId;
+use crate::sys::aligned::Buffer;
 use crate::units::Extent;
 use crate::volume::counters::{Counters, Phase};
 use crate::volume::{Event, Events, Fault, Volume};
@@ -184,6 +185,10 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
         return Ok(wire::write_message(&mut *writer.lock().await, 0, &reply).await?);
     };
     let open: Open = within(patience.handshake, wire::read_message_body(reader, &header)).await?;
+    let source_size = open.size;
+    if source_size == 0 {
+        return Err(protocol("a source of 0 bytes"));
+    }
     let report = Arc::new(Report::default());
     let (fault_sender, fault) = oneshot::channel();
     let events = report.clone().events(fault_sender);
@@ -204,6 +209,7 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
         counters,
         report: report.clone(),
         window,
+        source_size,
         patience,
         pass: None,
         compressed: Vec::new(),
@@ -287,6 +293,7 @@ struct Receiving {
     counters: Arc<Counters>,
     report: Arc<Report>,
     window: u64,
+    source_size: u64,
     patience: Patience,
     pass: Option<Pass>,
     /// Holds a compressed payload; at most one data frame long.
@@ -365,7 +372,10 @@ impl Receiving {
                 }
                 Kind::Data => {
                     let extent = self.accept(&header)?;
-                    if !within(self.patience.idle, self.data(reader, &header, extent)).await? {
+                    // This is where a slow disk slows its sender down, for as long as it takes: the window is
+                    // the arena, so the wait is for a gap that is large enough. At most one data frame long.
+                    let buffer = self.volume.arena().alloc(extent.len() as usize).await;
+                    if !within(self.patience.idle, self.data(reader, &header, extent, buffer)).await? {
                         wire::write_header(&mut *writer.lock().await, &Header::refused(&header)).await?;
                     }
                 }
@@ -436,10 +446,9 @@ impl Receiving {
         reader: &mut R,
         header: &Header,
         extent: Extent,
+        mut buffer: Buffer,
     ) -> Result<bool, wire::Error> {
         let cost = header.window_cost();
-        // This is where a slow disk slows its sender down. At most one data frame, and the arena holds several.
-        let mut buffer = self.volume.arena().alloc(extent.len() as usize).await;
         let read = if header.encoding == Encoding::Raw {
             wire::read_payload(reader, header, &mut buffer).await
         } else {
@@ -480,6 +489,11 @@ impl Receiving {
                 "the commit counts {} frames and {} bytes, and {} and {} were accepted",
                 commit.frames, commit.bytes, received.0, received.1
             );
+            return Err(protocol(text));
+        }
+        // An initial pass leaves nothing out: what it does not send it makes zero.
+        if commit.bytes != self.source_size {
+            let text = format!("the pass covers {} of the source's {} bytes", commit.bytes, self.source_size);
             return Err(protocol(text));
         }
         pass.open = false;

@@ -82,7 +82,7 @@ pub fn probe(choice: EngineChoice) -> Result<Engine, IoError> {
 
 #[derive(Debug)]
 enum Queue {
-    Ring(Ring),
+    Ring(Box<Ring>),
     Threads(Pool),
 }
 
@@ -108,7 +108,7 @@ impl Queue {
                     true => "works here".to_owned(),
                     false => "works here, without registered buffers: raise RLIMIT_MEMLOCK".to_owned(),
                 };
-                Ok((Queue::Ring(ring), engine("io-uring", why)))
+                Ok((Queue::Ring(Box::new(ring)), engine("io-uring", why)))
             }
             Err(error) if choice == EngineChoice::IoUring => Err(IoError::new("set up", "io_uring", error)),
             Err(error) => threads(spare, reason(&error)),

@@ -171,7 +171,7 @@ impl Ring {
 
     fn entry(&self, op: &mut Op) -> squeue::Entry {
         let file = types::Fixed(0);
-        let length = |buffer: &[u8]| u32::try_from(buffer.len()).unwrap_or(u32::MAX & !4095);
+        let length = |buffer: &[u8]| u32::try_from(buffer.len()).unwrap_or(!4095);
         match op {
             Op::Read { offset, buffer, skip } => {
                 let fixed = self.registered.as_ref().is_some_and(|arena| buffer.is_from(arena));

@@ -1,0 +1,310 @@
+//! Both sides' sessions against each other, over a pipe in memory in place of TLS, so that a test can sit between
+//! them and damage what passes. The disk is the fault-injecting one.
+
+use std::io::Write;
+use std::net::SocketAddr;
+use std::sync::Mutex;
+use std::time::Instant;
+
+use time::OffsetDateTime;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
+use tokio::sync::watch;
+
+use super::session::{Job, run};
+use super::*;
+use crate::net::frame::{HEADER_LEN, Header, Kind};
+use crate::net::message::{Begin, Code, Commit, Enroll, EnrollReply, Open};
+use crate::net::session::{self as server, Host, Opened, Passes, Patience};
+use crate::storage::Storage;
+use crate::storage::device::Engine;
+use crate::storage::fault::FaultDisk;
+use crate::sys::aligned::Arena;
+use crate::volume::counters::Counters;
+use crate::volume::{Events, Fault, Volume};
+
+const WINDOW: u64 = 3 << 20;
+
+/// A host with one disk, which writes down what happened.
+struct Bench {
+    disk: FaultDisk,
+    counters: Arc<Counters>,
+    story: Arc<Mutex<Vec<String>>>,
+}
+
+impl Bench {
+    fn new(size: usize) -> Arc<Bench> {
+        let engine = Engine { name: "fault".into(), why: "test".into() };
+        let disk = FaultDisk::new(vec![0xaa; size.next_multiple_of(512)], 512);
+        Arc::new(Bench {
+            disk,
+            counters: Arc::new(Counters::new(size as u64, engine)),
+            story: Arc::default(),
+        })
+    }
+
+    fn story(&self) -> Vec<String> {
+        self.story.lock().unwrap().clone()
+    }
+}
+
+impl Host for Bench {
+    fn enroll(&self, _: SocketAddr, _: &Enroll) -> Result<EnrollReply, message::Error> {
+        Err(message::Error::new(Code::TokenRefused, "no tokens here"))
+    }
+
+    fn open(&self, _: &Name, open: &Open, events: Events) -> Result<Opened, message::Error> {
+        let storage = self.disk.open().unwrap();
+        let (device_size, block) = (storage.geometry().size, storage.geometry().block);
+        if open.size > device_size {
+            return Err(message::Error::new(Code::SizeMismatch, "too large"));
+        }
+        let arena = Arena::new(WINDOW as usize).unwrap();
+        let volume = Volume::start("bench", Box::new(storage), open.size, arena, events).unwrap();
+        let passes = Box::new(Story(self.story.clone(), self.disk.clone()));
+        Ok(Opened { volume, device_size, block, window: WINDOW, counters: self.counters.clone(), passes })
+    }
+}
+
+struct Story(Arc<Mutex<Vec<String>>>, FaultDisk);
+
+impl Passes for Story {
+    fn begin(&mut self, _: &Begin) -> Result<(), message::Error> {
+        self.0.lock().unwrap().push(format!("begin after {} events", self.1.log().len()));
+        Ok(())
+    }
+    fn commit(&mut self, commit: &Commit) -> Result<OffsetDateTime, message::Error> {
+        let log = self.1.log();
+        assert_eq!(log.last(), Some(&crate::storage::fault::Event::Flush), "recorded before the flush");
+        self.0.lock().unwrap().push(format!("commit of {} bytes", commit.bytes));
+        Ok(OffsetDateTime::now_utc())
+    }
+    fn fault(&mut self, fault: &Fault) -> Result<(), message::Error> {
+        self.0.lock().unwrap().push(format!("fault: {}", fault.0));
+        Ok(())
+    }
+}
+
+/// What sits between the two sides: may change the header and the payload of each of the sender's frames, or end
+/// the connection.
+type Meddler = Box<dyn FnMut(&mut [u8; HEADER_LEN], &mut Vec<u8>) -> bool + Send>;
+
+async fn pass_on(
+    mut from: tokio::io::ReadHalf<DuplexStream>,
+    mut to: tokio::io::WriteHalf<DuplexStream>,
+    mut meddle: Meddler,
+) {
+    let mut header = [0; HEADER_LEN];
+    while from.read_exact(&mut header).await.is_ok() {
+        let mut payload = vec![0; Header::parse(&header).unwrap().payload_len as usize];
+        if from.read_exact(&mut payload).await.is_err() || !meddle(&mut header, &mut payload) {
+            break;
+        }
+        if to.write_all(&header).await.is_err() || to.write_all(&payload).await.is_err() {
+            break;
+        }
+    }
+    to.shutdown().await.ok();
+}
+
+struct Outcome {
+    sender: Result<Committed, Error>,
+    receiver: Result<(), server::Error>,
+    progress: Arc<Progress>,
+}
+
+async fn transfer(bench: &Arc<Bench>, content: &[u8], compression: Compression, meddle: Meddler) -> Outcome {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(content).unwrap();
+    let progress = Arc::new(Progress::default());
+    let job = Job {
+        disk: "root".parse().unwrap(),
+        source: Arc::new(Source::open(file.path()).unwrap()),
+        progress: progress.clone(),
+        compression,
+        engine: EngineChoice::Auto,
+        limiter: None,
+    };
+    let (client, near) = tokio::io::duplex(256 << 10);
+    let (far, server_end) = tokio::io::duplex(256 << 10);
+    let (near_read, mut near_write) = tokio::io::split(near);
+    let (mut far_read, far_write) = tokio::io::split(far);
+    let there = tokio::spawn(pass_on(near_read, far_write, meddle));
+    let back = tokio::spawn(async move {
+        tokio::io::copy(&mut far_read, &mut near_write).await.ok();
+        near_write.shutdown().await.ok();
+    });
+    let patience = Patience { handshake: Duration::from_secs(5), idle: Duration::from_secs(5) };
+    let (_keep, stopping) = watch::channel(false);
+    let machine = Some("web01".parse().unwrap());
+    let peer = "127.0.0.1:1".parse().unwrap();
+    let serve = tokio::spawn(server::serve(server_end, peer, machine, bench.clone(), patience, stopping));
+    let sender = run(client, &job).await;
+    let receiver = serve.await.unwrap();
+    there.abort();
+    back.abort();
+    Outcome { sender, receiver, progress }
+}
+
+fn honest() -> Meddler {
+    Box::new(|_, _| true)
+}
+
+/// Noise with runs of zeros, and an odd end.
+fn content(len: usize) -> Vec<u8> {
+    let mut state = 7u64;
+    (0..len)
+        .map(|at| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            if (at >> 20) % 3 == 1 { 0 } else { (state >> 56) as u8 }
+        })
+        .collect()
+}
+
+fn stored(bench: &Bench, len: usize) -> Vec<u8> {
+    bench.disk.bytes()[..len].to_vec()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pass_arrives_and_is_recorded_after_its_flush() {
+    for compression in [Compression::Off, Compression::Auto, Compression::Lz4, Compression::Zstd] {
+        let source = content((9 << 20) + 777);
+        let bench = Bench::new(source.len());
+        let outcome = transfer(&bench, &source, compression, honest()).await;
+        let committed = outcome.sender.unwrap();
+        outcome.receiver.unwrap();
+        assert!(stored(&bench, source.len()) == source);
+        assert!(bench.disk.bytes()[source.len()..].iter().all(|&byte| byte == 0xaa), "behind the source");
+        assert_eq!(committed.written + committed.zeroed, source.len() as u64);
+        assert!(committed.zeroed >= 3 << 20);
+        assert_eq!(
+            bench.story(),
+            ["begin after 0 events".into(), format!("commit of {} bytes", source.len())]
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_payload_is_refused_and_sent_again() {
+    let source = content((9 << 20) + 777);
+    let bench = Bench::new(source.len());
+    let mut seen = 0;
+    let meddle = Box::new(move |header: &mut [u8; HEADER_LEN], payload: &mut Vec<u8>| {
+        if Header::parse(header).unwrap().kind == Kind::Data {
+            seen += 1;
+            // The third, and the third's second try.
+            if seen == 3 || seen == 8 {
+                let middle = payload.len() / 2;
+                payload[middle] ^= 1;
+            }
+        }
+        true
+    });
+    let outcome = transfer(&bench, &source, Compression::Off, meddle).await;
+    outcome.sender.unwrap();
+    outcome.receiver.unwrap();
+    assert!(stored(&bench, source.len()) == source);
+    assert_eq!(outcome.progress.again.load(std::sync::atomic::Ordering::Relaxed), 2);
+    assert_eq!(bench.counters.refused_frames.load(std::sync::atomic::Ordering::Relaxed), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn damage_without_end_is_given_up() {
+    let source = content(2 << 20);
+    let bench = Bench::new(source.len());
+    let meddle = Box::new(|header: &mut [u8; HEADER_LEN], payload: &mut Vec<u8>| {
+        if Header::parse(header).unwrap().kind == Kind::Data {
+            payload[0] ^= 1;
+        }
+        true
+    });
+    let outcome = transfer(&bench, &source, Compression::Off, meddle).await;
+    assert!(matches!(outcome.sender, Err(Error::Damaged(_))), "{:?}", outcome.sender);
+    assert_eq!(
+        bench.disk.log().iter().filter(|e| matches!(e, crate::storage::fault::Event::Write { .. })).count(),
+        0
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_that_breaks_leaves_no_commit() {
+    let source = content(9 << 20);
+    for cut in [4usize, 6, 9, 11] {
+        let bench = Bench::new(source.len());
+        let mut frames = 0;
+        let meddle = Box::new(move |_: &mut [u8; HEADER_LEN], _: &mut Vec<u8>| {
+            frames += 1;
+            frames < cut
+        });
+        let started = Instant::now();
+        let outcome = transfer(&bench, &source, Compression::Off, meddle).await;
+        assert!(outcome.sender.is_err() && outcome.receiver.is_err());
+        assert_eq!(bench.story().len(), 1, "begun and not committed");
+        assert!(started.elapsed() < Duration::from_secs(10));
+        // The disk is free again, and another pass makes it whole.
+        transfer(&bench, &source, Compression::Off, honest()).await.sender.unwrap();
+        assert!(stored(&bench, source.len()) == source);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_write_or_flush_reaches_the_sender_with_its_reason() {
+    let source = content(4 << 20);
+    let clean = Bench::new(source.len());
+    transfer(&clean, &source, Compression::Off, honest()).await.sender.unwrap();
+    let requests = clean.disk.log().len();
+    for nth in 0..requests {
+        let bench = Bench::new(source.len());
+        bench.disk.fail_nth(nth, libc::EIO);
+        let outcome = transfer(&bench, &source, Compression::Off, honest()).await;
+        let Err(Error::Wire(wire::Error::Peer(refusal))) = &outcome.sender else {
+            panic!("request {nth}: {:?}", outcome.sender);
+        };
+        assert_eq!(refusal.code, Code::Io);
+        assert!(refusal.message.contains("Input/output error"), "{refusal}");
+        let story = bench.story();
+        assert!(story.len() == 2 && story[1].starts_with("fault: "), "{story:?}");
+        transfer(&bench, &source, Compression::Off, honest()).await.sender.unwrap();
+        assert!(stored(&bench, source.len()) == source);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_is_too_large_is_refused_before_anything_is_sent() {
+    let bench = Bench::new(1 << 20);
+    let outcome = transfer(&bench, &content(2 << 20), Compression::Off, honest()).await;
+    assert!(matches!(&outcome.sender, Err(Error::Refused(refusal)) if refusal.code == Code::SizeMismatch));
+    assert!(bench.story().is_empty() && bench.disk.log().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_frame_that_breaks_the_rules_ends_the_session_and_never_reaches_the_disk() {
+    // Each changes the first data frame; the checksum of the header is made right again.
+    type Change = fn(&mut Header);
+    let cases: [(Change, Code); 5] = [
+        (|header| header.sequence += 1, Code::Protocol),
+        (|header| header.offset = 4 << 20, Code::OutOfRange),
+        (|header| header.offset = u64::MAX - (1 << 20), Code::OutOfRange),
+        (|header| header.length = 0, Code::BadFrame),
+        (|header| header.length = u64::from(u32::MAX), Code::BadFrame),
+    ];
+    let source: Vec<u8> = content(12 << 20)[..1 << 20].repeat(4);
+    for (case, (change, code)) in cases.into_iter().enumerate() {
+        let bench = Bench::new(source.len());
+        let mut done = false;
+        let meddle = Box::new(move |header: &mut [u8; HEADER_LEN], _: &mut Vec<u8>| {
+            let mut parsed = Header::parse(header).unwrap();
+            if parsed.kind == Kind::Data && !done {
+                change(&mut parsed);
+                *header = parsed.encode();
+                done = true;
+            }
+            true
+        });
+        let outcome = transfer(&bench, &source, Compression::Off, meddle).await;
+        let Err(Error::Wire(wire::Error::Peer(refusal))) = &outcome.sender else {
+            panic!("case {case}: {:?}", outcome.sender);
+        };
+        assert_eq!(refusal.code, code, "case {case}: {refusal}");
+        assert!(bench.disk.log().is_empty(), "case {case}");
+    }
+}

@@ -1,0 +1,145 @@
+//! A sender made of the library's own pieces, which can say what `mt-agent send` never would.
+
+use std::time::Duration;
+
+use mt_agent::net::frame::{Encoding, HEADER_LEN, Header, Kind};
+use mt_agent::net::message::{
+    self, Begin, BeginReply, Code, Commit, Committed, Hello, HelloReply, Message, Open, OpenReply, PassKind,
+};
+use mt_agent::net::tls::client::Identity;
+use mt_agent::net::{tls, wire};
+use mt_agent::pass::PassId;
+use rustls::ClientConfig;
+use std::sync::Arc;
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+
+use super::{MACHINE, Rig};
+
+/// One connection.
+pub struct Client {
+    pub stream: TlsStream<TcpStream>,
+    pub pass: PassId,
+}
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+impl Client {
+    /// With the certificate of the rig's machine, after the greeting.
+    pub async fn connect(rig: &Rig) -> Client {
+        let identity = Identity::load(&rig.client(), &MACHINE.parse().unwrap()).unwrap();
+        Client::connect_with(rig, identity.client_config().unwrap()).await
+    }
+
+    /// With any configuration of TLS.
+    pub async fn connect_with(rig: &Rig, config: Arc<ClientConfig>) -> Client {
+        let tcp = TcpStream::connect(rig.service.address()).await.unwrap();
+        tcp.set_nodelay(true).unwrap();
+        let stream = TlsConnector::from(config).connect(tls::server_name(), tcp).await.unwrap();
+        let mut id = [0; 16];
+        getrandom::fill(&mut id).unwrap();
+        let mut client = Client { stream, pass: PassId(u128::from_le_bytes(id)) };
+        let _: HelloReply = client.ask(&Hello::ours()).await.unwrap();
+        client
+    }
+
+    /// With the disk `disk` open for a source of `size` bytes, and the pass begun.
+    pub async fn begun(rig: &Rig, disk: &str, size: u64) -> (Client, OpenReply) {
+        let mut client = Client::connect(rig).await;
+        let reply = client.open(disk, size).await.unwrap();
+        client.begin().await.unwrap();
+        (client, reply)
+    }
+
+    pub async fn open(&mut self, disk: &str, size: u64) -> Result<OpenReply, message::Error> {
+        let compression = vec![Encoding::Lz4, Encoding::Zstd];
+        self.ask(&Open { disk: disk.parse().unwrap(), size, sector: 512, compression }).await
+    }
+
+    pub async fn begin(&mut self) -> Result<BeginReply, message::Error> {
+        self.ask(&Begin { pass: self.pass, kind: PassKind::Initial }).await
+    }
+
+    pub async fn commit(&mut self, frames: u64, bytes: u64) -> Result<Committed, message::Error> {
+        self.tell(frames, &self.commit_message(frames, bytes)).await;
+        self.answer().await
+    }
+
+    pub fn commit_message(&self, frames: u64, bytes: u64) -> Commit {
+        Commit { pass: self.pass, frames, bytes, point_in_time: false }
+    }
+
+    /// Sends a message.
+    pub async fn tell(&mut self, sequence: u64, message: &impl Message) {
+        wire::write_message(&mut self.stream, sequence, message).await.unwrap();
+    }
+
+    /// Sends a message and takes its answer.
+    pub async fn ask<T: Message>(&mut self, message: &impl Message) -> Result<T, message::Error> {
+        self.tell(0, message).await;
+        self.answer().await
+    }
+
+    /// Sends bytes as they are. That the peer has closed already shows in its answer.
+    pub async fn raw(&mut self, bytes: &[u8]) {
+        self.stream.write_all(bytes).await.ok();
+        self.stream.flush().await.ok();
+    }
+
+    /// Sends a frame of data, raw.
+    pub async fn data(&mut self, sequence: u64, offset: u64, bytes: &[u8]) {
+        let header = Header::data(Encoding::Raw, sequence, offset, bytes.len() as u64, bytes).unwrap();
+        self.frame(&header, bytes).await;
+    }
+
+    /// Sends any frame.
+    pub async fn frame(&mut self, header: &Header, payload: &[u8]) {
+        self.raw(&[&header.encode()[..], payload].concat()).await;
+    }
+
+    /// The next header.
+    pub async fn header(&mut self) -> Result<Header, wire::Error> {
+        timeout(PATIENCE, wire::read_header(&mut self.stream)).await.expect("the service answers in time")
+    }
+
+    /// The next message, past the frames that give window back; or the peer's last word.
+    pub async fn answer<T: Message>(&mut self) -> Result<T, message::Error> {
+        loop {
+            let header = self.header().await.expect("an answer");
+            if header.kind == Kind::Progress {
+                continue;
+            }
+            let body = timeout(PATIENCE, wire::read_message_body(&mut self.stream, &header)).await;
+            return match body.expect("the service answers in time") {
+                Ok(message) => Ok(message),
+                Err(wire::Error::Peer(refusal)) => Err(refusal),
+                Err(error) => panic!("{error:?}"),
+            };
+        }
+    }
+
+    /// The service gives up with this code and a text that has this in it, and closes the connection properly.
+    pub async fn refused(&mut self, code: Code, text: &str) {
+        let refusal = self.answer::<BeginReply>().await.expect_err("the service should have refused");
+        assert_eq!(refusal.code, code, "{refusal}");
+        assert!(refusal.message.contains(text), "`{text}` is missing: {refusal}");
+        let end = self.header().await;
+        assert!(matches!(end, Err(wire::Error::Closed)), "after the last word came {end:?}");
+    }
+}
+
+/// A header with one field changed past all rules, and its checksum made anew.
+pub fn patched(header: &Header, at: usize, bytes: &[u8]) -> [u8; HEADER_LEN] {
+    let mut encoded = header.encode();
+    encoded[at..at + bytes.len()].copy_from_slice(bytes);
+    let crc = mt_agent::checksum::crc32c(&encoded[..HEADER_LEN - 4]);
+    encoded[HEADER_LEN - 4..].copy_from_slice(&crc.to_le_bytes());
+    encoded
+}
+
+/// Where `length` and `payload_len` lie in a header.
+pub const LENGTH_AT: usize = 24;
+pub const PAYLOAD_LEN_AT: usize = 32;

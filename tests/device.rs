@@ -145,7 +145,7 @@ fn swap_is_refused() {
     let node = device.node.to_str().unwrap();
     run("mkswap", &["-q", node]);
     if !std::process::Command::new("swapon").arg(node).status().unwrap().success() {
-        eprintln!("SKIPPED: this kernel takes no swap");
+        eprintln!("NOT HERE: this kernel takes no swap");
         return;
     }
     let result = open(&path);
@@ -272,7 +272,7 @@ fn this_machine_s_own_disk_is_refused() {
     let Some(system) =
         disks.iter().find(|disk| disk.evidence.iter().any(|line| line.ends_with("is mounted on /")))
     else {
-        eprintln!("SKIPPED: / lies on no disk that can be listed here");
+        eprintln!("NOT HERE: / lies on no disk that can be listed here");
         return;
     };
     assert_eq!(system.role, Role::System);
@@ -282,7 +282,7 @@ fn this_machine_s_own_disk_is_refused() {
         let file = match OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&system.node) {
             Ok(file) => file,
             Err(error) => {
-                eprintln!("SKIPPED: {} cannot be opened here: {error}", system.node.display());
+                eprintln!("NOT HERE: {} cannot be opened: {error}", system.node.display());
                 return;
             }
         };

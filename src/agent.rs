@@ -67,7 +67,10 @@ pub fn serve(config: Config) -> Result<(), Error> {
         .thread_name("net")
         .build()
         .map_err(|error| IoError::new("start", "the runtime", error))?;
-    runtime.block_on(run(config))
+    let result = runtime.block_on(run(config));
+    // A thread that waits for a disk that hangs must not hold up the exit.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result
 }
 
 async fn run(config: Config) -> Result<(), Error> {

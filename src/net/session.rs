@@ -219,9 +219,10 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
         pass.run(reader, writer, fault, stopping).await
     }
     .await;
-    // The device is closed before the connection is: a sender that connects again finds it free.
+    // The device is closed before the connection is: a sender that connects again finds it free. Only a disk that
+    // hangs keeps it open longer, and that is no reason to let the sender wait for its answer.
     let Receiving { volume, mut passes, .. } = pass;
-    off_runtime(move || volume.close()).await?;
+    timeout(CLOSING, off_runtime(move || volume.close())).await.unwrap_or(Ok(()))?;
     match result {
         Err(Ended::Faulted(fault)) => {
             let text = format!("the target disk failed: {}", chain(&*fault.0));

@@ -18,14 +18,14 @@ use sd_notify::NotifyState;
 use tokio::io::BufReader;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 
 use crate::error::{IoError, chain};
 use crate::net::keepalive;
-use crate::net::message::Code;
+use crate::net::message::{self, Code};
 use crate::net::session::{self, Patience};
 use crate::net::tls::{self, HandshakeError};
 use crate::net::token::TokenStore;
@@ -57,6 +57,10 @@ pub enum Error {
 /// its own buffer is short: every one of those would be a system call.
 const READ_BUFFER: usize = 256 << 10;
 
+/// How many connections may be open at once that did not show a certificate (yet): a flood of them takes nothing
+/// from the machines that are being received.
+const STRANGERS: usize = 64;
+
 /// How long connections get to say goodbye when the service stops.
 const DRAIN: Duration = Duration::from_secs(8);
 
@@ -67,7 +71,10 @@ pub fn serve(config: Config) -> Result<(), Error> {
         .thread_name("net")
         .build()
         .map_err(|error| IoError::new("start", "the runtime", error))?;
-    runtime.block_on(run(config))
+    let result = runtime.block_on(run(config));
+    // A thread that waits for a disk that hangs must not hold up the exit.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result
 }
 
 async fn run(config: Config) -> Result<(), Error> {
@@ -100,6 +107,7 @@ async fn run(config: Config) -> Result<(), Error> {
     let tokens = TokenStore::new(directory);
     let front = Front {
         acceptor,
+        strangers: Arc::new(Semaphore::new(STRANGERS)),
         places: Arc::new(Semaphore::new(config.max_sessions as usize)),
         patience: Patience { idle: config.idle_timeout, ..Patience::default() },
         service,
@@ -135,6 +143,7 @@ fn tell_systemd(states: &[NotifyState<'_>]) {
 #[derive(Clone)]
 struct Front {
     acceptor: TlsAcceptor,
+    strangers: Arc<Semaphore>,
     places: Arc<Semaphore>,
     patience: Patience,
     service: Arc<Service>,
@@ -159,16 +168,13 @@ impl Front {
             };
             match accepted {
                 Ok((stream, peer)) => {
-                    let Ok(place) = self.places.clone().try_acquire_owned() else {
+                    let Ok(strange) = self.strangers.clone().try_acquire_owned() else {
                         self.service.refused_total.fetch_add(1, Ordering::Relaxed);
-                        tracing::warn!(%peer, "refused: `max_sessions` connections are open");
+                        tracing::warn!(%peer, "refused: {STRANGERS} connections without a known machine are open");
                         continue;
                     };
                     let front = self.clone();
-                    sessions.spawn(async move {
-                        front.talk(stream, peer).await;
-                        drop(place);
-                    });
+                    sessions.spawn(async move { front.talk(stream, peer, strange).await });
                 }
                 Err(error) => {
                     // Out of descriptors, or the peer was gone already: the next try may do.
@@ -179,10 +185,10 @@ impl Front {
         }
     }
 
-    async fn talk(&self, stream: TcpStream, peer: SocketAddr) {
+    async fn talk(&self, stream: TcpStream, peer: SocketAddr, strange: OwnedSemaphorePermit) {
         self.service.sessions.fetch_add(1, Ordering::Relaxed);
         self.service.sessions_total.fetch_add(1, Ordering::Relaxed);
-        match self.session(stream, peer).await {
+        match self.session(stream, peer, strange).await {
             Ok(()) => tracing::debug!(%peer, "connection ended"),
             Err(error) => {
                 if error.is_refusal() {
@@ -197,12 +203,31 @@ impl Front {
         self.service.sessions.fetch_sub(1, Ordering::Relaxed);
     }
 
-    async fn session(&self, stream: TcpStream, peer: SocketAddr) -> Result<(), SessionError> {
+    async fn session(
+        &self,
+        stream: TcpStream,
+        peer: SocketAddr,
+        strange: OwnedSemaphorePermit,
+    ) -> Result<(), SessionError> {
         keepalive::set(&stream).map_err(HandshakeError::Io)?;
         let buffered = BufReader::with_capacity(READ_BUFFER, stream);
         let handshake = timeout(self.patience.handshake, self.acceptor.accept(buffered));
         let stream = handshake.await.map_err(|_| SessionError::Slow)?.map_err(HandshakeError::from)?;
         let machine = tls::machine_of(stream.get_ref().1.peer_certificates())?;
+        // Whoever showed a certificate of ours counts as a session; who did not may only enrol, and goes on
+        // counting as a stranger.
+        let _place = match machine {
+            None => strange,
+            Some(_) => match self.places.clone().try_acquire_owned() {
+                Ok(place) => place,
+                Err(_) => {
+                    drop(strange);
+                    let text = "`max_sessions` connections are open on the master target";
+                    session::turn_away(stream, message::Error::new(Code::Busy, text)).await;
+                    return Err(SessionError::Full);
+                }
+            },
+        };
         let (host, stopping) = (self.host.clone(), self.stopping.clone());
         Ok(session::serve(stream, peer, machine, host, self.patience, stopping).await?)
     }
@@ -215,6 +240,8 @@ enum SessionError {
     Handshake(#[from] HandshakeError),
     #[error("the TLS handshake took too long")]
     Slow,
+    #[error("refused: `max_sessions` connections are open")]
+    Full,
     #[error("the client's certificate names no machine")]
     Name(#[from] tls::NameError),
     #[error(transparent)]
@@ -225,7 +252,7 @@ impl SessionError {
     /// Whether the peer was not let in.
     fn is_refusal(&self) -> bool {
         match self {
-            SessionError::Handshake(_) | SessionError::Name(_) => true,
+            SessionError::Handshake(_) | SessionError::Name(_) | SessionError::Full => true,
             SessionError::Slow | SessionError::Session(_) => false,
         }
     }

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use mt_agent::net::frame::{Encoding, Header, Kind, MAX_DATA};
-use mt_agent::net::message::Code;
+use mt_agent::net::message::{Code, Hello, HelloReply};
 use mt_agent::net::tls::client::{Identity, pinning_config};
 use nix::sys::signal::Signal;
 use support::client::{Client, LENGTH_AT, PAYLOAD_LEN_AT, patched};
@@ -719,21 +719,21 @@ fn a_service_that_cannot_start_says_why() {
     goes_on(&rig, "d0");
 }
 
-/// More connections than are allowed: those that are open are served.
+/// More connections than are allowed: those that are open are served, and the others are told to try again.
 #[tokio::test]
-async fn connections_beyond_the_limit_are_closed() {
+async fn connections_beyond_the_limit_wait_their_turn() {
     require_root!();
     let mut rig = Rig::new(&[4 * MIB]);
     let config = fs::read_to_string(rig.service.config()).unwrap();
     rig.service.restart_with_config(&(config + "max_sessions = 1\n"));
     let (mut client, _) = Client::begun(&rig, "d0", 4096).await;
-    let source = rig.random("source.img", MIB);
-    rig.send(&[("d0", &source)], &[]).fails(1, &["the connection failed during the TLS handshake"]);
-    assert!(rig.service.log().contains("refused: `max_sessions` connections are open"));
+    let mut second = Client::connect_raw(&rig).await;
+    let refusal = second.ask::<HelloReply>(&Hello::ours()).await.unwrap_err();
+    assert_eq!(refusal.code, Code::Busy);
+    assert!(refusal.code.retryable() && refusal.message.contains("`max_sessions`"), "{refusal}");
     client.data(0, 0, &[7; 4096]).await;
     client.commit(1, 4096).await.unwrap();
     drop(client);
     rig.wait_until_closed("d0");
-    wait_for("a free place", || (rig.service.status().service.sessions == 0).then_some(()));
     goes_on(&rig, "d0");
 }

@@ -9,7 +9,7 @@
 //! | `control_socket` | absolute path | `"/run/mt-agent/control.sock"` |
 //! | `engine` | `"auto"`, `"io-uring"` or `"threads"` | `"auto"` |
 //! | `window` | bytes in flight for each volume, `"2M"` to `"256M"` | `"8M"` |
-//! | `max_sessions` | how many connections at once, 1 to 4096 | `64` |
+//! | `max_sessions` | how many disks may be received at once, 1 to 4096 | `64` |
 //! | `allow_loop` | whether loop devices may be targets | `false` |
 //! | `idle_timeout` | how long a connection may be silent, `"1s"` to `"24h"` | `"60s"` |
 

@@ -41,7 +41,7 @@ pub struct Args {
     #[arg(long, default_value = "auto")]
     compression: Compression,
     /// Send at most so many bytes a second, all disks together: 10M, 512K
-    #[arg(long, value_name = "BYTES")]
+    #[arg(long, value_name = "BYTES", value_parser = limit)]
     bwlimit: Option<ByteLen>,
     /// How to read: auto, io-uring or threads
     #[arg(long, default_value = "auto")]
@@ -58,6 +58,14 @@ pub struct Args {
     /// What to log to stderr: error, warn, info, debug or trace
     #[arg(long, value_name = "FILTER", default_value = "warn")]
     log_level: String,
+}
+
+/// A frame of 1 MiB must not take so long that the receiver gives the connection up.
+const LEAST_LIMIT: ByteLen = ByteLen(16 * ByteLen::KIB);
+
+fn limit(text: &str) -> Result<ByteLen, String> {
+    let limit: ByteLen = text.parse().map_err(|error| format!("{error}"))?;
+    if limit < LEAST_LIMIT { Err(format!("give at least {LEAST_LIMIT} a second")) } else { Ok(limit) }
 }
 
 fn disk(text: &str) -> Result<(Name, PathBuf), String> {

@@ -9,6 +9,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
+use std::thread;
+use std::time::Duration;
 
 use serde::Serialize;
 
@@ -174,8 +176,27 @@ pub fn discover(sysroot: &Sysroot, options: &Options) -> Result<Vec<Disk>, Error
         }
         disks.extend(describe(sysroot, options, &usage, name, transport, map));
     }
+    look_again(sysroot, &mut disks);
     mark_clones(&mut disks);
     Ok(disks.into_iter().map(|sketch| sketch.finish(options)).collect())
+}
+
+/// How often, and how long after, a disk that seemed held is looked at again.
+const LOOKS: u32 = 3;
+const BETWEEN: Duration = Duration::from_millis(20);
+
+/// Whoever lists disks holds each of them for a moment. Only who holds one a little later, too, has a use for it.
+fn look_again(sysroot: &Sysroot, disks: &mut [Sketch]) {
+    for _ in 0..LOOKS {
+        let mut held = disks.iter_mut().filter(|sketch| sketch.claim != Claim::None).peekable();
+        if held.peek().is_none() {
+            return;
+        }
+        thread::sleep(BETWEEN);
+        for sketch in held {
+            sketch.claim = exclusive::probe(sysroot, &sketch.disk.node, &sketch.found.devnos);
+        }
+    }
 }
 
 /// The multipath map `sys/block/<name>`, if it is one.

@@ -123,19 +123,34 @@ where
     let writer = Mutex::new(writer);
     let result = converse(&mut reader, &writer, peer, machine, host, patience, stopping).await;
     let mut writer = writer.into_inner();
-    if let Err(error) = &result
-        && let Some(last_word) = error.to_peer()
-    {
-        // Best effort: the peer may be gone, or may not read.
-        timeout(CLOSING, wire::write_message(&mut writer, 0, &last_word)).await.ok();
-    }
-    // Closing a socket with unread data resets the connection, and a reset may overtake the last word: the
-    // peer gets the time to read it and close.
-    timeout(CLOSING, writer.shutdown()).await.ok();
-    if result.is_err() {
-        timeout(CLOSING, tokio::io::copy(&mut reader, &mut tokio::io::sink())).await.ok();
+    match &result {
+        Ok(()) => {
+            timeout(CLOSING, writer.shutdown()).await.ok();
+        }
+        Err(error) => part(reader, writer, error.to_peer()).await,
     }
     result
+}
+
+/// Answers whatever a client says with `last_word`, and closes the connection.
+pub async fn turn_away<S: AsyncRead + AsyncWrite + Unpin>(stream: S, last_word: message::Error) {
+    let (reader, writer) = tokio::io::split(stream);
+    part(reader, writer, Some(last_word)).await;
+}
+
+/// Closes a connection on which something went wrong. All of it is best effort: the peer may be gone.
+async fn part<S: AsyncRead + AsyncWrite + Unpin>(
+    mut reader: ReadHalf<S>,
+    mut writer: WriteHalf<S>,
+    last_word: Option<message::Error>,
+) {
+    if let Some(last_word) = last_word {
+        timeout(CLOSING, wire::write_message(&mut writer, 0, &last_word)).await.ok();
+    }
+    timeout(CLOSING, writer.shutdown()).await.ok();
+    // Closing a socket with unread data resets the connection, and a reset may overtake the last word: the
+    // peer gets the time to read it and close.
+    timeout(CLOSING, tokio::io::copy(&mut reader, &mut tokio::io::sink())).await.ok();
 }
 
 /// How long the end of a session may take, a step.
@@ -219,9 +234,10 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
         pass.run(reader, writer, fault, stopping).await
     }
     .await;
-    // The device is closed before the connection is: a sender that connects again finds it free.
+    // The device is closed before the connection is: a sender that connects again finds it free. Only a disk that
+    // hangs keeps it open longer, and that is no reason to let the sender wait for its answer.
     let Receiving { volume, mut passes, .. } = pass;
-    off_runtime(move || volume.close()).await?;
+    timeout(CLOSING, off_runtime(move || volume.close())).await.unwrap_or(Ok(()))?;
     match result {
         Err(Ended::Faulted(fault)) => {
             let text = format!("the target disk failed: {}", chain(&*fault.0));

@@ -34,16 +34,26 @@ impl Client {
         Client::connect_with(rig, identity.client_config().unwrap()).await
     }
 
-    /// With any configuration of TLS.
+    /// With any configuration of TLS, after the greeting.
     pub async fn connect_with(rig: &Rig, config: Arc<ClientConfig>) -> Client {
+        let mut client = Client::secured(rig, config).await;
+        let _: HelloReply = client.ask(&Hello::ours()).await.unwrap();
+        client
+    }
+
+    /// With the certificate of the rig's machine, and nothing said yet.
+    pub async fn connect_raw(rig: &Rig) -> Client {
+        let identity = Identity::load(&rig.client(), &MACHINE.parse().unwrap()).unwrap();
+        Client::secured(rig, identity.client_config().unwrap()).await
+    }
+
+    async fn secured(rig: &Rig, config: Arc<ClientConfig>) -> Client {
         let tcp = TcpStream::connect(rig.service.address()).await.unwrap();
         tcp.set_nodelay(true).unwrap();
         let stream = TlsConnector::from(config).connect(tls::server_name(), tcp).await.unwrap();
         let mut id = [0; 16];
         getrandom::fill(&mut id).unwrap();
-        let mut client = Client { stream, pass: PassId(u128::from_le_bytes(id)) };
-        let _: HelloReply = client.ask(&Hello::ours()).await.unwrap();
-        client
+        Client { stream, pass: PassId(u128::from_le_bytes(id)) }
     }
 
     /// With the disk `disk` open for a source of `size` bytes, and the pass begun.

@@ -94,7 +94,7 @@ pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
 pub struct Loop {
     node: PathBuf,
     backing: PathBuf,
-    _open: File,
+    open: Option<File>,
 }
 
 impl Loop {
@@ -106,6 +106,15 @@ impl Loop {
 
     /// Over a file that is there, with logical sectors of so many bytes.
     pub fn attach(backing: &Path, sector: u32) -> Loop {
+        let mut disk = Loop::attach_idle(backing, sector);
+        disk.open = Some(File::open(&disk.node).unwrap());
+        tool("losetup", &["-d", disk.node.to_str().unwrap()]);
+        disk
+    }
+
+    /// The same, but nobody has it open: whoever opens it is the first and the last, which takes the kernel longer.
+    /// It stays where the test is killed.
+    pub fn attach_idle(backing: &Path, sector: u32) -> Loop {
         let (sector, file) = (sector.to_string(), backing.to_str().unwrap());
         let node = wait_for("a free loop device", || {
             let mut losetup = Command::new("losetup");
@@ -113,11 +122,9 @@ impl Loop {
             // Two that look for a free device at once may find the same one.
             output.status.success().then(|| String::from_utf8(output.stdout).unwrap().trim().to_owned())
         });
-        let open = File::open(&node).unwrap();
-        tool("losetup", &["-d", &node]);
         // The kernel keeps this switch of the device's from whoever had it before.
         tool("blockdev", &["--setrw", &node]);
-        Loop { node: node.into(), backing: backing.to_owned(), _open: open }
+        Loop { node: node.into(), backing: backing.to_owned(), open: None }
     }
 
     pub fn node(&self) -> &Path {
@@ -142,6 +149,14 @@ impl Loop {
     pub fn set_read_only(&self, read_only: bool) {
         let switch = if read_only { "--setro" } else { "--setrw" };
         tool("blockdev", &[switch, self.node.to_str().unwrap()]);
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        if self.open.is_none() {
+            tool("losetup", &["-d", self.node.to_str().unwrap()]);
+        }
     }
 }
 

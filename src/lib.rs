@@ -2,7 +2,7 @@
 //!
 //! The library holds everything but the command line. Its rooms, from the ground up:
 //!
-//! - [`units`], [`name`], [`checksum`], [`error`]: plain values that everyone may use.
+//! - [`units`], [`name`], [`pass`], [`checksum`], [`error`]: plain values that everyone may use.
 //! - [`durable`]: small files that are replaced whole or not at all.
 //! - [`sys`]: the only room with `unsafe` code: ioctls, aligned memory, the io_uring.
 //! - [`storage`]: what a device looks like to the code above it, and the fault-injecting backend of the tests.

@@ -55,7 +55,7 @@ pub enum Error {
 
 /// How much is read from a connection at once. TLS itself reads by records of 16 KiB at most, and by less where
 /// its own buffer is short: every one of those would be a system call.
-const READ_BUFFER: usize = 256 << 10;
+const READ_BUFFER: usize = 64 << 10;
 
 /// How many connections may be open at once that did not show a certificate (yet): a flood of them takes nothing
 /// from the machines that are being received.

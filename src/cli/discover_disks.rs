@@ -22,7 +22,7 @@ use super::places::Places;
 /// The version of the JSON; it changes when a field goes or changes its meaning.
 const SCHEMA_VERSION: u32 = 1;
 
-/// Lists every disk with its identity, its role and what is wrong with it. Writes nothing to any disk.
+/// List every disk with its identity, its role and what is wrong with it; writes nothing to any disk.
 #[derive(clap::Args)]
 #[command(
     after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 refused (--require-uuid and a disk has no UUID)."

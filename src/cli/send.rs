@@ -61,7 +61,7 @@ pub struct Args {
 }
 
 /// A frame of 1 MiB must not take so long that the receiver gives the connection up.
-const LEAST_LIMIT: ByteLen = ByteLen(16 * ByteLen::KIB);
+const LEAST_LIMIT: ByteLen = ByteLen(64 * ByteLen::KIB);
 
 fn limit(text: &str) -> Result<ByteLen, String> {
     let limit: ByteLen = text.parse().map_err(|error| format!("{error}"))?;

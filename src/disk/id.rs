@@ -160,7 +160,11 @@ impl DiskId {
             }
         }
         let value = clean.to_str()?.to_owned();
-        let sound = path.is_absolute() && value.len() > 1 && !value.chars().any(char::is_control);
+        // White space at the end would not come back from the canonical text.
+        let sound = path.is_absolute()
+            && value.len() > 1
+            && value.trim_end() == value
+            && !value.chars().any(char::is_control);
         sound.then_some(DiskId { kind: Kind::Loop, value })
     }
 
@@ -256,7 +260,9 @@ pub enum Reason {
     #[error("there is nothing behind its prefix")]
     NoValue,
     /// A loop identity without an absolute path.
-    #[error("behind `loop:` there must be the absolute path of a file, without `..`")]
+    #[error(
+        "behind `loop:` there must be the absolute path of a file, without `..` and without white space at its end"
+    )]
     LoopPath,
     /// A by-id link that is made from the model and the serial of an NVMe disk.
     #[error(
@@ -530,6 +536,7 @@ mod tests {
         assert_eq!(reason("t10.   "), Reason::NoValue);
         assert_eq!(reason("loop:img"), Reason::LoopPath);
         assert_eq!(reason("loop:/a/../b"), Reason::LoopPath);
+        assert_eq!(reason("loop:/a b /."), Reason::LoopPath);
         assert_eq!(reason("nvme-Samsung_SSD_980_S649"), Reason::NvmeModel);
         assert_eq!(reason("sdb"), Reason::Form);
         assert_eq!(reason(&"6".repeat(5000)), Reason::TooLong);

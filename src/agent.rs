@@ -23,6 +23,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 
+use crate::durable;
 use crate::error::{IoError, chain};
 use crate::net::keepalive;
 use crate::net::message::{self, Code};
@@ -79,8 +80,7 @@ pub fn serve(config: Config) -> Result<(), Error> {
 
 async fn run(config: Config) -> Result<(), Error> {
     let directory = &config.state_dir;
-    std::fs::create_dir_all(directory)
-        .map_err(|error| IoError::new("create", directory.display().to_string(), error))?;
+    durable::private_dir(directory)?;
     let _instance = lock::Instance::acquire(directory)?;
     let identity = tls::server::Identity::load_or_create(directory)?;
     let acceptor = TlsAcceptor::from(identity.server_config()?);
@@ -159,8 +159,14 @@ impl Front {
         let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
         let mut sessions = JoinSet::new();
         loop {
-            let accepted = tokio::select! {
-                accepted = listener.accept() => accepted,
+            // Without a place for one more stranger nobody is taken: who comes waits in the kernel's queue, for as
+            // long as a handshake may take at most.
+            let next = async {
+                let strange = self.strangers.clone().acquire_owned().await;
+                (strange, listener.accept().await)
+            };
+            let (strange, accepted) = tokio::select! {
+                next = next => next,
                 // Ends of sessions are collected as they come.
                 Some(_) = sessions.join_next() => continue,
                 _ = terminate.recv() => return Ok(sessions),
@@ -168,11 +174,7 @@ impl Front {
             };
             match accepted {
                 Ok((stream, peer)) => {
-                    let Ok(strange) = self.strangers.clone().try_acquire_owned() else {
-                        self.service.refused_total.fetch_add(1, Ordering::Relaxed);
-                        tracing::warn!(%peer, "refused: {STRANGERS} connections without a known machine are open");
-                        continue;
-                    };
+                    let Ok(strange) = strange else { unreachable!("the semaphore is never closed") };
                     let front = self.clone();
                     sessions.spawn(async move { front.talk(stream, peer, strange).await });
                 }

@@ -126,7 +126,10 @@ impl DiskId {
                 _ => {}
             }
         }
-        DiskId::text(Kind::Name, text)
+        // What was dropped from the text may have hidden such a name from the look above; a broken one is none.
+        let id = DiskId::text(Kind::Name, text)?;
+        let prefix = id.value.split_once('.').map(|(prefix, _)| prefix.to_ascii_lowercase());
+        (!matches!(prefix.as_deref(), Some("naa" | "eui" | "uuid"))).then_some(id)
     }
 
     /// A T10 vendor designator: the vendor and what follows it, as text.
@@ -535,6 +538,7 @@ mod tests {
         assert_eq!(reason("uuid.1234"), Reason::Uuid);
         assert_eq!(reason("t10.   "), Reason::NoValue);
         assert_eq!(reason("loop:img"), Reason::LoopPath);
+        assert_eq!(reason("scsi-8\0naa.t"), Reason::NoValue);
         assert_eq!(reason("loop:/a/../b"), Reason::LoopPath);
         assert_eq!(reason("loop:/a b /."), Reason::LoopPath);
         assert_eq!(reason("nvme-Samsung_SSD_980_S649"), Reason::NvmeModel);

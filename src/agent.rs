@@ -214,7 +214,12 @@ impl Front {
         keepalive::set(&stream).map_err(HandshakeError::Io)?;
         let buffered = BufReader::with_capacity(READ_BUFFER, stream);
         let handshake = timeout(self.patience.handshake, self.acceptor.accept(buffered));
-        let stream = handshake.await.map_err(|_| SessionError::Slow)?.map_err(HandshakeError::from)?;
+        let mut stopping = self.stopping.clone();
+        let stream = tokio::select! {
+            stream = handshake => stream.map_err(|_| SessionError::Slow)?.map_err(HandshakeError::from)?,
+            // Nothing was said yet.
+            _ = stopping.wait_for(|stop| *stop) => return Ok(()),
+        };
         let machine = tls::machine_of(stream.get_ref().1.peer_certificates())?;
         // Whoever showed a certificate of ours counts as a session; who did not may only enrol, and goes on
         // counting as a stranger.

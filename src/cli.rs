@@ -11,10 +11,11 @@ mod table;
 mod token;
 
 use std::error::Error;
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use mt_agent::error::chain;
+use mt_agent::error::{IoError, chain};
 
 /// Where the agent keeps its keys and records unless told otherwise.
 const STATE_DIR: &str = "/var/lib/mt-agent";
@@ -83,5 +84,15 @@ pub fn run() -> ExitCode {
             eprintln!("mt-agent: {}", chain(error.as_ref()));
             ExitCode::from(code)
         }
+    }
+}
+
+/// Writes what a command found to standard output.
+fn print(text: &str) -> Result<(), Failure> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        // `| head`: whoever reads has enough.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        written => written.map_err(|error| Failure::failed(IoError::new("write", "the output", error))),
     }
 }

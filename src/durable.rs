@@ -73,10 +73,16 @@ pub fn remove(path: &Path) -> Result<(), IoError> {
 /// # Errors
 /// The directory that could not be created or flushed.
 pub fn private_dir(path: &Path) -> Result<(), IoError> {
-    if path.is_dir() {
-        return Ok(());
+    if !path.is_dir() {
+        if let Some(above) = path.parent().filter(|above| !above.as_os_str().is_empty()) {
+            private_dir(above)?;
+        }
+        match DirBuilder::new().mode(0o700).create(path) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => {}
+            made => made.map_err(failed("create", path))?,
+        }
     }
-    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed("create", path))?;
+    // Also where it exists: whoever made it may have crashed before its name was on stable storage.
     sync_parent(path)
 }
 

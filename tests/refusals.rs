@@ -375,6 +375,12 @@ async fn messages_out_of_order_end_the_session() {
     let refusal = client.commit(0, 0).await.unwrap_err();
     assert!(refusal.message.contains("a pass that is not open"), "{refusal}");
     rig.wait_until_closed("d0");
+    // Nothing is sent twice: a sum that is right must not hide a range that never came.
+    let (mut client, _) = Client::begun(&rig, "d0", 8192).await;
+    client.data(0, 0, &payload).await;
+    client.data(1, 0, &payload).await;
+    client.refused(Code::Protocol, "were sent before in this pass").await;
+    rig.wait_until_closed("d0");
     // An initial pass leaves nothing out.
     let (mut client, _) = Client::begun(&rig, "d0", MIB).await;
     client.data(0, 0, &payload).await;

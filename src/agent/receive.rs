@@ -20,7 +20,7 @@ use crate::net::session::{Host, Opened, Passes};
 use crate::net::token::TokenStore;
 use crate::net::{enrolment, tls};
 use crate::pass::PassId;
-use crate::protection::{self, Hold, Store};
+use crate::protection::{self, Store};
 use crate::storage::Geometry;
 use crate::storage::device::Device;
 use crate::sys::aligned::Arena;
@@ -93,7 +93,6 @@ impl Host for Receiver {
             pass: None,
             counters: counters.clone(),
             _shown: self.live.show(machine.clone(), open.disk.clone(), counters.clone()),
-            _hold: hold,
         };
         Ok(Opened {
             volume,
@@ -102,6 +101,7 @@ impl Host for Receiver {
             window: self.config.window.0,
             counters,
             passes: Box::new(ledger),
+            hold: Box::new(hold),
         })
     }
 }
@@ -134,7 +134,6 @@ struct Ledger {
     pass: Option<PassId>,
     counters: Arc<Counters>,
     _shown: Shown,
-    _hold: Hold,
 }
 
 impl Passes for Ledger {

@@ -9,7 +9,7 @@ use mt_agent::net::tls::HandshakeError;
 use mt_agent::net::token::Token;
 use mt_agent::net::wire;
 
-use super::Failure;
+use super::{Failure, print};
 
 /// Enrol this machine at a master target, with a token that was made there.
 #[derive(clap::Args)]
@@ -42,8 +42,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
                 error => Failure::failed(error),
             },
         )?;
-    println!("The machine {} is enrolled at {} ({}).", token.machine, token.address, path.display());
-    Ok(())
+    print(&format!("The machine {} is enrolled at {} ({}).\n", token.machine, token.address, path.display()))
 }
 
 /// The first line of standard input.

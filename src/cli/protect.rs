@@ -1,11 +1,11 @@
 //! `mt-agent protect`: which target disk belongs to which disk of which machine.
 
-use std::io::{self, Write};
+use std::io;
 
 use clap::{Args, Subcommand};
 use mt_agent::disk::device;
 use mt_agent::disk::discover::{self, Disk, Sysroot};
-use mt_agent::error::{IoError, chain};
+use mt_agent::error::chain;
 use mt_agent::name::Name;
 use mt_agent::protection::assign::{self, Allowed, Planned, Request};
 use mt_agent::protection::{Assignment, Error, Protection, State, Store};
@@ -14,9 +14,9 @@ use serde_json::{Value, json};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use super::Failure;
 use super::places::Places;
 use super::table;
+use super::{Failure, print};
 
 /// The version of the JSON that these commands print.
 const SCHEMA_VERSION: u32 = 1;
@@ -306,13 +306,4 @@ fn remove(args: &RemoveArgs) -> Result<(), Failure> {
 
 fn print_json(value: &Value) -> Result<(), Failure> {
     print(&format!("{value:#}\n"))
-}
-
-fn print(text: &str) -> Result<(), Failure> {
-    let mut out = io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        // `| head`: whoever reads has enough.
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        written => written.map_err(|error| Failure::failed(IoError::new("write", "the output", error))),
-    }
 }

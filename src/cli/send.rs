@@ -20,7 +20,7 @@ use mt_agent::units::ByteLen;
 use serde_json::json;
 use time::format_description::well_known::Rfc3339;
 
-use super::Failure;
+use super::{Failure, print};
 
 /// The version of the JSON that this command prints.
 const SCHEMA_VERSION: u32 = 1;
@@ -108,7 +108,10 @@ pub fn run(args: Args) -> Result<(), Failure> {
     if args.dry_run {
         for disk in &disks {
             let (name, path, size) = (&disk.name, disk.source.path().display(), disk.source.size());
-            println!("would send {path} ({size}) as disk {name} of {} to {}", args.machine, plan.to);
+            print(&format!(
+                "would send {path} ({size}) as disk {name} of {} to {}\n",
+                args.machine, plan.to
+            ))?;
         }
         return Ok(());
     }
@@ -194,7 +197,7 @@ fn report(
         let report = json!({
             "schema_version": SCHEMA_VERSION, "machine": machine, "seconds": seconds, "disks": disks,
         });
-        println!("{report:#}");
+        print(&format!("{report:#}\n"))?;
     } else {
         for ((name, progress, size), (_, result)) in disks.iter().zip(&results) {
             match result {
@@ -202,10 +205,10 @@ fn report(
                     let zero = ByteLen(progress.zero.load(Ordering::Relaxed));
                     let sent = ByteLen(progress.sent.load(Ordering::Relaxed));
                     let rate = ByteLen((size.0 as f64 / seconds) as u64);
-                    println!(
-                        "{name}: {size} committed as pass {} in {seconds:.1} s ({rate}/s); {sent} sent, {zero} zeros",
+                    print(&format!(
+                        "{name}: {size} committed as pass {} in {seconds:.1} s ({rate}/s); {sent} sent, {zero} zeros\n",
                         committed.pass
-                    );
+                    ))?;
                 }
                 Err(error) => eprintln!("mt-agent: {name}: {}", chain(error)),
             }

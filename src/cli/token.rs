@@ -10,7 +10,7 @@ use serde::Serialize;
 use time::format_description::well_known::Rfc3339;
 use time::{Duration, OffsetDateTime};
 
-use super::Failure;
+use super::{Failure, print};
 
 /// Make, list and revoke the tokens with which machines enrol.
 #[derive(clap::Args)]
@@ -133,7 +133,7 @@ fn create(
             expires: &expires,
         });
     }
-    println!("{text}");
+    print(&format!("{text}\n"))?;
     eprintln!(
         "This token lets the machine {} enrol once, at {}, until {expires}.\n\
          On that machine run `mt-agent enroll -` and paste it.",
@@ -161,16 +161,16 @@ fn list(state_dir: &Path, json: bool) -> Result<(), Failure> {
     if json {
         return print_json(&List { schema_version: 1, tokens });
     }
-    println!("{:<16}  {:<8}  {:<20}  MACHINE", "ID", "STATE", "EXPIRES");
+    let mut text = format!("{:<16}  {:<8}  {:<20}  MACHINE\n", "ID", "STATE", "EXPIRES");
     for Entry { id, machine, state, expires, .. } in tokens {
         let state = match state {
             State::Waiting => "waiting",
             State::Used => "used",
             State::Expired => "expired",
         };
-        println!("{id:<16}  {state:<8}  {:<20}  {machine}", rfc3339(expires)?);
+        text += &format!("{id:<16}  {state:<8}  {:<20}  {machine}\n", rfc3339(expires)?);
     }
-    Ok(())
+    print(&text)
 }
 
 fn rfc3339(time: OffsetDateTime) -> Result<String, Failure> {
@@ -178,8 +178,7 @@ fn rfc3339(time: OffsetDateTime) -> Result<String, Failure> {
 }
 
 fn print_json(value: &impl Serialize) -> Result<(), Failure> {
-    println!("{}", serde_json::to_string_pretty(value).map_err(Failure::failed)?);
-    Ok(())
+    print(&(serde_json::to_string_pretty(value).map_err(Failure::failed)? + "\n"))
 }
 
 #[cfg(test)]

@@ -188,6 +188,12 @@ fn of_loop(file: &File, sysroot: &Sysroot, name: &str) -> Result<Option<(DiskId,
     let status =
         ioctl::loop_status(file).map_err(|error| IoError::new("ask for the backing file of", name, error))?;
     let path = id.backing_file().unwrap_or(Path::new("/"));
+    if (status.offset, status.size_limit) != (0, 0) {
+        // The identity is the whole file; a part of it would be another disk under the same name.
+        let why =
+            format!("it shows only a part of {}: attach it without offset and size limit", path.display());
+        return Err(Error::NoDisk { node: name.to_owned(), why });
+    }
     match std::fs::metadata(path) {
         Ok(meta) if (meta.dev(), meta.ino()) == (status.device, status.inode) => Ok(Some((id, source))),
         Ok(_) => Err(Error::NoDisk {

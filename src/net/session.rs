@@ -5,6 +5,7 @@
 //! nothing is allocated before it is bounded, bytes with a bad checksum do not reach the volume, and a commit
 //! is answered after the volume's flush succeeded and the host's record of it is durable.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -54,6 +55,8 @@ pub struct Opened {
     pub counters: Arc<Counters>,
     /// Where passes are recorded.
     pub passes: Box<dyn Passes>,
+    /// What must last until the volume is closed, however long that takes: the right to write to it.
+    pub hold: Box<dyn Send>,
 }
 
 /// The durable record of a volume's passes. What a method did is on stable storage when it returns.
@@ -163,6 +166,16 @@ async fn within<T>(limit: Duration, next: impl Future<Output = Result<T, wire::E
     }
 }
 
+/// Waits until the service stops.
+async fn stopped(stopping: &mut watch::Receiver<bool>) -> Error {
+    if stopping.wait_for(|stop| *stop).await.is_err() {
+        // Whoever could say so is gone.
+        std::future::pending::<()>().await;
+    }
+    let text = "the service stops; run `mt-agent send` again once it is back";
+    message::Error::new(Code::ShuttingDown, text).into()
+}
+
 /// Runs what may block off the runtime.
 async fn off_runtime<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Error> {
     tokio::task::spawn_blocking(work)
@@ -179,14 +192,23 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
     patience: Patience,
     stopping: watch::Receiver<bool>,
 ) -> Result<(), Error> {
-    let hello: Hello = match within(patience.handshake, wire::read_message(reader)).await {
+    let mut stop = stopping.clone();
+    let greeting = tokio::select! {
+        greeting = within(patience.handshake, wire::read_message(reader)) => greeting,
+        error = stopped(&mut stop) => return Err(error),
+    };
+    let hello: Hello = match greeting {
         // A port scan, or a health check.
         Err(Error::Wire(wire::Error::Closed)) => return Ok(()),
         other => other?,
     };
     let reply = HelloReply::to(&hello)?;
     wire::write_message(&mut *writer.lock().await, 0, &reply).await?;
-    let header = match within(patience.handshake, wire::read_header(reader)).await {
+    let request = tokio::select! {
+        request = within(patience.handshake, wire::read_header(reader)) => request,
+        error = stopped(&mut stop) => return Err(error),
+    };
+    let header = match request {
         Err(Error::Wire(wire::Error::Closed)) => return Ok(()),
         other => other?,
     };
@@ -205,11 +227,11 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
         return Err(protocol("a source of 0 bytes"));
     }
     let report = Arc::new(Report::default());
-    let (fault_sender, fault) = oneshot::channel();
+    let (fault_sender, mut fault) = oneshot::channel();
     let events = report.clone().events(fault_sender);
     let encodings = open.compression.clone();
     let opened = off_runtime(move || host.open(&machine, &open, events)).await??;
-    let Opened { volume, device_size, block, window, counters, passes } = opened;
+    let Opened { volume, device_size, block, window, counters, passes, hold } = opened;
     report.counters.get_or_init(|| counters.clone());
     let reply = OpenReply {
         window,
@@ -231,22 +253,32 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
     };
     let result = async {
         wire::write_message(&mut *writer.lock().await, 0, &reply).await?;
-        pass.run(reader, writer, fault, stopping).await
+        pass.run(reader, writer, &mut fault, stopping).await
     }
     .await;
     // The device is closed before the connection is: a sender that connects again finds it free. Only a disk that
     // hangs keeps it open longer, and that is no reason to let the sender wait for its answer.
     let Receiving { volume, mut passes, .. } = pass;
-    timeout(CLOSING, off_runtime(move || volume.close())).await.unwrap_or(Ok(()))?;
-    match result {
-        Err(Ended::Faulted(fault)) => {
-            let text = format!("the target disk failed: {}", chain(&*fault.0));
-            off_runtime(move || passes.fault(&fault)).await??;
-            Err(message::Error::new(Code::Io, text).into())
-        }
-        Err(Ended::Session(error)) => Err(error),
-        Ok(()) => Ok(()),
+    let closing = off_runtime(move || {
+        volume.close();
+        drop(hold);
+    });
+    timeout(CLOSING, closing).await.unwrap_or(Ok(()))?;
+    // What was still in flight when something else ended the session may have failed as well.
+    let failure = match result {
+        Ok(()) => return Ok(()),
+        Err(Ended::Faulted(fault)) => fault,
+        Err(Ended::Session(error)) => match fault.try_recv() {
+            Ok(fault) => fault,
+            Err(_) => return Err(error),
+        },
+    };
+    let text = format!("the target disk failed: {}", chain(&*failure.0));
+    if let Err(error) = off_runtime(move || passes.fault(&failure)).await? {
+        // The sender hears of the disk all the same; the record says that the pass was not finished.
+        tracing::error!(error = chain(&error), "the failure of a disk could not be recorded");
     }
+    Err(message::Error::new(Code::Io, text).into())
 }
 
 /// What the volume's thread tells the session's tasks.
@@ -328,6 +360,39 @@ struct Pass {
     /// Bytes of the volume that were accepted.
     written: u64,
     zeroed: u64,
+    covered: Coverage,
+}
+
+/// Which bytes of the volume a pass has brought: runs that do not touch, by their starts. A sender that goes
+/// through its disk in order has one.
+#[derive(Debug, Default)]
+struct Coverage(BTreeMap<u64, u64>);
+
+/// How scattered the frames of a pass may be: bounds what is remembered of it.
+const MOST_RUNS: usize = 4096;
+
+impl Coverage {
+    fn overlaps(&self, extent: Extent) -> bool {
+        self.0.range(..extent.end()).next_back().is_some_and(|(_, end)| *end > extent.offset())
+    }
+
+    /// Adds a range that overlaps none.
+    fn add(&mut self, extent: Extent) -> Result<(), Error> {
+        let (mut start, mut end) = (extent.offset(), extent.end());
+        if let Some((&before, &touching)) = self.0.range(..start).next_back()
+            && touching == start
+        {
+            start = before;
+        }
+        if let Some(after) = self.0.remove(&end) {
+            end = after;
+        }
+        self.0.insert(start, end);
+        match self.0.len() {
+            0..=MOST_RUNS => Ok(()),
+            _ => Err(protocol(format!("the pass jumps about: over {MOST_RUNS} separate ranges"))),
+        }
+    }
 }
 
 fn protocol(text: impl Into<String>) -> Error {
@@ -339,23 +404,19 @@ impl Receiving {
         &mut self,
         reader: &mut ReadHalf<S>,
         writer: &Mutex<WriteHalf<S>>,
-        fault: oneshot::Receiver<Fault>,
+        fault: &mut oneshot::Receiver<Fault>,
         mut stopping: watch::Receiver<bool>,
     ) -> Result<(), Ended> {
         let report = self.report.clone();
         let mut progress = pin!(report_progress(&report, writer));
         let result = {
             let mut receive = pin!(self.receive(reader, writer));
-            let mut fault = pin!(fault);
             tokio::select! {
                 result = &mut receive => result.map_err(Ended::Session),
                 // It returns early only where writing fails.
                 result = &mut progress => return result.map_err(|error| Ended::Session(error.into())),
-                Ok(fault) = &mut fault => Err(Ended::Faulted(fault)),
-                Ok(_) = stopping.wait_for(|stop| *stop) => {
-                    let text = "the service stops; run `mt-agent send` again once it is back";
-                    Err(message::Error::new(Code::ShuttingDown, text).into())
-                }
+                Ok(fault) = fault => Err(Ended::Faulted(fault)),
+                error = stopped(&mut stopping) => Err(error.into()),
             }
         };
         // Not dropped in the middle of a frame: what comes after it must be readable.
@@ -391,7 +452,11 @@ impl Receiving {
                     // This is where a slow disk slows its sender down, for as long as it takes: the window is
                     // the arena, so the wait is for a gap that is large enough. At most one data frame long.
                     let buffer = self.volume.arena().alloc(extent.len() as usize).await;
-                    if !within(self.patience.idle, self.data(reader, &header, extent, buffer)).await? {
+                    if within(self.patience.idle, self.data(reader, &header, extent, buffer)).await? {
+                        if let Some(pass) = &mut self.pass {
+                            pass.covered.add(extent)?;
+                        }
+                    } else {
                         wire::write_header(&mut *writer.lock().await, &Header::refused(&header)).await?;
                     }
                 }
@@ -399,6 +464,7 @@ impl Receiving {
                     let extent = self.accept(&header)?;
                     if let Some(pass) = &mut self.pass {
                         pass.zeroed += extent.len();
+                        pass.covered.add(extent)?;
                     }
                     self.volume.zero(extent, header.window_cost()).map_err(out_of_range)?;
                 }
@@ -425,7 +491,15 @@ impl Receiving {
         let id = begin.pass;
         self.record(move |passes| passes.begin(&begin)).await?;
         self.counters.begin(id.to_string());
-        self.pass = Some(Pass { id, open: true, sequence: 0, cost: 0, written: 0, zeroed: 0 });
+        self.pass = Some(Pass {
+            id,
+            open: true,
+            sequence: 0,
+            cost: 0,
+            written: 0,
+            zeroed: 0,
+            covered: Coverage::default(),
+        });
         Ok(())
     }
 
@@ -448,6 +522,9 @@ impl Receiving {
             return Err(protocol("an empty range"));
         };
         self.volume.check(extent).map_err(out_of_range)?;
+        if pass.covered.overlaps(extent) {
+            return Err(protocol(format!("{extent} were sent before in this pass")));
+        }
         pass.sequence += 1;
         pass.cost += header.window_cost();
         self.counters.frames.fetch_add(1, Ordering::Relaxed);
@@ -586,3 +663,38 @@ async fn report_progress<S: AsyncRead + AsyncWrite>(
 
 // The window's smallest cost is that of an arena's page, so that a window of commands fits the arena.
 const _: () = assert!(COST_UNIT as usize == crate::sys::aligned::PAGE);
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn coverage_equals_a_map_of_bytes(ranges in prop::collection::vec((0..200u64, 1..40u64), 1..60)) {
+            let mut coverage = Coverage::default();
+            let mut bytes = [false; 240];
+            for (offset, len) in ranges {
+                let range = offset as usize..(offset + len) as usize;
+                let extent = Extent::new(offset, len).unwrap();
+                let overlaps = bytes[range.clone()].contains(&true);
+                prop_assert_eq!(coverage.overlaps(extent), overlaps);
+                if !overlaps {
+                    bytes[range].fill(true);
+                    prop_assert!(coverage.add(extent).is_ok());
+                }
+                let runs = bytes.chunk_by(|a, b| a == b).filter(|run| run[0]).count();
+                prop_assert_eq!(coverage.0.len(), runs);
+            }
+        }
+    }
+
+    #[test]
+    fn a_pass_that_jumps_about_is_bounded() {
+        let mut coverage = Coverage::default();
+        let mut add = |n: usize| coverage.add(Extent::new(2 * n as u64, 1).unwrap());
+        assert!((0..MOST_RUNS).all(|n| add(n).is_ok()));
+        assert!(add(MOST_RUNS).is_err());
+    }
+}

@@ -61,7 +61,15 @@ impl Host for Bench {
         let arena = Arena::new(WINDOW as usize).unwrap();
         let volume = Volume::start("bench", Box::new(storage), open.size, arena, events).unwrap();
         let passes = Box::new(Story(self.story.clone(), self.disk.clone()));
-        Ok(Opened { volume, device_size, block, window: WINDOW, counters: self.counters.clone(), passes })
+        Ok(Opened {
+            volume,
+            device_size,
+            block,
+            window: WINDOW,
+            counters: self.counters.clone(),
+            passes,
+            hold: Box::new(()),
+        })
     }
 }
 

@@ -8,6 +8,7 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::str::FromStr;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -170,6 +171,9 @@ const KEEP_SIZE: i32 = libc::FALLOC_FL_KEEP_SIZE;
 /// The longest single `fallocate`: bounds how long a flush waits behind one.
 const ZERO_STEP: u64 = 64 << 20;
 
+/// How long until what the kernel had no room for is tried again.
+const RETRY: Duration = Duration::from_millis(1);
+
 /// How much is zeroed by one write.
 const ZERO_WRITE: usize = 256 << 10;
 
@@ -272,7 +276,11 @@ impl Device {
         };
         let result = match result {
             // Interrupted before anything moved.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) => Ok(0),
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) => {
+                // Not in a tight circle, where a device has no room for a while.
+                std::thread::sleep(RETRY);
+                Ok(0)
+            }
             Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
             other => other,
         };

@@ -162,10 +162,11 @@
 //! ## 5. A pass
 //!
 //! Data and Zero frames are numbered from 0 without a gap by `sequence`, and Commit has the next number. Each
-//! MUST lie within the source's size. The frames of a pass MUST NOT overlap: the server has several writes in
-//! flight, and no order among them is promised. Offsets come in any order (ascending is fastest), at any
-//! alignment (`block` is fastest). The frames of an initial pass cover every byte of the source: what need not
-//! be sent is sent as zeros.
+//! MUST lie within the source's size. The frames of a pass MUST NOT overlap, but for one
+//! that was refused and is sent again: an overlap is an error (`protocol`). Offsets come in any order (ascending
+//! is fastest), at any alignment (`block` is fastest), as long as what was sent forms no more than 4096 separate
+//! ranges at any moment. The frames of an initial pass cover every byte of the source: what need not be sent is
+//! sent as zeros.
 //!
 //! **Window.** Each Data frame costs its `length` rounded up to a multiple of 4096, each Zero frame 4096. The
 //! client MUST NOT have sent, since Begin, more than `window` beyond what the server has given back. The

@@ -216,6 +216,21 @@ fn a_file_that_was_replaced_under_its_device_is_not_the_disk() {
 }
 
 #[test]
+fn a_part_of_a_file_is_not_the_disk() {
+    if !guard::available() {
+        return;
+    }
+    let (_dir, directory) = guard::directory();
+    let path = directory.join("part.img");
+    image(&path, 32 * MIB);
+    for part in [["--offset", "1048576"], ["--sizelimit", "1048576"]] {
+        let _device = LoopDev::attach(&path, &part);
+        let error = open(&path).unwrap_err();
+        assert!(error.is_refusal() && error.to_string().contains("only a part of"), "{error}");
+    }
+}
+
+#[test]
 fn a_name_that_passed_to_another_disk_is_not_written_to() {
     let Some((_dir, path, device)) = attached("first.img") else { return };
     let listed = listed(&path);

@@ -159,7 +159,9 @@ async fn send_one(to: &Address, tls: Arc<ClientConfig>, job: session::Job) -> Re
         let stream = connect(to, tls.clone()).await?;
         match session::run(stream, &job).await {
             Err(Error::Refused(refusal)) if refusal.code.retryable() && tries < TRIES => {
-                tracing::info!(disk = %job.disk, %refusal, "trying again");
+                if tries == 1 {
+                    tracing::warn!(disk = %job.disk, %refusal, "waiting, and trying again");
+                }
                 tries += 1;
                 sleep(Duration::from_secs(1)).await;
             }

@@ -107,7 +107,8 @@ fn certificates_of_another_authority_are_refused_on_both_sides() {
     let ours = Identity::load(&rig.client(), &machine).unwrap();
     let theirs = Identity::load(&stranger, &machine).unwrap();
     Identity { ca: ours.ca, ..theirs }.save(&stranger).unwrap();
-    by_hand(&stranger).fails(1, &["does not accept this machine's certificate: enrol the machine again"]);
+    by_hand(&stranger)
+        .fails(1, &["does not accept the certificate that it was shown: enrol the machine again"]);
     let log = rig.service.log();
     assert!(log.contains("the peer's certificate was not issued for this connection"), "{log}");
     // One that was never enrolled is told so before anything is sent.
@@ -615,7 +616,7 @@ fn a_second_sender_waits_for_the_first() {
     let rig = Rig::new(&[16 * MIB, 4 * MIB]);
     let (first, second) = (rig.random("first.img", 16 * MIB), rig.random("second.img", 16 * MIB));
     let one = rig.start_into_pass(&[("d0", &first)], &["--bwlimit", "8M", "--compression", "off"]);
-    let two = rig.start(&[("d0", &second)], &["--log-level", "info"]);
+    let two = rig.start(&[("d0", &second)], &[]);
     goes_on(&rig, "d1");
     one.finish().ok();
     let two = two.finish().ok();

@@ -38,7 +38,7 @@ pub enum Error {
     #[error(transparent)]
     Io(#[from] IoError),
     /// Another service answers on it.
-    #[error("another mt-agent answers on {}; stop it first (`systemctl stop mt-agent`), or set `control_socket`", .0.display())]
+    #[error("another mt-agent answers on {}; stop it first, or set `control_socket`", .0.display())]
     Refused(PathBuf),
     /// The path cannot be a socket's.
     #[error("{} cannot be the control socket: {what}; set `control_socket`", path.display())]

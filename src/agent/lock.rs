@@ -27,7 +27,7 @@ pub enum Error {
     Io(#[from] IoError),
     /// Somebody else is.
     #[error(
-        "mt-agent is running already{}, it holds {}; stop it first (`systemctl stop mt-agent`), or use \
+        "mt-agent is running already{}, it holds {}; stop it first, or use \
          another --state-dir", pid.map(|pid| format!(" with pid {pid}")).unwrap_or_default(), file.display()
     )]
     Refused {

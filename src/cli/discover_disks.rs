@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use mt_agent::disk::discover::watch::{Change, Watch};
 use mt_agent::disk::discover::{self, Disk, Options, Sysroot, discover};
 use mt_agent::disk::id::DiskId;
+use mt_agent::error::chain;
 use mt_agent::protection::Store;
 use serde::Serialize;
 
@@ -72,7 +73,11 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let options = match sysroot.is_live() {
         true => {
             let config = args.places.load()?;
-            let assigned = Store::open(&config.retention_dir).assigned().map_err(Failure::failed)?;
+            // The disks are worth seeing all the same, to who may not read the protections too.
+            let assigned = Store::open(&config.retention_dir).assigned().unwrap_or_else(|error| {
+                eprintln!("mt-agent: what is assigned is not shown: {}", chain(&error));
+                Default::default()
+            });
             let retention = Some(config.retention_dir);
             Options { include_loop: args.include_loop, assigned, retention, ..Options::default() }
         }
@@ -96,7 +101,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         disks.iter().filter(|disk| lacks_uuid(disk)).map(|disk| disk.name.as_str()).collect();
     if args.require_uuid && !without.is_empty() {
         return Err(Failure::refused(format!(
-            "{} without a UUID: {}; what to do is said under `problems` above",
+            "{} without a UUID: {}; let the hypervisor give each one (VMware: disk.EnableUUID = TRUE; QEMU: wwn=)",
             if without.len() == 1 { "a disk is".to_owned() } else { format!("{} disks are", without.len()) },
             without.join(", ")
         )));

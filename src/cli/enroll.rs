@@ -33,7 +33,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let path =
         runtime.block_on(enrolment::enroll(&token, &args.state_dir, PATIENCE)).map_err(
             |error| match error {
-                Error::Expired { .. } | Error::Handshake(HandshakeError::WrongServer(_)) => {
+                Error::Expired { .. } | Error::Handshake(HandshakeError::WrongServer) => {
                     Failure::refused(error)
                 }
                 Error::Wire(wire::Error::Peer(ref theirs)) if theirs.code == Code::TokenRefused => {

@@ -37,7 +37,8 @@ pub enum Command {
 pub struct AddArgs {
     /// The machine, by the name that its certificate will carry
     machine: Name,
-    /// The machine's name for its disk, and the identity of the target disk (`mt-agent discover-disks`)
+    /// The machine's name for its disk, and the identity of the target disk, in any spelling (a /dev name is resolved
+    /// to the identity, which is shown and kept). Several: separated by commas, or with the option repeated
     #[arg(long = "disk", value_name = "NAME=DISKID", required = true, value_delimiter = ',', value_parser = request)]
     disks: Vec<Request>,
     /// Take disks that are not empty too: everything on them is lost

@@ -34,7 +34,8 @@ pub struct Args {
     /// The machine, by the name under which it was enrolled
     #[arg(long)]
     machine: Name,
-    /// The name of a disk on the master target, and where it is read: a block device or an image file
+    /// The name of a disk on the master target, and where it is read: a block device or an image file. Several:
+    /// separated by commas, or with the option repeated
     #[arg(long = "disk", value_name = "NAME=SOURCE", required = true, value_delimiter = ',', value_parser = disk)]
     disks: Vec<(Name, PathBuf)>,
     /// How to compress: auto (LZ4 where it pays), off, lz4 or zstd
@@ -122,13 +123,19 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let results = runtime.block_on(async {
         let show = show(shown.clone(), started);
         tokio::select! {
-            results = send::send(&plan, tls, disks) => results,
+            results = send::send(&plan, tls, disks) => Ok(results),
+            interrupted = tokio::signal::ctrl_c() => Err(match interrupted {
+                Ok(()) => Failure::failed(
+                    "interrupted: nothing was acknowledged, and the target is neither the old nor the new; run it again",
+                ),
+                Err(error) => Failure::failed(error),
+            }),
             () = show => unreachable!("the display never ends by itself"),
         }
     });
     // A reader that waits for a broken device must not hold up the exit.
     runtime.shutdown_background();
-    report(&args.machine, &shown, results, started.elapsed(), args.json)
+    report(&args.machine, &shown, results?, started.elapsed(), args.json)
 }
 
 /// Shows progress until it is dropped: bars on a terminal, a line every ten seconds elsewhere.

@@ -44,7 +44,7 @@ pub struct Args {
 #[derive(Debug, thiserror::Error)]
 enum Error {
     #[error(
-        "the service is not running: nobody answers on {}; start it with `systemctl start mt-agent`, or with \
+        "the service is not running: nobody answers on {}; start it with \
          `mt-agent serve`", .0.display()
     )]
     NotRunning(PathBuf),

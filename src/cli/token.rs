@@ -1,15 +1,18 @@
 //! `mt-agent token`: makes, lists and revokes the tokens with which machines enrol.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use mt_agent::agent::config::Config;
 use mt_agent::name::Name;
 use mt_agent::net::address::{Address, DEFAULT_PORT};
 use mt_agent::net::tls::server;
 use mt_agent::net::token::{Entry, Error, LIFE, State, TokenStore};
+use mt_agent::protection::{self, Store};
 use serde::Serialize;
 use time::format_description::well_known::Rfc3339;
 use time::{Duration, OffsetDateTime};
 
+use super::places::Places;
 use super::{Failure, print};
 
 /// Make, list and revoke the tokens with which machines enrol.
@@ -37,7 +40,7 @@ enum Command {
         #[arg(long)]
         json: bool,
         #[command(flatten)]
-        state: StateDir,
+        places: Places,
     },
     /// List the tokens that wait, and those that were used or expired in the last days.
     List {
@@ -46,22 +49,15 @@ enum Command {
         #[arg(long)]
         json: bool,
         #[command(flatten)]
-        state: StateDir,
+        places: Places,
     },
     /// Make a token that waits unusable.
     Revoke {
         /// The token's id, from `mt-agent token list`.
         id: String,
         #[command(flatten)]
-        state: StateDir,
+        places: Places,
     },
-}
-
-#[derive(clap::Args)]
-struct StateDir {
-    /// Where the agent keeps its keys and tokens.
-    #[arg(long = "state-dir", value_name = "DIR", default_value = super::STATE_DIR)]
-    path: PathBuf,
 }
 
 /// `90s`, `15m`, `1h`, `7d`.
@@ -83,11 +79,11 @@ fn life(text: &str) -> Result<Duration, String> {
 
 pub fn run(args: Args) -> Result<(), Failure> {
     match args.command {
-        Command::Create { machine, address, expires, json, state } => {
-            create(&state.path, machine, address, expires, json)
+        Command::Create { machine, address, expires, json, places } => {
+            create(&places.load()?, machine, address, expires, json)
         }
-        Command::List { json, state } => list(&state.path, json),
-        Command::Revoke { id, state } => match TokenStore::new(&state.path).revoke(&id) {
+        Command::List { json, places } => list(&places.load()?.state_dir, json),
+        Command::Revoke { id, places } => match TokenStore::new(&places.load()?.state_dir).revoke(&id) {
             Ok(()) => Ok(()),
             Err(error @ Error::NoSuchToken { .. }) => Err(Failure::refused(error)),
             Err(error) => Err(Failure::failed(error)),
@@ -106,7 +102,7 @@ struct Created<'a> {
 }
 
 fn create(
-    state_dir: &Path,
+    config: &Config,
     machine: Name,
     address: Option<Address>,
     life: Duration,
@@ -116,6 +112,12 @@ fn create(
         Some(address) => address,
         None => own_name()?,
     };
+    let state_dir = &config.state_dir;
+    if let Err(error @ protection::Error::NoMachine { .. }) =
+        Store::open(&config.retention_dir).load(&machine)
+    {
+        eprintln!("mt-agent: {error}");
+    }
     let identity = server::Identity::load_or_create(state_dir).map_err(Failure::failed)?;
     let fingerprint = identity.fingerprint();
     let now = OffsetDateTime::now_utc();

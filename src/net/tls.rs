@@ -142,14 +142,18 @@ pub enum HandshakeError {
     ForeignCertificate(#[source] rustls::Error),
     /// The server is not the one that the token names.
     #[error(
-        "the server is not the one that made the token: check the address, and whether something answers in its place"
+        "the server is not the one that made the token: check the address, whether something answers in its place, \
+         and that the token was made with the configuration (`--config`, `--state-dir`) of the service"
     )]
-    WrongServer(#[source] rustls::Error),
+    WrongServer,
     /// The certificate that the peer showed is out of its time.
     #[error("the peer's certificate is not valid at this time: check the clocks of both machines")]
     OutOfTime(#[source] rustls::Error),
     /// The peer does not accept our certificate.
-    #[error("the peer does not accept this machine's certificate: enrol the machine again")]
+    #[error(
+        "the peer does not accept the certificate that it was shown: enrol the machine again, with a token of the \
+         service that listens there"
+    )]
     CertificateRefused(#[source] rustls::Error),
     /// Another failure of TLS.
     #[error("TLS failed")]
@@ -180,7 +184,7 @@ impl From<rustls::Error> for HandshakeError {
             E::InvalidCertificate(CertificateError::Other(ref other))
                 if other.0.is::<client::UnexpectedServer>() =>
             {
-                HandshakeError::WrongServer(error)
+                HandshakeError::WrongServer
             }
             E::InvalidCertificate(
                 CertificateError::Expired

@@ -64,7 +64,7 @@ fn a_large_sparse_image() {
     let mut rig = Rig::new(&[size]);
     let source = rig.path("source.img");
     File::create(&source).unwrap().set_len(size).unwrap();
-    for at in [0, 3 * GIB + 12_345, 7 * GIB, size - MIB] {
+    for at in [4 * MIB + 5, 3 * GIB + 12_345, 7 * GIB, size - MIB] {
         write_random(&source, at, MIB);
     }
     // The target has something where the source has nothing.

@@ -121,6 +121,15 @@ impl Encoder {
         }
     }
 
+    /// The pieces of a range that is known to be zeros, without its bytes.
+    pub(super) fn hole(&mut self, extent: Extent, out: &mut Vec<Piece>) {
+        let mut at = extent.offset();
+        while let Some(part) = Extent::new(at, (extent.end() - at).min(LONGEST_ZERO)) {
+            self.zero(part, out);
+            at = part.end();
+        }
+    }
+
     /// The zeros that were held back.
     pub(super) fn flush(&mut self) -> Option<Piece> {
         let zeros = self.zeros.take()?;

@@ -9,6 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
 
+use nix::errno::Errno;
+use nix::unistd::{Whence, lseek};
 use tokio::sync::mpsc::Sender;
 
 use super::encode::{Encoder, Piece};
@@ -52,6 +54,8 @@ pub struct Source {
     file: File,
     /// For reading around the page cache, where the file system can.
     direct: Option<File>,
+    /// Whether it may have holes, which need not be read.
+    sparse: bool,
     size: u64,
     sector: u32,
 }
@@ -78,7 +82,8 @@ impl Source {
             false => 512,
         };
         let direct = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path).ok();
-        Ok(Source { path: path.to_owned(), file, direct, size, sector })
+        let sparse = kind.is_file();
+        Ok(Source { path: path.to_owned(), file, direct, sparse, size, sector })
     }
 
     /// The path that it was opened by.
@@ -114,6 +119,21 @@ impl Source {
             unreachable!("an empty source is not opened");
         };
         extent
+    }
+
+    /// The hole of an image file that begins at `at`, if one does. Without an answer there is none: holes are read
+    /// like anything else then.
+    fn hole(&self, at: u64) -> Option<Extent> {
+        if !self.sparse {
+            return None;
+        }
+        let end = match lseek(&self.file, i64::try_from(at).ok()?, Whence::SeekData) {
+            Ok(data) => u64::try_from(data).ok()?.min(self.size),
+            // No data from here on; in a file that was cut off meanwhile that is no hole, and the read says so.
+            Err(Errno::ENXIO) if self.file.metadata().is_ok_and(|now| now.len() >= self.size) => self.size,
+            Err(_) => return None,
+        };
+        Extent::new(at, end.checked_sub(at)?)
     }
 
     /// What can be read around the page cache ends here: direct reads come in whole blocks.
@@ -184,6 +204,13 @@ impl<E: Into<Error>> From<E> for Stop {
     }
 }
 
+/// A part of the source that is read ahead.
+enum Ahead {
+    Reading,
+    Read(Buffer),
+    Hole(Extent),
+}
+
 struct Reader {
     source: Arc<Source>,
     device: Option<Device>,
@@ -233,13 +260,23 @@ impl Reader {
         self.output.blocking_send(Output::Finished).map_err(|_| Stop::NobodyListens)
     }
 
-    /// Keeps `DEPTH` reads under way and emits them in the order of their offsets.
+    /// Keeps `DEPTH` reads under way and emits them in the order of their offsets, and holes without reading them.
     fn read_ahead(&mut self, start: u64, end: u64) -> Result<(), Stop> {
         let mut next = start;
         // The oldest first; the tag of each is its offset.
-        let mut window: VecDeque<(u64, Option<Buffer>)> = VecDeque::new();
+        let mut window: VecDeque<(u64, Ahead)> = VecDeque::new();
         loop {
             while next < end && window.len() < DEPTH {
+                if let Some(hole) = self.source.hole(next) {
+                    let stop = hole.end().min(end);
+                    // Whole blocks of it: what is left of its last block is read with the data that follows.
+                    let stop = stop - stop % PAGE as u64;
+                    if let Some(hole) = stop.checked_sub(next).and_then(|len| Extent::new(next, len)) {
+                        window.push_back((next, Ahead::Hole(hole)));
+                        next = stop;
+                        continue;
+                    }
+                }
                 let len = (end - next).min(CHUNK as u64) as usize;
                 // Waits for memory only where nothing is under way that would have to be looked after.
                 let buffer = match window.is_empty() {
@@ -251,23 +288,25 @@ impl Reader {
                 };
                 let Some(device) = &mut self.device else { return Ok(()) };
                 device.submit(Request { tag: next, action: Action::Read { offset: next, buffer } });
-                window.push_back((next, None));
+                window.push_back((next, Ahead::Reading));
                 next += len as u64;
             }
-            let Some((at, buffer)) = window.front_mut() else { return Ok(()) };
-            match buffer.take() {
-                Some(buffer) => {
-                    let at = *at;
-                    window.pop_front();
-                    self.emit(at, buffer)?;
+            match window.pop_front() {
+                None => return Ok(()),
+                Some((at, Ahead::Read(buffer))) => self.emit(at, buffer)?,
+                Some((_, Ahead::Hole(hole))) => {
+                    self.progress.read.fetch_add(hole.len(), Ordering::Relaxed);
+                    self.pass_on(|encoder, pieces| encoder.hole(hole, pieces))?;
                 }
-                None => {
+                Some((at, Ahead::Reading)) => {
+                    window.push_front((at, Ahead::Reading));
                     let Some(device) = &mut self.device else { return Ok(()) };
                     device.wait(&mut self.completions)?;
                     for Completion { tag, buffer, result } in self.completions.drain(..) {
                         result?;
-                        if let Some(slot) = window.iter_mut().find(|(at, _)| *at == tag) {
-                            slot.1 = buffer;
+                        let slot = window.iter_mut().find(|(at, _)| *at == tag);
+                        if let (Some((_, slot)), Some(buffer)) = (slot, buffer) {
+                            *slot = Ahead::Read(buffer);
                         }
                     }
                 }
@@ -277,8 +316,12 @@ impl Reader {
 
     fn emit(&mut self, at: u64, buffer: Buffer) -> Result<(), Stop> {
         self.progress.read.fetch_add(buffer.len() as u64, Ordering::Relaxed);
+        self.pass_on(|encoder, pieces| encoder.chunk(at, buffer, pieces))
+    }
+
+    fn pass_on(&mut self, encode: impl FnOnce(&mut Encoder, &mut Vec<Piece>)) -> Result<(), Stop> {
         let mut pieces = std::mem::take(&mut self.pieces);
-        self.encoder.chunk(at, buffer, &mut pieces);
+        encode(&mut self.encoder, &mut pieces);
         let result = self.hand_over(pieces.drain(..));
         self.pieces = pieces;
         result
@@ -288,5 +331,29 @@ impl Reader {
         pieces.into_iter().try_for_each(|piece| {
             self.output.blocking_send(Output::Piece(piece)).map_err(|_| Stop::NobodyListens)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn holes_are_found_and_a_file_that_was_cut_off_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        let file = File::create(&path).unwrap();
+        file.write_all_at(&[1; PAGE], 4 << 20).unwrap();
+        file.set_len((9 << 20) + 100).unwrap();
+        let source = Source::open(&path).unwrap();
+        let extent = |from: u64, to: u64| Extent::new(from, to - from);
+        let (data, behind, end) = (4 << 20, (4 << 20) + PAGE as u64, (9 << 20) + 100);
+        assert_eq!(source.hole(0), extent(0, data));
+        assert_eq!(source.hole(1000), extent(1000, data));
+        assert_eq!(source.hole(data), None);
+        assert_eq!(source.hole(behind), extent(behind, end));
+        file.set_len(6 << 20).unwrap();
+        assert_eq!(source.hole(behind), None);
+        assert_eq!(source.hole(7 << 20), None);
     }
 }

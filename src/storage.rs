@@ -3,10 +3,12 @@
 //! Two traits. [`ReadAt`] is a plain positioned read, for everything that only looks. [`Storage`] is a queue:
 //! requests are submitted, run several at a time, and complete in any order; it is how a volume writes. Its
 //! backends are an io_uring, a pool of threads ([`device`]), and the fault-injecting one of the tests
-//! ([`fault`]).
+//! ([`fault`]). A volume's journal goes through the same queue: beside the disk it has one segment file at a time, out
+//! of a [`Shelf`] of them.
 
 pub mod device;
 pub mod fault;
+pub mod shelf;
 mod threads;
 
 use crate::error::IoError;
@@ -45,11 +47,22 @@ pub enum Action {
     Flush,
 }
 
+/// Where a request goes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Place {
+    /// The disk itself.
+    Disk,
+    /// The segment that was created last.
+    Segment,
+}
+
 /// One piece of work for a device; `tag` comes back with its completion.
 #[derive(Debug)]
 pub struct Request {
     /// The submitter's name for it.
     pub tag: u64,
+    /// The disk or the segment.
+    pub place: Place,
     /// What to do.
     pub action: Action,
 }
@@ -94,4 +107,26 @@ pub trait Storage: Send {
 
     /// What makes a blocked [`Storage::wait`] return.
     fn waker(&self) -> Waker;
+
+    /// Creates a segment of `len` bytes on the shelf; from now on [`Place::Segment`] means this one. Its name is durable
+    /// and its space is reserved when this returns: a write to it does not fail for want of room. Nothing is under way on
+    /// the segment before.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::StorageFull`](std::io::ErrorKind::StorageFull) where there is no room, and then nothing is left
+    /// of it; `Unsupported` where there is no shelf.
+    fn create_segment(&mut self, name: &str, len: u64) -> Result<(), IoError>;
+}
+
+/// A directory of segment files. One writer at a time; what is created is created through a [`Storage`].
+pub trait Shelf: Send + Sync {
+    /// The names of all files there.
+    fn list(&self) -> Result<Vec<String>, IoError>;
+
+    /// Opens one for reading.
+    fn open(&self, name: &str) -> Result<Box<dyn ReadAt + Send + Sync>, IoError>;
+
+    /// Removes some. Their names are gone for good when this returns; after a crash within it any of them may be back,
+    /// whole.
+    fn remove(&self, names: &[String]) -> Result<(), IoError>;
 }

@@ -18,7 +18,7 @@ use super::{Compression, Progress};
 use crate::disk::discover::{Sysroot, roles};
 use crate::error::IoError;
 use crate::storage::device::{Device, EngineChoice};
-use crate::storage::{Action, Completion, Geometry, Request, Storage};
+use crate::storage::{Action, Completion, Geometry, Place, Request, Storage};
 use crate::sys::aligned::{Arena, Buffer, PAGE};
 use crate::sys::ioctl;
 use crate::units::{ByteLen, Extent};
@@ -287,7 +287,11 @@ impl Reader {
                     },
                 };
                 let Some(device) = &mut self.device else { return Ok(()) };
-                device.submit(Request { tag: next, action: Action::Read { offset: next, buffer } });
+                device.submit(Request {
+                    tag: next,
+                    place: Place::Disk,
+                    action: Action::Read { offset: next, buffer },
+                });
                 window.push_back((next, Ahead::Reading));
                 next += len as u64;
             }

@@ -12,8 +12,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::shelf::Directory;
 use super::threads::Pool;
-use super::{Action, Completion, Geometry, Request, Storage, Waker};
+use super::{Action, Completion, Geometry, Place, Request, Storage, Waker};
 use crate::error::IoError;
 use crate::sys::aligned::{Arena, Buffer, PAGE};
 use crate::sys::ring::{Done, Op, Ring};
@@ -116,10 +117,20 @@ impl Queue {
         }
     }
 
-    fn push(&mut self, tag: u64, op: Op) {
+    fn push(&mut self, tag: u64, file: usize, op: Op) {
         match self {
-            Queue::Ring(ring) => ring.push(tag, op),
-            Queue::Threads(pool) => pool.push(tag, op),
+            Queue::Ring(ring) => ring.push(tag, file, op),
+            Queue::Threads(pool) => pool.push(tag, file, op),
+        }
+    }
+
+    fn set_second(&mut self, file: File) -> io::Result<()> {
+        match self {
+            Queue::Ring(ring) => ring.set_second(file),
+            Queue::Threads(pool) => {
+                pool.set_second(file);
+                Ok(())
+            }
         }
     }
 
@@ -179,7 +190,7 @@ const ZERO_WRITE: usize = 256 << 10;
 
 #[derive(Debug)]
 enum Pending {
-    Transfer,
+    Transfer { file: usize },
     Zero { whole: Extent, at: u64 },
 }
 
@@ -197,7 +208,14 @@ pub struct Device {
     /// Zero requests that wait for `zeros` to come back.
     zero_queue: VecDeque<u64>,
     done: Vec<Done>,
+    /// Where its segments lie, and the name of the newest.
+    shelf: Option<Directory>,
+    segment: String,
 }
+
+/// The queue's numbers for the files.
+const DISK: usize = 0;
+const SEGMENT: usize = 1;
 
 impl Device {
     /// Takes an open file. `name` is what errors call it. Buffers from `arena` are the fast ones.
@@ -224,8 +242,20 @@ impl Device {
             zeros: Some(zeros),
             zero_queue: VecDeque::new(),
             done: Vec::new(),
+            shelf: None,
+            segment: String::new(),
         };
         Ok((device, engine))
+    }
+
+    /// Lets its segments be created in this directory.
+    pub fn with_shelf(self, shelf: Directory) -> Device {
+        Device { shelf: Some(shelf), ..self }
+    }
+
+    /// What errors call the file.
+    fn name(&self, file: usize) -> &str {
+        if file == SEGMENT { &self.segment } else { &self.name }
     }
 
     /// Takes the next step of a zero request.
@@ -238,22 +268,22 @@ impl Device {
                 match self.zeros.take() {
                     Some(mut buffer) => {
                         buffer.set_len(usize::try_from(left).unwrap_or(usize::MAX).min(ZERO_WRITE));
-                        self.queue.push(tag, Op::Write { offset: at, buffer, skip: 0 });
+                        self.queue.push(tag, DISK, Op::Write { offset: at, buffer, skip: 0 });
                     }
                     None => self.zero_queue.push_back(tag),
                 }
                 return;
             }
         };
-        self.queue.push(tag, Op::Fallocate { mode, offset: at, len: left.min(ZERO_STEP) });
+        self.queue.push(tag, DISK, Op::Fallocate { mode, offset: at, len: left.min(ZERO_STEP) });
     }
 
     /// Continues or ends the request that an operation belonged to.
     fn advance(&mut self, done: Done, completions: &mut Vec<Completion>) {
         let Done { tag, op, result } = done;
         match self.pending.remove(&tag).expect("every operation belongs to a request") {
-            Pending::Transfer => {
-                if let Some(completion) = self.advance_transfer(tag, op, result) {
+            Pending::Transfer { file } => {
+                if let Some(completion) = self.advance_transfer(tag, file, op, result) {
                     completions.push(completion);
                 }
             }
@@ -265,12 +295,18 @@ impl Device {
         }
     }
 
-    fn advance_transfer(&mut self, tag: u64, mut op: Op, result: io::Result<u32>) -> Option<Completion> {
+    fn advance_transfer(
+        &mut self,
+        tag: u64,
+        file: usize,
+        mut op: Op,
+        result: io::Result<u32>,
+    ) -> Option<Completion> {
         let (verb, at, skip, len) = match &mut op {
             Op::Read { offset, buffer, skip } => ("read", offset, skip, buffer.len()),
             Op::Write { offset, buffer, skip } => ("write", offset, skip, buffer.len()),
             Op::Sync | Op::Fallocate { .. } => {
-                let result = result.map(drop).map_err(|error| IoError::new("flush", &*self.name, error));
+                let result = result.map(drop).map_err(|error| IoError::new("flush", self.name(file), error));
                 return Some(Completion { tag, buffer: None, result });
             }
         };
@@ -289,14 +325,14 @@ impl Device {
                 *skip += moved as usize;
                 *at += u64::from(moved);
                 if *skip < len {
-                    self.pending.insert(tag, Pending::Transfer);
-                    self.queue.push(tag, op);
+                    self.pending.insert(tag, Pending::Transfer { file });
+                    self.queue.push(tag, file, op);
                     return None;
                 }
                 Some(Completion { tag, buffer: op.into_buffer(), result: Ok(()) })
             }
             Err(error) => {
-                let result = Err(IoError::at(verb, &*self.name, *at, error));
+                let result = Err(IoError::at(verb, self.name(file), *at, error));
                 Some(Completion { tag, buffer: op.into_buffer(), result })
             }
         }
@@ -367,18 +403,23 @@ impl Storage for Device {
     }
 
     fn submit(&mut self, request: Request) {
-        let Request { tag, action } = request;
+        let Request { tag, place, action } = request;
+        let file = match place {
+            Place::Disk => DISK,
+            Place::Segment => SEGMENT,
+        };
         let op = match action {
             Action::Read { offset, buffer } => Op::Read { offset, buffer, skip: 0 },
             Action::Write { offset, buffer } => Op::Write { offset, buffer, skip: 0 },
             Action::Flush => Op::Sync,
             Action::Zero(whole) => {
+                assert_eq!(place, Place::Disk, "segments are written, never zeroed");
                 self.pending.insert(tag, Pending::Zero { whole, at: whole.offset() });
                 return self.zero(tag, whole, whole.offset());
             }
         };
-        self.pending.insert(tag, Pending::Transfer);
-        self.queue.push(tag, op);
+        self.pending.insert(tag, Pending::Transfer { file });
+        self.queue.push(tag, file, op);
     }
 
     fn wait(&mut self, completions: &mut Vec<Completion>) -> Result<(), IoError> {
@@ -393,5 +434,14 @@ impl Storage for Device {
 
     fn waker(&self) -> Waker {
         self.queue.waker()
+    }
+
+    fn create_segment(&mut self, name: &str, len: u64) -> Result<(), IoError> {
+        let failed = |error| IoError::new("create", name, error);
+        let shelf = self.shelf.as_ref().ok_or_else(|| failed(io::ErrorKind::Unsupported.into()))?;
+        let (file, path) = shelf.create(name, len)?;
+        self.queue.set_second(file).map_err(failed)?;
+        self.segment = path;
+        Ok(())
     }
 }

@@ -1,11 +1,11 @@
-//! A disk in memory that keeps a record of what it was told, and fails where it was asked to: the one
+//! A disk and a shelf in memory that keep a record of what they were told, and fail where they were asked to: the one
 //! fault-injecting backend, for tests.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::{Action, Completion, Geometry, Request, Storage, Waker};
+use super::{Action, Completion, Geometry, Place, ReadAt, Request, Shelf, Storage, Waker};
 use crate::error::IoError;
 use crate::sys::wake::EventFd;
 use crate::units::Extent;
@@ -22,8 +22,34 @@ pub enum Event {
     },
     /// A range was zeroed; durable like a write.
     Zero(Extent),
-    /// Everything before this is durable.
+    /// Everything before this is durable on the disk.
     Flush,
+    /// A segment was created, durably, of so many zeros.
+    Create(String, u64),
+    /// Bytes were written to a segment.
+    WriteSegment {
+        /// Which.
+        name: String,
+        /// Where in it.
+        offset: u64,
+        /// What.
+        bytes: Vec<u8>,
+    },
+    /// Everything before this is durable in the segment.
+    FlushSegment(String),
+    /// A segment was removed.
+    Remove(String),
+    /// The test made a note of this moment.
+    Mark(u64),
+}
+
+/// What lies on a disk and its shelf.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Content {
+    /// The disk.
+    pub disk: Vec<u8>,
+    /// The segments, by name.
+    pub segments: BTreeMap<String, Vec<u8>>,
 }
 
 /// The disk itself, which outlives the [`Storage`]s opened on it as a real one does.
@@ -34,26 +60,33 @@ pub struct FaultDisk(Arc<Mutex<State>>);
 struct State {
     geometry: Geometry,
     /// What a read returns now.
-    bytes: Vec<u8>,
-    initial: Vec<u8>,
+    now: Content,
+    initial: Content,
     log: Vec<Event>,
     seen: usize,
     fail: Option<(usize, i32)>,
+    /// How many bytes of segments there is room for.
+    room: u64,
 }
 
 impl FaultDisk {
-    /// A disk with this content. Its length is a multiple of `block`.
+    /// A disk with this content and an empty shelf. Its length is a multiple of `block`.
     pub fn new(bytes: Vec<u8>, block: u32) -> FaultDisk {
-        assert!(bytes.len().is_multiple_of(block as usize));
-        let geometry = Geometry { size: bytes.len() as u64, block };
-        let initial = bytes.clone();
+        FaultDisk::with(Content { disk: bytes, segments: BTreeMap::new() }, block)
+    }
+
+    /// A disk and a shelf with this content.
+    pub fn with(content: Content, block: u32) -> FaultDisk {
+        assert!(content.disk.len().is_multiple_of(block as usize));
+        let geometry = Geometry { size: content.disk.len() as u64, block };
         FaultDisk(Arc::new(Mutex::new(State {
             geometry,
-            bytes,
-            initial,
+            now: content.clone(),
+            initial: content,
             log: Vec::new(),
             seen: 0,
             fail: None,
+            room: u64::MAX,
         })))
     }
 
@@ -67,9 +100,24 @@ impl FaultDisk {
         state.fail = Some((state.seen + n, errno));
     }
 
+    /// Leaves room on the shelf for so many bytes of segments, those that are there included.
+    pub fn limit_room(&self, bytes: u64) {
+        self.state().room = bytes;
+    }
+
+    /// Writes a mark into the log.
+    pub fn mark(&self, number: u64) {
+        self.state().log.push(Event::Mark(number));
+    }
+
     /// What a read of the whole disk would return now.
     pub fn bytes(&self) -> Vec<u8> {
-        self.state().bytes.clone()
+        self.state().now.disk.clone()
+    }
+
+    /// What lies on the disk and the shelf now.
+    pub fn content(&self) -> Content {
+        self.state().now.clone()
     }
 
     /// What happened so far.
@@ -77,34 +125,57 @@ impl FaultDisk {
         self.state().log.clone()
     }
 
-    /// What a power cut after the first `events` of the log leaves: everything up to the last flush, and of
-    /// the rest the sectors for which `keep` says so. Its arguments are the event's index and the sector's
-    /// index within the event, so that writes can be dropped, kept, reordered and torn.
-    pub fn after_power_cut(&self, events: usize, mut keep: impl FnMut(usize, usize) -> bool) -> Vec<u8> {
+    /// What a power cut after the first `events` of the log leaves: everything up to the last flush of each file, and of
+    /// the rest the sectors for which `keep` says so. Its arguments are the event's index and the sector's index within
+    /// the event, so that writes can be dropped, kept, reordered and torn.
+    pub fn after_power_cut(&self, events: usize, mut keep: impl FnMut(usize, usize) -> bool) -> Content {
         let state = self.state();
         let block = state.geometry.block as usize;
         let log = &state.log[..events];
-        let flushed = log.iter().rposition(|event| *event == Event::Flush).unwrap_or(0);
-        let mut image = state.initial.clone();
-        for (index, event) in log.iter().enumerate() {
-            let (offset, bytes) = match event {
-                Event::Write { offset, bytes } => (*offset as usize, bytes.clone()),
-                Event::Zero(extent) => (extent.offset() as usize, vec![0; extent.len() as usize]),
-                Event::Flush => continue,
-            };
-            for (sector, content) in bytes.chunks(block).enumerate() {
+        let last = |flush: &dyn Fn(&Event) -> bool| log.iter().rposition(flush).unwrap_or(0);
+        let flushed = last(&|event| *event == Event::Flush);
+        let mut content = state.initial.clone();
+        let mut put = |image: &mut [u8], index: usize, offset: u64, bytes: &[u8], flushed: usize| {
+            for (sector, part) in bytes.chunks(block).enumerate() {
                 if index < flushed || keep(index, sector) {
-                    let at = offset + sector * block;
-                    image[at..at + content.len()].copy_from_slice(content);
+                    let at = offset as usize + sector * block;
+                    image[at..at + part.len()].copy_from_slice(part);
                 }
             }
+        };
+        for (index, event) in log.iter().enumerate() {
+            match event {
+                Event::Write { offset, bytes } => put(&mut content.disk, index, *offset, bytes, flushed),
+                Event::Zero(extent) => {
+                    let zeros = vec![0; extent.len() as usize];
+                    put(&mut content.disk, index, extent.offset(), &zeros, flushed);
+                }
+                Event::Create(name, len) => {
+                    drop(content.segments.insert(name.clone(), vec![0; *len as usize]))
+                }
+                Event::WriteSegment { name, offset, bytes } => {
+                    let flushed = last(&|event| matches!(event, Event::FlushSegment(other) if other == name));
+                    // It may be removed later on.
+                    if let Some(image) = content.segments.get_mut(name) {
+                        put(image, index, *offset, bytes, flushed);
+                    }
+                }
+                Event::Remove(name) => drop(content.segments.remove(name)),
+                Event::Flush | Event::FlushSegment(_) | Event::Mark(_) => {}
+            }
         }
-        image
+        content
+    }
+
+    /// Its shelf.
+    pub fn shelf(&self) -> FaultShelf {
+        FaultShelf(self.clone())
     }
 
     /// Opens it.
     pub fn open(&self) -> io::Result<FaultStorage> {
-        Ok(FaultStorage { disk: self.clone(), queued: VecDeque::new(), wake: Arc::new(EventFd::new()?) })
+        let wake = Arc::new(EventFd::new()?);
+        Ok(FaultStorage { disk: self.clone(), queued: VecDeque::new(), wake, segment: None })
     }
 }
 
@@ -115,57 +186,63 @@ pub struct FaultStorage {
     disk: FaultDisk,
     queued: VecDeque<Request>,
     wake: Waker,
+    segment: Option<String>,
 }
 
 impl FaultStorage {
-    fn perform(&self, action: &mut Action) -> Result<(), IoError> {
+    fn perform(&self, place: Place, action: &mut Action) -> Result<(), IoError> {
         let mut state = self.disk.state();
-        let request = state.seen;
+        let state = &mut *state;
+        let block = state.geometry.block as usize;
+        let segment = match place {
+            Place::Disk => None,
+            Place::Segment => Some(self.segment.clone().expect("a segment that was created")),
+        };
+        let image = match &segment {
+            None => &mut state.now.disk,
+            Some(name) => state.now.segments.get_mut(name).expect("a segment that was not removed"),
+        };
+        let (op, offset, len) = match action {
+            Action::Read { offset, buffer } => ("read", Some(*offset), buffer.len()),
+            Action::Write { offset, buffer } => ("write", Some(*offset), buffer.len()),
+            Action::Zero(extent) => ("zero", Some(extent.offset()), extent.len() as usize),
+            Action::Flush => ("flush", None, 0),
+        };
+        let failed = |error: io::Error| IoError { op, target: "fault disk".into(), offset, source: error };
         state.seen += 1;
-        let failure = match state.fail {
-            Some((at, errno)) if at == request => Some(io::Error::from_raw_os_error(errno)),
-            _ => None,
+        if let Some((at, errno)) = state.fail
+            && at + 1 == state.seen
+        {
+            return Err(failed(io::Error::from_raw_os_error(errno)));
+        }
+        let start = offset.unwrap_or(0) as usize;
+        assert!(
+            start.is_multiple_of(block) && len.is_multiple_of(block),
+            "unaligned: {len} bytes at {start}"
+        );
+        let Some(range) = image.get_mut(start..start + len) else {
+            return Err(failed(io::ErrorKind::InvalidInput.into()));
         };
-        let name = "fault disk";
-        let range = |offset: u64, len: usize| {
-            let (start, end) = (offset as usize, offset as usize + len);
-            assert!(offset.is_multiple_of(u64::from(state.geometry.block)), "unaligned offset {offset}");
-            assert!(len.is_multiple_of(state.geometry.block as usize), "unaligned length {len}");
-            (end <= state.bytes.len()).then_some(start..end).ok_or(io::ErrorKind::InvalidInput)
-        };
-        match action {
-            Action::Read { offset, buffer } => {
-                let fail = |error| IoError::at("read", name, *offset, error);
-                if let Some(error) = failure {
-                    return Err(fail(error));
-                }
-                let range = range(*offset, buffer.len()).map_err(|kind| fail(kind.into()))?;
-                buffer.copy_from_slice(&state.bytes[range]);
+        let event = match action {
+            Action::Read { buffer, .. } => {
+                buffer.copy_from_slice(range);
+                return Ok(());
             }
             Action::Write { offset, buffer } => {
-                let fail = |error| IoError::at("write", name, *offset, error);
-                if let Some(error) = failure {
-                    return Err(fail(error));
+                range.copy_from_slice(buffer);
+                let (offset, bytes) = (*offset, buffer.to_vec());
+                match segment {
+                    None => Event::Write { offset, bytes },
+                    Some(name) => Event::WriteSegment { name, offset, bytes },
                 }
-                let range = range(*offset, buffer.len()).map_err(|kind| fail(kind.into()))?;
-                state.bytes[range].copy_from_slice(buffer);
-                state.log.push(Event::Write { offset: *offset, bytes: buffer.to_vec() });
             }
             Action::Zero(extent) => {
-                let fail = |error| IoError::at("zero", name, extent.offset(), error);
-                if let Some(error) = failure {
-                    return Err(fail(error));
-                }
-                let range =
-                    range(extent.offset(), extent.len() as usize).map_err(|kind| fail(kind.into()))?;
-                state.bytes[range].fill(0);
-                state.log.push(Event::Zero(*extent));
+                range.fill(0);
+                Event::Zero(*extent)
             }
-            Action::Flush => match failure {
-                Some(error) => return Err(IoError::new("flush", name, error)),
-                None => state.log.push(Event::Flush),
-            },
-        }
+            Action::Flush => segment.map_or(Event::Flush, Event::FlushSegment),
+        };
+        state.log.push(event);
         Ok(())
     }
 }
@@ -185,7 +262,7 @@ impl Storage for FaultStorage {
     }
 
     fn wait(&mut self, done: &mut Vec<Completion>) -> Result<(), IoError> {
-        let Some(Request { tag, mut action }) = self.queued.pop_back() else {
+        let Some(Request { tag, place, mut action }) = self.queued.pop_back() else {
             let fd = std::os::fd::AsFd::as_fd(&*self.wake);
             let mut polled = [nix::poll::PollFd::new(fd, nix::poll::PollFlags::POLLIN)];
             nix::poll::poll(&mut polled, nix::poll::PollTimeout::NONE)
@@ -193,7 +270,7 @@ impl Storage for FaultStorage {
             self.wake.clear();
             return Ok(());
         };
-        let result = self.perform(&mut action);
+        let result = self.perform(place, &mut action);
         let buffer = match action {
             Action::Read { buffer, .. } | Action::Write { buffer, .. } => Some(buffer),
             Action::Zero(_) | Action::Flush => None,
@@ -204,5 +281,66 @@ impl Storage for FaultStorage {
 
     fn waker(&self) -> Waker {
         self.wake.clone()
+    }
+
+    fn create_segment(&mut self, name: &str, len: u64) -> Result<(), IoError> {
+        let mut state = self.disk.state();
+        let failed = |error: io::Error| IoError::new("create", name, error);
+        state.seen += 1;
+        if let Some((at, errno)) = state.fail
+            && at + 1 == state.seen
+        {
+            return Err(failed(io::Error::from_raw_os_error(errno)));
+        }
+        let taken: u64 = state.now.segments.values().map(|segment| segment.len() as u64).sum();
+        if taken + len > state.room {
+            return Err(failed(io::Error::from_raw_os_error(libc::ENOSPC)));
+        }
+        let before = state.now.segments.insert(name.to_owned(), vec![0; len as usize]);
+        assert!(before.is_none(), "{name} exists");
+        state.log.push(Event::Create(name.to_owned(), len));
+        self.segment = Some(name.to_owned());
+        Ok(())
+    }
+}
+
+/// The shelf of a [`FaultDisk`].
+#[derive(Clone, Debug)]
+pub struct FaultShelf(FaultDisk);
+
+impl Shelf for FaultShelf {
+    fn list(&self) -> Result<Vec<String>, IoError> {
+        Ok(self.0.state().now.segments.keys().cloned().collect())
+    }
+
+    fn open(&self, name: &str) -> Result<Box<dyn ReadAt + Send + Sync>, IoError> {
+        match self.0.state().now.segments.get(name) {
+            Some(bytes) => Ok(Box::new(bytes.clone())),
+            None => Err(IoError::new("open", name, io::ErrorKind::NotFound)),
+        }
+    }
+
+    fn remove(&self, names: &[String]) -> Result<(), IoError> {
+        let mut state = self.0.state();
+        for name in names {
+            if state.now.segments.remove(name).is_some() {
+                state.log.push(Event::Remove(name.clone()));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl ReadAt for Vec<u8> {
+    fn size(&self) -> u64 {
+        self.len() as u64
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), IoError> {
+        let failed = || IoError::at("read", "memory", offset, io::ErrorKind::UnexpectedEof);
+        let start = usize::try_from(offset).map_err(|_| failed())?;
+        let range = start..start.checked_add(buf.len()).ok_or_else(failed)?;
+        buf.copy_from_slice(self.get(range).ok_or_else(failed)?);
+        Ok(())
     }
 }

@@ -13,17 +13,21 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::sys::ring::{Done, Op};
+use crate::sys::ring::{Done, FILES, Op};
 use crate::sys::wake::EventFd;
 
 /// How many system calls run at once for one device.
 const THREADS: usize = 4;
 
-/// A pool of threads for one file.
+/// An operation on a file.
+type Job = (u64, Arc<File>, Op);
+
+/// A pool of threads for the files of one volume.
 #[derive(Debug)]
 pub(super) struct Pool {
+    files: [Option<Arc<File>>; FILES],
     /// `None` only while dropping: closing it ends the threads.
-    jobs: Option<Sender<(u64, Op)>>,
+    jobs: Option<Sender<Job>>,
     done: Receiver<Done>,
     wake: Arc<EventFd>,
     threads: Vec<JoinHandle<()>>,
@@ -31,16 +35,16 @@ pub(super) struct Pool {
 
 impl Pool {
     pub(super) fn new(file: File) -> io::Result<Pool> {
-        let (jobs, queue) = channel::<(u64, Op)>();
+        let (jobs, queue) = channel::<Job>();
         let (finished, done) = channel();
         let wake = Arc::new(EventFd::new()?);
-        let (queue, file) = (Arc::new(Mutex::new(queue)), Arc::new(file));
+        let queue = Arc::new(Mutex::new(queue));
         let worker = || {
-            let (queue, file, finished, wake) = (queue.clone(), file.clone(), finished.clone(), wake.clone());
+            let (queue, finished, wake) = (queue.clone(), finished.clone(), wake.clone());
             move || {
                 loop {
                     let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
-                    let Ok((tag, mut op)) = job else { return };
+                    let Ok((tag, file, mut op)) = job else { return };
                     let result = perform(&file, &mut op);
                     // The receiver goes away only after the threads were joined.
                     if finished.send(Done { tag, op, result }).is_err() {
@@ -53,12 +57,17 @@ impl Pool {
         let threads = (0..THREADS)
             .map(|n| std::thread::Builder::new().name(format!("io-{n}")).spawn(worker()))
             .collect::<io::Result<_>>()?;
-        Ok(Pool { jobs: Some(jobs), done, wake, threads })
+        Ok(Pool { files: [Some(Arc::new(file)), None], jobs: Some(jobs), done, wake, threads })
     }
 
-    pub(super) fn push(&mut self, tag: u64, op: Op) {
+    pub(super) fn set_second(&mut self, file: File) {
+        self.files[1] = Some(Arc::new(file));
+    }
+
+    pub(super) fn push(&mut self, tag: u64, file: usize, op: Op) {
+        let file = self.files[file].clone().expect("a file that was given");
         let jobs = self.jobs.as_ref().expect("open until dropped");
-        jobs.send((tag, op)).expect("the threads hold the other end until the queue is closed");
+        jobs.send((tag, file, op)).expect("the threads hold the other end until the queue is closed");
     }
 
     pub(super) fn wait(&mut self, done: &mut Vec<Done>) -> io::Result<()> {

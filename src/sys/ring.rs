@@ -1,4 +1,4 @@
-//! One io_uring for one open file, behind a safe interface.
+//! One io_uring for the open files of one volume, behind a safe interface.
 //!
 //! The ring owns the buffer of every request until its completion was seen, and its drop waits for those still
 //! under way; where even that fails it leaks them, since the kernel may go on writing to freed memory's pages
@@ -15,7 +15,10 @@ use io_uring::{IoUring, Probe, cqueue, opcode, squeue, types};
 use super::aligned::{Arena, Buffer, as_iovec};
 use super::wake::EventFd;
 
-/// One system call's worth of work on the ring's file.
+/// How many files one ring serves.
+pub const FILES: usize = 2;
+
+/// One system call's worth of work on one of the ring's files.
 #[derive(Debug)]
 pub enum Op {
     /// Read into `buffer[skip..]` from `offset` on.
@@ -70,10 +73,10 @@ pub struct Done {
     pub result: io::Result<u32>,
 }
 
-/// An io_uring bound to one file.
+/// An io_uring bound to a file, and to a second one that may be exchanged.
 pub struct Ring {
     ring: IoUring,
-    file: File,
+    files: [Option<File>; FILES],
     wake: Arc<EventFd>,
     /// Whether a poll of `wake` is under way.
     listening: bool,
@@ -120,7 +123,8 @@ impl Ring {
                 format!("the kernel's io_uring has no {name}"),
             ));
         }
-        ring.submitter().register_files(&[file.as_raw_fd()])?;
+        // -1 keeps a place for the second one.
+        ring.submitter().register_files(&[file.as_raw_fd(), -1])?;
         // SAFETY: the arena's mapping outlives the registration: the ring holds a handle to it, and drops it
         // after the `IoUring` (field order), whose drop ends the registration.
         let registered = match unsafe { ring.submitter().register_buffers(&[as_iovec(arena)]) } {
@@ -130,7 +134,7 @@ impl Ring {
         };
         let wake = Arc::new(EventFd::new()?);
         let (slots, free) = ((0..depth).map(|_| None).collect(), (0..depth).collect());
-        Ok(Ring { ring, file, wake, listening: false, slots, free, registered })
+        Ok(Ring { ring, files: [Some(file), None], wake, listening: false, slots, free, registered })
     }
 
     /// Whether the arena's memory could be registered.
@@ -148,13 +152,20 @@ impl Ring {
         self.slots.len() - self.free.len()
     }
 
-    /// Queues an operation; [`wait`](Self::wait) starts it.
+    /// Puts `file` in place of the second file. Operations on the one before go on with it until they complete.
+    pub fn set_second(&mut self, file: File) -> io::Result<()> {
+        self.ring.submitter().register_files_update(1, &[file.as_raw_fd()])?;
+        self.files[1] = Some(file);
+        Ok(())
+    }
+
+    /// Queues an operation on the first (0) or second (1) file; [`wait`](Self::wait) starts it.
     ///
     /// # Panics
     /// Where more than `depth` operations would be under way.
-    pub fn push(&mut self, tag: u64, mut op: Op) {
+    pub fn push(&mut self, tag: u64, file: usize, mut op: Op) {
         let slot = self.free.pop().expect("more operations than the ring's depth");
-        let entry = self.entry(&mut op).user_data(slot as u64);
+        let entry = self.entry(file, &mut op).user_data(slot as u64);
         self.slots[slot] = Some((tag, op));
         // SAFETY: the memory that the entry points to belongs to `op`, which stays in its slot until the
         // completion was seen (or is leaked); buffers do not move when their owner does.
@@ -169,8 +180,9 @@ impl Ring {
         assert!(pushed.is_ok(), "the submission queue holds depth + 1 entries");
     }
 
-    fn entry(&self, op: &mut Op) -> squeue::Entry {
-        let file = types::Fixed(0);
+    fn entry(&self, file: usize, op: &mut Op) -> squeue::Entry {
+        debug_assert!(self.files[file].is_some());
+        let file = types::Fixed(file as u32);
         let length = |buffer: &[u8]| u32::try_from(buffer.len()).unwrap_or(!4095);
         match op {
             Op::Read { offset, buffer, skip } => {
@@ -264,6 +276,6 @@ impl Drop for Ring {
 
 impl std::fmt::Debug for Ring {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Ring").field("file", &self.file).field("in_flight", &self.in_flight()).finish()
+        f.debug_struct("Ring").field("files", &self.files).field("in_flight", &self.in_flight()).finish()
     }
 }

@@ -47,10 +47,10 @@ fn what_was_flushed_survives_a_power_cut_and_the_flush_comes_after_the_writes() 
     let log = disk.log();
     assert_eq!(log.len(), 4);
     assert_eq!(log[3], fault::Event::Flush);
-    let after = disk.after_power_cut(log.len(), |_, _| false);
+    let after = disk.after_power_cut(log.len(), |_, _| false).disk;
     assert_eq!(after, disk.bytes());
     assert_eq!((after[0], after[4096], after[8192], after[8704]), (1, 0, 2, 7));
-    let before = disk.after_power_cut(3, |_, _| false);
+    let before = disk.after_power_cut(3, |_, _| false).disk;
     assert!(before.iter().all(|&byte| byte == 7), "without its flush nothing is promised");
 }
 

@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 
 use super::{Command, Event, Events, Fault};
 use crate::error::IoError;
-use crate::storage::{Action, Completion, Request, Storage};
+use crate::storage::{Action, Completion, Place, Request, Storage};
 use crate::sys::aligned::{Arena, Buffer};
 use crate::units::Extent;
 
@@ -133,7 +133,7 @@ impl Worker {
         }
         let tag = self.tag();
         self.in_flight.push(InFlight { tag, extent, cost });
-        self.storage.submit(Request { tag, action });
+        self.storage.submit(Request { tag, place: Place::Disk, action });
         Ok(())
     }
 
@@ -175,7 +175,7 @@ impl Worker {
     fn perform(&mut self, action: Action) -> Result<Option<Buffer>, IoError> {
         debug_assert!(self.in_flight.is_empty());
         let tag = self.tag();
-        self.storage.submit(Request { tag, action });
+        self.storage.submit(Request { tag, place: Place::Disk, action });
         let mut completions = std::mem::take(&mut self.completions);
         while completions.is_empty() {
             self.storage.wait(&mut completions)?;

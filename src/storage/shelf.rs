@@ -1,0 +1,122 @@
+//! A directory of segment files on a real file system.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::PathBuf;
+
+use nix::fcntl::{FallocateFlags, fallocate};
+
+use super::{ReadAt, Shelf};
+use crate::durable;
+use crate::error::IoError;
+
+/// Segment files below one directory, which this program alone changes.
+#[derive(Clone, Debug)]
+pub struct Directory(PathBuf);
+
+impl Directory {
+    /// The directory, which is made where it is missing.
+    pub fn create_all(path: PathBuf) -> Result<Directory, IoError> {
+        durable::private_dir(&path)?;
+        Ok(Directory(path))
+    }
+
+    /// The directory as it is: listing one that does not exist gives nothing.
+    pub fn at(path: PathBuf) -> Directory {
+        Directory(path)
+    }
+
+    fn named(&self, name: &str) -> String {
+        self.0.join(name).display().to_string()
+    }
+
+    /// A new file with all of its space reserved and its name durable, and its path for showing. Written around the
+    /// page cache where the file system can.
+    pub(super) fn create(&self, name: &str, len: u64) -> Result<(File, String), IoError> {
+        let (path, named) = (self.0.join(name), self.named(name));
+        let open = |flags| {
+            OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .custom_flags(flags)
+                .open(&path)
+        };
+        let file = match open(libc::O_DIRECT) {
+            // The kernel has made the file before it finds that its file system has no direct I/O.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                fs::remove_file(&path).unwrap_or_default();
+                open(0)
+            }
+            other => other,
+        };
+        let file = file.map_err(|error| IoError::new("create", &*named, error))?;
+        let reserved = i64::try_from(len)
+            .map_err(io::Error::other)
+            .and_then(|len| Ok(fallocate(&file, FallocateFlags::empty(), 0, len)?))
+            .and_then(|()| file.sync_all())
+            .map_err(|error| IoError::new("reserve", &*named, error))
+            .and_then(|()| durable::sync_dir(&self.0));
+        match reserved {
+            Ok(()) => Ok((file, named)),
+            Err(error) => {
+                // A crash before this leaves a segment without records, which recovery passes over.
+                fs::remove_file(&path).unwrap_or_default();
+                Err(error)
+            }
+        }
+    }
+}
+
+impl Shelf for Directory {
+    fn list(&self) -> Result<Vec<String>, IoError> {
+        let failed = |error| IoError::new("list", self.0.display().to_string(), error);
+        let entries = match fs::read_dir(&self.0) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(failed(error)),
+        };
+        let mut names = Vec::new();
+        for entry in entries {
+            // What is not UTF-8 was not made by this program.
+            names.extend(entry.map_err(failed)?.file_name().into_string());
+        }
+        Ok(names)
+    }
+
+    fn open(&self, name: &str) -> Result<Box<dyn ReadAt + Send + Sync>, IoError> {
+        let named = self.named(name);
+        let failed = |error| IoError::new("open", &*named, error);
+        let file = File::open(self.0.join(name)).map_err(failed)?;
+        let size = file.metadata().map_err(failed)?.len();
+        Ok(Box::new(Segment { file, size, named }))
+    }
+
+    fn remove(&self, names: &[String]) -> Result<(), IoError> {
+        for name in names {
+            match fs::remove_file(self.0.join(name)) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                other => other.map_err(|error| IoError::new("remove", self.named(name), error))?,
+            }
+        }
+        durable::sync_dir(&self.0)
+    }
+}
+
+struct Segment {
+    file: File,
+    size: u64,
+    named: String,
+}
+
+impl ReadAt for Segment {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), IoError> {
+        self.file.read_exact_at(buf, offset).map_err(|error| IoError::at("read", &*self.named, offset, error))
+    }
+}

@@ -6,6 +6,7 @@
 //! - [`durable`]: small files that are replaced whole or not at all.
 //! - [`sys`]: the only room with `unsafe` code: ioctls, aligned memory, the io_uring.
 //! - [`storage`]: what a device looks like to the code above it, and the fault-injecting backend of the tests.
+//! - [`journal`]: what a disk held before a pass overwrote it.
 //! - [`disk`]: identity and discovery of SCSI disks; it never writes.
 //! - [`protection`]: which target disk belongs to which disk of which machine.
 //! - [`volume`]: one target disk and the thread that owns the order of its writes and flushes.
@@ -20,6 +21,7 @@ pub mod checksum;
 pub mod disk;
 pub mod durable;
 pub mod error;
+pub mod journal;
 pub mod name;
 pub mod net;
 pub mod pass;

@@ -1,9 +1,10 @@
 //! The thread of a volume.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
 
+use super::delta::Delta;
 use super::{Command, Event, Events, Fault};
 use crate::error::IoError;
 use crate::storage::{Action, Completion, Place, Request, Storage};
@@ -14,23 +15,59 @@ use crate::units::Extent;
 const MERGE: usize = 256 << 10;
 
 pub(super) struct Worker {
-    storage: Box<dyn Storage>,
+    pub(super) storage: Box<dyn Storage>,
     /// How much of the device belongs to the source.
     size: u64,
-    queue: Receiver<Command>,
-    events: Events,
+    pub(super) queue: Receiver<Command>,
+    /// Commands that were taken from the queue and not started yet.
+    pub(super) waiting: VecDeque<Command>,
+    pub(super) events: Events,
     in_flight: Vec<InFlight>,
+    /// Commands of which a part is under way.
+    open: HashMap<u64, Open>,
     next_tag: u64,
     completions: Vec<Completion>,
-    /// Memory for read-modify-write: two buffers of `MERGE`, taken when first needed.
+    /// Results of requests that somebody waits for, with the buffers of reads.
+    awaited: HashMap<u64, Option<Buffer>>,
+    /// Memory for read-modify-write: taken when first needed.
     scratch: Arena,
+    /// Where the pass saves what it overwrites, if it does.
+    pub(super) delta: Option<Delta>,
 }
 
 /// A write or zero request under way, and the blocks that it touches.
 struct InFlight {
     tag: u64,
     extent: Extent,
-    cost: u64,
+    command: u64,
+}
+
+/// What is left of a command.
+struct Open {
+    requests: usize,
+    done: Done,
+}
+
+/// What a command came to.
+#[derive(Default)]
+pub(super) struct Done {
+    pub(super) cost: u64,
+    pub(super) written: u64,
+    pub(super) zeroed: u64,
+}
+
+/// Why the thread stops in the middle of something.
+#[derive(Debug)]
+pub(super) enum Stop {
+    Failed(IoError),
+    /// The handle is gone while the journal waits for room: nothing of what waits was promised to anyone.
+    Closed,
+}
+
+impl From<IoError> for Stop {
+    fn from(error: IoError) -> Stop {
+        Stop::Failed(error)
+    }
 }
 
 impl Worker {
@@ -41,45 +78,71 @@ impl Worker {
         events: Events,
     ) -> Result<Worker, IoError> {
         let scratch = Arena::new(MERGE).map_err(|error| IoError::new("map", "memory", error))?;
-        let (in_flight, completions) = (Vec::new(), Vec::new());
-        Ok(Worker { storage, size, queue, events, in_flight, next_tag: 0, completions, scratch })
+        Ok(Worker {
+            storage,
+            size,
+            queue,
+            waiting: VecDeque::new(),
+            events,
+            in_flight: Vec::new(),
+            open: HashMap::new(),
+            next_tag: 0,
+            completions: Vec::new(),
+            awaited: HashMap::new(),
+            scratch,
+            delta: None,
+        })
     }
 
     /// Until the handle is gone or the volume is faulted.
     pub(super) fn run(mut self) {
-        if let Err(error) = self.serve() {
-            tracing::error!(error = &error as &dyn std::error::Error, "volume faulted");
-            // The device is closed before anyone hears of the fault, so that it can be opened again at once.
-            let Worker { storage, mut events, .. } = self;
-            drop(storage);
-            events(Event::Faulted(Fault(Arc::new(error))));
+        match self.serve() {
+            Ok(()) | Err(Stop::Closed) => {}
+            Err(Stop::Failed(error)) => {
+                tracing::error!(error = &error as &dyn std::error::Error, "volume faulted");
+                // The device is closed before anyone hears of the fault, so that it can be opened again at once.
+                let Worker { storage, mut events, .. } = self;
+                drop(storage);
+                events(Event::Faulted(Fault(Arc::new(error))));
+            }
         }
     }
 
-    fn serve(&mut self) -> Result<(), IoError> {
-        let mut waiting = VecDeque::new();
+    fn serve(&mut self) -> Result<(), Stop> {
         let mut open = true;
         loop {
             while open {
                 match self.queue.try_recv() {
-                    Ok(command) => waiting.push_back(command),
+                    Ok(command) => self.waiting.push_back(command),
                     Err(TryRecvError::Empty) => break,
                     Err(TryRecvError::Disconnected) => open = false,
                 }
             }
-            if self.in_flight.len() < self.storage.depth()
-                && let Some(command) = waiting.pop_front()
+            if self.has_room()
+                && let Some(command) = self.waiting.pop_front()
             {
-                self.start(command)?;
+                match self.delta.take() {
+                    None => self.start(command)?,
+                    Some(mut delta) => {
+                        let result = self.start_saved(&mut delta, command);
+                        self.delta = Some(delta);
+                        result?;
+                    }
+                }
                 // Back to the queue: waiting inside of `start` may have taken the wake-up of a command that
                 // came meanwhile, and nothing would wake the `step` below for it again.
                 continue;
             }
-            if !open && waiting.is_empty() {
-                return self.drain();
+            if !open && self.waiting.is_empty() {
+                return Ok(self.drain()?);
             }
             self.step()?;
         }
+    }
+
+    /// Whether one more request may be submitted.
+    pub(super) fn has_room(&self) -> bool {
+        self.in_flight.len() < self.storage.depth()
     }
 
     fn start(&mut self, command: Command) -> Result<(), IoError> {
@@ -88,18 +151,22 @@ impl Worker {
             Command::Write { offset, buffer, cost } => {
                 // The handle has checked it: not empty, inside the volume.
                 let Some(extent) = Extent::new(offset, buffer.len() as u64) else { return Ok(()) };
+                let done = Done { cost, written: extent.len(), zeroed: 0 };
                 if extent.is_aligned(block) {
-                    self.submit(extent, cost, Action::Write { offset, buffer })
+                    let command = self.open(done, 1);
+                    self.submit(extent, command, Action::Write { offset, buffer })
                 } else {
                     self.drain()?;
                     self.merge(extent, Some(&buffer))?;
-                    (self.events)(Event::Written { frames: 1, cost, written: extent.len(), zeroed: 0 });
+                    self.report(1, done);
                     Ok(())
                 }
             }
             Command::Zero { extent, cost } => {
+                let done = Done { cost, written: 0, zeroed: extent.len() };
                 if extent.is_aligned(block) {
-                    return self.submit(extent, cost, Action::Zero(extent));
+                    let command = self.open(done, 1);
+                    return self.submit(extent, command, Action::Zero(extent));
                 }
                 self.drain()?;
                 let start = extent.offset().next_multiple_of(block).min(extent.end());
@@ -110,29 +177,52 @@ impl Worker {
                     }
                 }
                 if let Some(middle) = Extent::new(start, end - start) {
-                    return self.submit(middle, cost, Action::Zero(middle));
+                    let command = self.open(done, 1);
+                    return self.submit(middle, command, Action::Zero(middle));
                 }
-                (self.events)(Event::Written { frames: 1, cost, written: 0, zeroed: extent.len() });
+                self.report(1, done);
                 Ok(())
             }
             Command::Flush => {
-                // A flush makes durable what had completed when it was submitted.
-                self.drain()?;
-                self.perform(Action::Flush)?;
+                self.flush_disk()?;
                 (self.events)(Event::Flushed);
+                Ok(())
+            }
+            Command::Save(writer) => {
+                self.drain()?;
+                self.delta = Some(Delta::new(*writer, self.storage.geometry())?);
                 Ok(())
             }
         }
     }
 
-    /// Starts a request, after those that touch the same blocks.
-    fn submit(&mut self, extent: Extent, cost: u64, action: Action) -> Result<(), IoError> {
-        debug_assert!(extent.end() <= self.size);
-        while self.in_flight.iter().any(|other| other.extent.overlaps(extent)) {
+    /// Makes everything durable that was started.
+    pub(super) fn flush_disk(&mut self) -> Result<(), IoError> {
+        // A flush makes durable what had completed when it was submitted.
+        self.drain()?;
+        self.perform(Place::Disk, Action::Flush)?;
+        Ok(())
+    }
+
+    /// A command that consists of so many requests, which are submitted next.
+    pub(super) fn open(&mut self, done: Done, requests: usize) -> u64 {
+        let command = self.tag();
+        self.open.insert(command, Open { requests, done });
+        command
+    }
+
+    pub(super) fn report(&mut self, frames: u64, Done { cost, written, zeroed }: Done) {
+        (self.events)(Event::Written { frames, cost, written, zeroed });
+    }
+
+    /// Starts a request of a command, after those that touch the same blocks, and once there is room for it.
+    pub(super) fn submit(&mut self, extent: Extent, command: u64, action: Action) -> Result<(), IoError> {
+        debug_assert!(extent.end() <= self.size.next_multiple_of(crate::journal::BLOCK));
+        while !self.has_room() || self.in_flight.iter().any(|other| other.extent.overlaps(extent)) {
             self.step()?;
         }
         let tag = self.tag();
-        self.in_flight.push(InFlight { tag, extent, cost });
+        self.in_flight.push(InFlight { tag, extent, command });
         self.storage.submit(Request { tag, place: Place::Disk, action });
         Ok(())
     }
@@ -143,49 +233,67 @@ impl Worker {
     }
 
     /// Waits for something to happen, and reports what completed.
-    fn step(&mut self) -> Result<(), IoError> {
+    pub(super) fn step(&mut self) -> Result<(), IoError> {
         let mut completions = std::mem::take(&mut self.completions);
         self.storage.wait(&mut completions)?;
-        let (mut frames, mut cost, mut written, mut zeroed) = (0, 0, 0, 0);
+        let (mut frames, mut sum) = (0, Done::default());
         for Completion { tag, result, buffer } in completions.drain(..) {
             result?;
-            let bytes = if buffer.is_some() { &mut written } else { &mut zeroed };
-            if let Some(at) = self.in_flight.iter().position(|request| request.tag == tag) {
-                let request = self.in_flight.swap_remove(at);
+            let Some(at) = self.in_flight.iter().position(|request| request.tag == tag) else {
+                // Somebody waits for it by its tag.
+                self.awaited.insert(tag, buffer);
+                continue;
+            };
+            let command = self.in_flight.swap_remove(at).command;
+            let Some(open) = self.open.get_mut(&command) else { continue };
+            open.requests -= 1;
+            if open.requests == 0
+                && let Some(Open { done, .. }) = self.open.remove(&command)
+            {
                 frames += 1;
-                cost += request.cost;
-                *bytes += request.extent.len();
+                sum.cost += done.cost;
+                sum.written += done.written;
+                sum.zeroed += done.zeroed;
             }
         }
         self.completions = completions;
         if frames > 0 {
-            (self.events)(Event::Written { frames, cost, written, zeroed });
+            self.report(frames, sum);
         }
         Ok(())
     }
 
-    fn drain(&mut self) -> Result<(), IoError> {
+    pub(super) fn drain(&mut self) -> Result<(), IoError> {
         while !self.in_flight.is_empty() {
             self.step()?;
         }
         Ok(())
     }
 
-    /// One request, alone, to its end.
-    fn perform(&mut self, action: Action) -> Result<Option<Buffer>, IoError> {
-        debug_assert!(self.in_flight.is_empty());
+    /// Starts a request that belongs to no command; [`await_one`](Self::await_one) waits for it.
+    pub(super) fn begin(&mut self, place: Place, action: Action) -> u64 {
         let tag = self.tag();
-        self.storage.submit(Request { tag, place: Place::Disk, action });
-        let mut completions = std::mem::take(&mut self.completions);
-        while completions.is_empty() {
-            self.storage.wait(&mut completions)?;
+        self.storage.submit(Request { tag, place, action });
+        tag
+    }
+
+    /// Until the request with this tag has completed; what else completes meanwhile is reported as ever.
+    pub(super) fn await_one(&mut self, tag: u64) -> Result<Option<Buffer>, IoError> {
+        loop {
+            if let Some(buffer) = self.awaited.remove(&tag) {
+                return Ok(buffer);
+            }
+            self.step()?;
         }
-        let completion = completions.pop();
-        self.completions = completions;
-        match completion {
-            Some(Completion { result, buffer, .. }) => result.map(|()| buffer),
-            None => unreachable!("the loop ends with a completion"),
+    }
+
+    /// One request to its end.
+    pub(super) fn perform(&mut self, place: Place, action: Action) -> Result<Option<Buffer>, IoError> {
+        while !self.has_room() {
+            self.step()?;
         }
+        let tag = self.begin(place, action);
+        self.await_one(tag)
     }
 
     /// Read-modify-write of a range that is not made of whole blocks: `content`, or zeros. Nothing else is in
@@ -202,7 +310,9 @@ impl Worker {
             };
             let buffer = self.scratch.alloc_blocking(blocks.len() as usize);
             let read = Action::Read { offset: blocks.offset(), buffer };
-            let Some(mut buffer) = self.perform(read)? else { unreachable!("a read gives its buffer back") };
+            let Some(mut buffer) = self.perform(Place::Disk, read)? else {
+                unreachable!("a read gives its buffer back")
+            };
             let (from, to) = ((at - blocks.offset()) as usize, (stop - blocks.offset()) as usize);
             match content {
                 Some(content) => {
@@ -211,7 +321,7 @@ impl Worker {
                 }
                 None => buffer[from..to].fill(0),
             }
-            self.perform(Action::Write { offset: blocks.offset(), buffer })?;
+            self.perform(Place::Disk, Action::Write { offset: blocks.offset(), buffer })?;
             at = stop;
         }
         Ok(())

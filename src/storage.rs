@@ -126,6 +126,9 @@ pub trait Shelf: Send + Sync {
     /// Opens one for reading.
     fn open(&self, name: &str) -> Result<Box<dyn ReadAt + Send + Sync>, IoError>;
 
+    /// Gives one another name, durably.
+    fn rename(&self, from: &str, to: &str) -> Result<(), IoError>;
+
     /// Removes some. Their names are gone for good when this returns; after a crash within it any of them may be back,
     /// whole.
     fn remove(&self, names: &[String]) -> Result<(), IoError>;

@@ -12,6 +12,7 @@
 //! more I/O; the disk has to be opened again.
 
 pub mod counters;
+mod delta;
 mod worker;
 
 use std::fmt;
@@ -20,6 +21,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 
 use crate::error::IoError;
+use crate::journal::Writer;
 use crate::storage::{Storage, Waker};
 use crate::sys::aligned::{Arena, Buffer};
 use crate::units::Extent;
@@ -40,6 +42,10 @@ pub enum Event {
     },
     /// All that was submitted before the flush is durable.
     Flushed,
+    /// The journal's file system is full: nothing goes on until there is room.
+    Paused,
+    /// There was.
+    Resumed,
     /// The volume is faulted; no other event follows.
     Faulted(Fault),
 }
@@ -67,6 +73,7 @@ enum Command {
     Write { offset: u64, buffer: Buffer, cost: u64 },
     Zero { extent: Extent, cost: u64 },
     Flush,
+    Save(Box<Writer>),
 }
 
 /// The handle of an open volume. Dropping it lets what is in flight finish, then ends the thread and closes the
@@ -125,6 +132,11 @@ impl Volume {
         Ok(())
     }
 
+    /// From here on, what is overwritten is saved in the journal first, and the flush ends the pass there too.
+    pub fn save(&self, writer: Writer) {
+        self.send(Command::Save(Box::new(writer)));
+    }
+
     /// Queues a flush of everything queued before it; [`Event::Flushed`] answers.
     pub fn flush(&self) {
         self.send(Command::Flush);
@@ -168,5 +180,7 @@ impl fmt::Debug for Volume {
     }
 }
 
+#[cfg(test)]
+mod crash;
 #[cfg(test)]
 mod tests;

@@ -237,7 +237,8 @@ pub fn encode_record(record: &Record) -> Result<Block, Error> {
                 let len = u32::try_from(entry.extent.len()).map_err(|_| Error::Field("length"))?;
                 let flags = if entry.zero { ZERO } else { 0 };
                 let fields = entry.extent.offset().to_le_bytes().into_iter();
-                let fields = fields.chain(len.to_le_bytes()).chain(flags.to_le_bytes()).chain(entry.crc.to_le_bytes());
+                let fields =
+                    fields.chain(len.to_le_bytes()).chain(flags.to_le_bytes()).chain(entry.crc.to_le_bytes());
                 bytes.iter_mut().zip(fields).for_each(|(to, from)| *to = from);
                 put(&mut block, at, &bytes);
             }
@@ -360,7 +361,10 @@ mod tests {
         let long = images((0..40).map(|n| entry(n * MAX_IMAGE, MAX_IMAGE, false)).collect());
         assert_eq!(encode_record(&long), Err(Error::Field("payload_len")));
         assert_eq!(encode_record(&images(vec![entry(0, 1 << 32, true)])), Err(Error::Field("length")));
-        assert_eq!(encode_record(&images(vec![entry(0, MAX_IMAGE + 512, true)])), Err(Error::Field("length")));
+        assert_eq!(
+            encode_record(&images(vec![entry(0, MAX_IMAGE + 512, true)])),
+            Err(Error::Field("length"))
+        );
     }
 
     fn any_entry() -> impl Strategy<Value = Entry> {

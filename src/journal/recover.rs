@@ -1,9 +1,9 @@
 //! Reads a shelf of segments back into what can be used: which passes there are, and where their images lie.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::format::{self, BLOCK, BLOCK_LEN, Body, MAX_IMAGE};
-use super::writer::parse_name;
+use super::writer::{gone_name, parse_gone, parse_name};
 use crate::checksum::crc32c;
 use crate::error::IoError;
 use crate::storage::{Action, Completion, Place, ReadAt, Request, Shelf, Storage};
@@ -103,20 +103,49 @@ impl Image {
 /// Reads the headers of all segments. What is damaged is said pass by pass; an error is only what concerns all.
 pub fn recover(shelf: &dyn Shelf) -> Result<History, Error> {
     let mut names: Vec<(u64, u32, String)> = Vec::new();
+    let mut gone = BTreeSet::new();
     for name in shelf.list()? {
         // Anything else was not made by this program.
         if let Some((pass, index)) = parse_name(&name) {
             names.push((pass, index, name));
+        } else {
+            gone.extend(parse_gone(&name));
         }
     }
+    names.retain(|(pass, ..)| !gone.contains(pass));
     names.sort();
     let mut history = History::default();
     for group in names.chunk_by(|a, b| a.0 == b.0) {
-        let segments: Vec<(u32, String)> = group.iter().map(|(_, index, name)| (*index, name.clone())).collect();
+        let segments: Vec<(u32, String)> =
+            group.iter().map(|(_, index, name)| (*index, name.clone())).collect();
         let pass = read_pass(shelf, group[0].0, segments)?;
         history.passes.insert(pass.number, pass);
     }
     Ok(history)
+}
+
+/// Lets go of a pass: nothing will be read through it any more.
+///
+/// Its first segment gets another name, durably; then the others are removed; then the first. A crash in between leaves
+/// the new name there, and the rest of the pass counts for nothing; [`tidy`] removes it.
+pub fn discard(pass: &Pass, shelf: &dyn Shelf) -> Result<(), IoError> {
+    let Some((first, others)) = pass.segments.split_first() else { return Ok(()) };
+    let gone = gone_name(pass.number);
+    shelf.rename(first, &gone)?;
+    shelf.remove(others)?;
+    shelf.remove(&[gone])
+}
+
+/// Removes what a crash left of passes that were let go of. For the writer, before it writes.
+pub fn tidy(shelf: &dyn Shelf) -> Result<(), IoError> {
+    let names = shelf.list()?;
+    for (gone, pass) in names.iter().filter_map(|name| Some((name, parse_gone(name)?))) {
+        let is_of = |name: &&String| parse_name(name).is_some_and(|(number, _)| number == pass);
+        let rest: Vec<String> = names.iter().filter(is_of).cloned().collect();
+        shelf.remove(&rest)?;
+        shelf.remove(std::slice::from_ref(gone))?;
+    }
+    Ok(())
 }
 
 impl History {
@@ -131,9 +160,9 @@ impl History {
             .collect()
     }
 
-    /// The names of all segments of passes up to this one.
-    pub fn segments_up_to(&self, pass: u64) -> Vec<String> {
-        self.passes.range(..=pass).flat_map(|(_, pass)| pass.segments.clone()).collect()
+    /// All passes up to this one.
+    pub fn up_to(&self, pass: u64) -> impl Iterator<Item = &Pass> {
+        self.passes.range(..=pass).map(|(_, pass)| pass)
     }
 }
 
@@ -166,7 +195,9 @@ fn read_pass(shelf: &dyn Shelf, number: u64, segments: Vec<(u32, String)>) -> Re
         reader.read_at(0, &mut block)?;
         let segment = match format::parse_segment(&block) {
             Ok(segment) => segment,
-            Err(format::Error::Version(version)) => return Err(Error::Unsupported { segment: name, version }),
+            Err(format::Error::Version(version)) => {
+                return Err(Error::Unsupported { segment: name, version });
+            }
             // Created, and never written to before the power went: no record can be in it.
             Err(_) => {
                 if sound_record(&*reader, BLOCK, |_| true)?.is_some() {
@@ -322,12 +353,8 @@ impl<'a> Images<'a> {
         if image.is_zero() {
             return Ok(vec![0; image.len as usize]);
         }
-        let name = &pass.segments[image.segment as usize];
-        if self.open.as_ref().is_none_or(|(open, _)| open != name) {
-            self.open = Some((name.clone(), self.shelf.open(name)?));
-        }
-        let Some((_, reader)) = &self.open else { unreachable!("it was just opened") };
-        read_image(&**reader, image).map_err(|error| match error {
+        let (name, reader) = self.segment(pass, image)?;
+        read_image(reader, image).map_err(|error| match error {
             ImageError::Io(error) => Error::Io(error),
             ImageError::Checksum => {
                 let what = "the checksum of a before-image does not hold";
@@ -336,10 +363,21 @@ impl<'a> Images<'a> {
             }
         })
     }
+
+    fn segment(&mut self, pass: &Pass, image: &Image) -> Result<(&String, &dyn ReadAt), IoError> {
+        let name = &pass.segments[image.segment as usize];
+        if self.open.as_ref().is_none_or(|(open, _)| open != name) {
+            self.open = Some((name.clone(), self.shelf.open(name)?));
+        }
+        match &self.open {
+            Some((name, reader)) => Ok((name, &**reader)),
+            None => unreachable!("it was just opened"),
+        }
+    }
 }
 
 /// Brings a disk back to what it was before this pass, and makes that durable. The segments are still there afterwards;
-/// until they are removed, a crash at any moment is mended by doing the same again.
+/// until they are let go of ([`discard`]), a crash at any moment is mended by doing the same again.
 ///
 /// # Errors
 /// [`Error::Corrupt`]: where the pass is known to be damaged, before anything is written.
@@ -348,7 +386,8 @@ pub fn roll_back(pass: &Pass, shelf: &dyn Shelf, storage: &mut dyn Storage) -> R
         return Err(Error::Corrupt { pass: pass.number, damage: damage.clone() });
     }
     let depth = storage.depth().min(16);
-    let arena = Arena::new(depth * MAX_IMAGE as usize).map_err(|error| IoError::new("map", "memory", error))?;
+    let arena =
+        Arena::new(depth * MAX_IMAGE as usize).map_err(|error| IoError::new("map", "memory", error))?;
     let mut images = Images::of(shelf);
     let mut done: Vec<Completion> = Vec::new();
     let mut in_flight = 0;
@@ -381,16 +420,28 @@ fn reap(storage: &mut dyn Storage, done: &mut Vec<Completion>) -> Result<usize, 
     Ok(count)
 }
 
-/// The checked images of a pass, one after the other, newest segments last: for whoever only wants to know that they are
-/// sound.
+/// Reads everything of a pass that has ended, and says whether it is as it was written: every image, what fills it up to
+/// a whole block, and the zeros behind the last record.
 pub fn verify(pass: &Pass, shelf: &dyn Shelf) -> Result<(), Error> {
+    let corrupt = |damage| Error::Corrupt { pass: pass.number, damage };
     if let Some(damage) = &pass.damage {
-        return Err(Error::Corrupt { pass: pass.number, damage: damage.clone() });
+        return Err(corrupt(damage.clone()));
     }
     let mut images = Images::of(shelf);
-    let mut queue: VecDeque<&Image> = pass.images.iter().collect();
-    while let Some(image) = queue.pop_front() {
+    for image in &pass.images {
         images.read(pass, image)?;
+        let filled = u64::from(image.len).next_multiple_of(BLOCK);
+        let padding = (filled - u64::from(image.len)) as usize;
+        if !image.is_zero() && padding > 0 {
+            let (segment, reader) = images.segment(pass, image)?;
+            let mut bytes = vec![0; padding];
+            let at = image.at + u64::from(image.len);
+            reader.read_at(at, &mut bytes)?;
+            if bytes.iter().any(|byte| *byte != 0) {
+                let what = "what fills up a before-image is not zero";
+                return Err(corrupt(Damage { segment: segment.clone(), at, what }));
+            }
+        }
     }
     Ok(())
 }

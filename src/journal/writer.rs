@@ -1,6 +1,8 @@
 //! What a volume's thread needs to know in order to append to its journal. It does no I/O of its own.
 
-use super::format::{self, BLOCK, BLOCK_LEN, Body, Entry, MAX_ENTRIES, MAX_IMAGE, MAX_PAYLOAD, Record, Segment};
+use super::format::{
+    self, BLOCK, BLOCK_LEN, Body, Entry, MAX_ENTRIES, MAX_IMAGE, MAX_PAYLOAD, Record, Segment,
+};
 use super::recover::Pass;
 use super::saved::Saved;
 use crate::checksum::crc32c;
@@ -14,6 +16,7 @@ const SHORTEST: u64 = 1 << 20;
 #[derive(Debug)]
 pub struct Writer {
     pass: u64,
+    shortest: u64,
     longest: u64,
     saved: Saved,
     /// The number of the next record.
@@ -44,20 +47,16 @@ pub struct NewSegment {
     pub header: format::Block,
 }
 
-
 /// A buffer of this many bytes takes any record whose images come to so many bytes, each filled up to whole blocks.
 pub const fn record_len(images: usize) -> usize {
     BLOCK_LEN + images
 }
 
-const _: () = assert!(SHORTEST >= MAX_PAYLOAD as u64 / 8);
-
 impl Writer {
     /// For a new pass. `longest` is the length of its longest segments in bytes.
     pub fn new(pass: u64, longest: u64) -> Writer {
-        let longest = longest.max(SHORTEST);
-        let saved = Saved::default();
-        Writer { pass, longest, saved, sequence: 0, index: 0, open: None, bytes: 0 }
+        let (shortest, saved) = (SHORTEST.min(longest), Saved::default());
+        Writer { pass, shortest, longest, saved, sequence: 0, index: 0, open: None, bytes: 0 }
     }
 
     /// For a pass that was interrupted: what it saved stays saved.
@@ -137,7 +136,7 @@ impl Writer {
         if self.open.as_ref().is_some_and(|open| open.at + len <= open.len) {
             return None;
         }
-        let doubled = SHORTEST.checked_shl(self.index).unwrap_or(self.longest).clamp(SHORTEST, self.longest);
+        let doubled = self.shortest.saturating_mul(1 << self.index.min(32)).min(self.longest);
         // The end of a pass that changed nothing more takes no more room than it needs.
         let segment_len = if len == BLOCK { 2 * BLOCK } else { doubled.max(BLOCK + len) };
         let segment = Segment { pass: self.pass, index: self.index, generation, sequence: self.sequence };
@@ -183,6 +182,17 @@ pub fn pieces(extent: Extent, longest: u64) -> impl Iterator<Item = Extent> {
 /// The file name of a segment.
 pub fn segment_name(pass: u64, index: u32) -> String {
     format!("{pass:016x}-{index:08x}.seg")
+}
+
+/// The name that the first segment of a pass gets when the pass is let go of.
+pub fn gone_name(pass: u64) -> String {
+    format!("{pass:016x}.gone")
+}
+
+/// The pass that is let go of, by such a name.
+pub fn parse_gone(name: &str) -> Option<u64> {
+    let pass = u64::from_str_radix(name.strip_suffix(".gone")?, 16).ok()?;
+    (gone_name(pass) == name).then_some(pass)
 }
 
 /// The pass and index of a segment by its file name; `None` for a file that is none.

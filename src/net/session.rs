@@ -306,6 +306,7 @@ impl Report {
                 self.give_back(frames, cost);
             }
             Event::Flushed => self.flushed.notify_one(),
+            Event::Paused | Event::Resumed => {}
             Event::Faulted(fault) => {
                 if let Some(sender) = fault_sender.take() {
                     // The session may be gone.

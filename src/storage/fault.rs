@@ -37,6 +37,8 @@ pub enum Event {
     },
     /// Everything before this is durable in the segment.
     FlushSegment(String),
+    /// A segment was given another name.
+    Rename(String, String),
     /// A segment was removed.
     Remove(String),
     /// The test made a note of this moment.
@@ -49,7 +51,7 @@ pub struct Content {
     /// The disk.
     pub disk: Vec<u8>,
     /// The segments, by name.
-    pub segments: BTreeMap<String, Vec<u8>>,
+    pub segments: BTreeMap<String, Arc<Vec<u8>>>,
 }
 
 /// The disk itself, which outlives the [`Storage`]s opened on it as a real one does.
@@ -100,6 +102,13 @@ impl FaultDisk {
         state.fail = Some((state.seen + n, errno));
     }
 
+    /// Lets no further request fail, and says whether the failure was still to come.
+    pub fn heal(&self) -> bool {
+        let mut state = self.state();
+        let seen = state.seen;
+        state.fail.take().is_some_and(|(at, _)| at >= seen)
+    }
+
     /// Leaves room on the shelf for so many bytes of segments, those that are there included.
     pub fn limit_room(&self, bytes: u64) {
         self.state().room = bytes;
@@ -125,46 +134,20 @@ impl FaultDisk {
         self.state().log.clone()
     }
 
-    /// What a power cut after the first `events` of the log leaves: everything up to the last flush of each file, and of
-    /// the rest the sectors for which `keep` says so. Its arguments are the event's index and the sector's index within
-    /// the event, so that writes can be dropped, kept, reordered and torn.
-    pub fn after_power_cut(&self, events: usize, mut keep: impl FnMut(usize, usize) -> bool) -> Content {
-        let state = self.state();
-        let block = state.geometry.block as usize;
-        let log = &state.log[..events];
-        let last = |flush: &dyn Fn(&Event) -> bool| log.iter().rposition(flush).unwrap_or(0);
-        let flushed = last(&|event| *event == Event::Flush);
-        let mut content = state.initial.clone();
-        let mut put = |image: &mut [u8], index: usize, offset: u64, bytes: &[u8], flushed: usize| {
-            for (sector, part) in bytes.chunks(block).enumerate() {
-                if index < flushed || keep(index, sector) {
-                    let at = offset as usize + sector * block;
-                    image[at..at + part.len()].copy_from_slice(part);
-                }
-            }
-        };
-        for (index, event) in log.iter().enumerate() {
-            match event {
-                Event::Write { offset, bytes } => put(&mut content.disk, index, *offset, bytes, flushed),
-                Event::Zero(extent) => {
-                    let zeros = vec![0; extent.len() as usize];
-                    put(&mut content.disk, index, extent.offset(), &zeros, flushed);
-                }
-                Event::Create(name, len) => {
-                    drop(content.segments.insert(name.clone(), vec![0; *len as usize]))
-                }
-                Event::WriteSegment { name, offset, bytes } => {
-                    let flushed = last(&|event| matches!(event, Event::FlushSegment(other) if other == name));
-                    // It may be removed later on.
-                    if let Some(image) = content.segments.get_mut(name) {
-                        put(image, index, *offset, bytes, flushed);
-                    }
-                }
-                Event::Remove(name) => drop(content.segments.remove(name)),
-                Event::Flush | Event::FlushSegment(_) | Event::Mark(_) => {}
-            }
+    /// What a power cut after the first `events` of the log leaves: see [`Replay::cut`].
+    pub fn after_power_cut(&self, events: usize, keep: impl FnMut(usize, usize) -> bool) -> Content {
+        let mut replay = self.replay();
+        for _ in 0..events {
+            replay.step();
         }
-        content
+        replay.cut(keep)
+    }
+
+    /// Its log from the beginning, for going through event by event.
+    pub fn replay(&self) -> Replay {
+        let state = self.state();
+        let (block, log) = (state.geometry.block as usize, state.log.clone().into());
+        Replay { block, log, next: 0, durable: state.initial.clone(), pending: Vec::new() }
     }
 
     /// Its shelf.
@@ -176,6 +159,105 @@ impl FaultDisk {
     pub fn open(&self) -> io::Result<FaultStorage> {
         let wake = Arc::new(EventFd::new()?);
         Ok(FaultStorage { disk: self.clone(), queued: VecDeque::new(), wake, segment: None })
+    }
+}
+
+/// The log of a [`FaultDisk`], gone through up to some event.
+#[derive(Clone, Debug)]
+pub struct Replay {
+    block: usize,
+    log: Arc<[Event]>,
+    next: usize,
+    /// What is certain.
+    durable: Content,
+    /// The events since then whose file was not flushed.
+    pending: Vec<usize>,
+}
+
+impl Replay {
+    /// Goes one event further, and says which that was.
+    pub fn step(&mut self) -> Option<&Event> {
+        let log = self.log.clone();
+        let event = log.get(self.next)?;
+        match event {
+            Event::Write { .. } | Event::Zero(_) | Event::WriteSegment { .. } => self.pending.push(self.next),
+            Event::Flush => self.settle(None, true),
+            Event::FlushSegment(name) => self.settle(Some(name), true),
+            Event::Create(name, len) => {
+                self.durable.segments.insert(name.clone(), vec![0; *len as usize].into());
+            }
+            Event::Rename(from, to) => {
+                self.settle(Some(from), false);
+                if let Some(segment) = self.durable.segments.remove(from) {
+                    self.durable.segments.insert(to.clone(), segment);
+                }
+            }
+            Event::Remove(name) => {
+                self.settle(Some(name), false);
+                self.durable.segments.remove(name);
+            }
+            Event::Mark(_) => {}
+        }
+        self.next += 1;
+        self.log.get(self.next - 1)
+    }
+
+    /// Carries out what is pending for a file, or forgets it.
+    fn settle(&mut self, segment: Option<&str>, apply: bool) {
+        let (log, block) = (self.log.clone(), self.block);
+        let durable = &mut self.durable;
+        self.pending.retain(|index| {
+            let event = &log[*index];
+            let of = match event {
+                Event::WriteSegment { name, .. } => Some(name.as_str()),
+                _ => None,
+            };
+            if of != segment {
+                return true;
+            }
+            if apply {
+                put(durable, event, block, |_| true);
+            }
+            false
+        });
+    }
+
+    /// What a power cut at this moment leaves: everything up to the last flush of each file, and of the rest the sectors
+    /// for which `keep` says so. Its arguments are the event's index and the sector's index within the event, so that
+    /// writes can be dropped, kept, reordered and torn.
+    pub fn cut(&self, mut keep: impl FnMut(usize, usize) -> bool) -> Content {
+        let mut content = self.durable.clone();
+        for index in &self.pending {
+            put(&mut content, &self.log[*index], self.block, |sector| keep(*index, sector));
+        }
+        content
+    }
+
+    /// Whether anything is uncertain at this moment.
+    pub fn is_certain(&self) -> bool {
+        self.pending.is_empty()
+    }
+}
+
+fn put(content: &mut Content, event: &Event, block: usize, mut keep: impl FnMut(usize) -> bool) {
+    let zeros;
+    let (image, offset, bytes): (&mut [u8], u64, &[u8]) = match event {
+        Event::Write { offset, bytes } => (&mut content.disk, *offset, bytes),
+        Event::Zero(extent) => {
+            zeros = vec![0; extent.len() as usize];
+            (&mut content.disk, extent.offset(), &zeros)
+        }
+        Event::WriteSegment { name, offset, bytes } => match content.segments.get_mut(name) {
+            Some(segment) => (Arc::make_mut(segment).as_mut_slice(), *offset, bytes),
+            None => return,
+        },
+        _ => return,
+    };
+    for (sector, part) in bytes.chunks(block).enumerate() {
+        if keep(sector) {
+            let at = offset as usize + sector * block;
+            image[at..at + part.len()].copy_from_slice(part);
+        }
     }
 }
 
@@ -200,7 +282,9 @@ impl FaultStorage {
         };
         let image = match &segment {
             None => &mut state.now.disk,
-            Some(name) => state.now.segments.get_mut(name).expect("a segment that was not removed"),
+            Some(name) => {
+                Arc::make_mut(state.now.segments.get_mut(name).expect("a segment that was not removed"))
+            }
         };
         let (op, offset, len) = match action {
             Action::Read { offset, buffer } => ("read", Some(*offset), buffer.len()),
@@ -296,7 +380,7 @@ impl Storage for FaultStorage {
         if taken + len > state.room {
             return Err(failed(io::Error::from_raw_os_error(libc::ENOSPC)));
         }
-        let before = state.now.segments.insert(name.to_owned(), vec![0; len as usize]);
+        let before = state.now.segments.insert(name.to_owned(), vec![0; len as usize].into());
         assert!(before.is_none(), "{name} exists");
         state.log.push(Event::Create(name.to_owned(), len));
         self.segment = Some(name.to_owned());
@@ -315,8 +399,20 @@ impl Shelf for FaultShelf {
 
     fn open(&self, name: &str) -> Result<Box<dyn ReadAt + Send + Sync>, IoError> {
         match self.0.state().now.segments.get(name) {
-            Some(bytes) => Ok(Box::new(bytes.clone())),
+            Some(bytes) => Ok(Box::new(Arc::clone(bytes))),
             None => Err(IoError::new("open", name, io::ErrorKind::NotFound)),
+        }
+    }
+
+    fn rename(&self, from: &str, to: &str) -> Result<(), IoError> {
+        let mut state = self.0.state();
+        match state.now.segments.remove(from) {
+            Some(segment) => {
+                state.now.segments.insert(to.to_owned(), segment);
+                state.log.push(Event::Rename(from.to_owned(), to.to_owned()));
+                Ok(())
+            }
+            None => Err(IoError::new("rename", from, io::ErrorKind::NotFound)),
         }
     }
 
@@ -331,7 +427,7 @@ impl Shelf for FaultShelf {
     }
 }
 
-impl ReadAt for Vec<u8> {
+impl ReadAt for Arc<Vec<u8>> {
     fn size(&self) -> u64 {
         self.len() as u64
     }

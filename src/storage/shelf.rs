@@ -94,6 +94,10 @@ impl Shelf for Directory {
         Ok(Box::new(Segment { file, size, named }))
     }
 
+    fn rename(&self, from: &str, to: &str) -> Result<(), IoError> {
+        durable::rename(&self.0.join(from), &self.0.join(to))
+    }
+
     fn remove(&self, names: &[String]) -> Result<(), IoError> {
         for name in names {
             match fs::remove_file(self.0.join(name)) {

@@ -29,6 +29,8 @@ pub(super) struct Worker {
     completions: Vec<Completion>,
     /// Results of requests that somebody waits for, with the buffers of reads.
     awaited: HashMap<u64, Option<Buffer>>,
+    /// How many of them are under way.
+    begun: usize,
     /// Memory for read-modify-write: taken when first needed.
     scratch: Arena,
     /// Where the pass saves what it overwrites, if it does.
@@ -89,6 +91,7 @@ impl Worker {
             next_tag: 0,
             completions: Vec::new(),
             awaited: HashMap::new(),
+            begun: 0,
             scratch,
             delta: None,
         })
@@ -142,7 +145,7 @@ impl Worker {
 
     /// Whether one more request may be submitted.
     pub(super) fn has_room(&self) -> bool {
-        self.in_flight.len() < self.storage.depth()
+        self.in_flight.len() + self.begun < self.storage.depth()
     }
 
     fn start(&mut self, command: Command) -> Result<(), IoError> {
@@ -153,20 +156,23 @@ impl Worker {
                 let Some(extent) = Extent::new(offset, buffer.len() as u64) else { return Ok(()) };
                 let done = Done { cost, written: extent.len(), zeroed: 0 };
                 if extent.is_aligned(block) {
-                    let command = self.open(done, 1);
-                    self.submit(extent, command, Action::Write { offset, buffer })
+                    let command = self.open(done);
+                    self.submit(extent, command, Action::Write { offset, buffer })?;
+                    self.close(command);
                 } else {
                     self.drain()?;
                     self.merge(extent, Some(&buffer))?;
                     self.report(1, done);
-                    Ok(())
                 }
+                Ok(())
             }
             Command::Zero { extent, cost } => {
                 let done = Done { cost, written: 0, zeroed: extent.len() };
+                let command = self.open(done);
                 if extent.is_aligned(block) {
-                    let command = self.open(done, 1);
-                    return self.submit(extent, command, Action::Zero(extent));
+                    self.submit(extent, command, Action::Zero(extent))?;
+                    self.close(command);
+                    return Ok(());
                 }
                 self.drain()?;
                 let start = extent.offset().next_multiple_of(block).min(extent.end());
@@ -177,10 +183,9 @@ impl Worker {
                     }
                 }
                 if let Some(middle) = Extent::new(start, end - start) {
-                    let command = self.open(done, 1);
-                    return self.submit(middle, command, Action::Zero(middle));
+                    self.submit(middle, command, Action::Zero(middle))?;
                 }
-                self.report(1, done);
+                self.close(command);
                 Ok(())
             }
             Command::Flush => {
@@ -204,11 +209,35 @@ impl Worker {
         Ok(())
     }
 
-    /// A command that consists of so many requests, which are submitted next.
-    pub(super) fn open(&mut self, done: Done, requests: usize) -> u64 {
+    /// A command whose requests are submitted next, until it is closed.
+    pub(super) fn open(&mut self, done: Done) -> u64 {
         let command = self.tag();
-        self.open.insert(command, Open { requests, done });
+        self.open.insert(command, Open { requests: 1, done });
         command
+    }
+
+    /// All requests of the command were submitted: once they have completed, it is reported.
+    pub(super) fn close(&mut self, command: u64) {
+        if let Some(done) = self.complete(command) {
+            self.report(1, done);
+        }
+    }
+
+    /// Counts what a request of an open command does.
+    pub(super) fn count(&mut self, command: u64, bytes: u64, zeros: bool) {
+        if let Some(Open { done, .. }) = self.open.get_mut(&command) {
+            *(if zeros { &mut done.zeroed } else { &mut done.written }) += bytes;
+        }
+    }
+
+    /// One thing of a command is done; gives back what all of them came to where it was the last.
+    fn complete(&mut self, command: u64) -> Option<Done> {
+        let open = self.open.get_mut(&command)?;
+        open.requests -= 1;
+        if open.requests > 0 {
+            return None;
+        }
+        self.open.remove(&command).map(|open| open.done)
     }
 
     pub(super) fn report(&mut self, frames: u64, Done { cost, written, zeroed }: Done) {
@@ -218,12 +247,23 @@ impl Worker {
     /// Starts a request of a command, after those that touch the same blocks, and once there is room for it.
     pub(super) fn submit(&mut self, extent: Extent, command: u64, action: Action) -> Result<(), IoError> {
         debug_assert!(extent.end() <= self.size.next_multiple_of(crate::journal::BLOCK));
-        while !self.has_room() || self.in_flight.iter().any(|other| other.extent.overlaps(extent)) {
+        self.wait_for_overlaps(extent)?;
+        while !self.has_room() {
             self.step()?;
         }
         let tag = self.tag();
+        if let Some(open) = self.open.get_mut(&command) {
+            open.requests += 1;
+        }
         self.in_flight.push(InFlight { tag, extent, command });
         self.storage.submit(Request { tag, place: Place::Disk, action });
+        Ok(())
+    }
+
+    pub(super) fn wait_for_overlaps(&mut self, extent: Extent) -> Result<(), IoError> {
+        while self.in_flight.iter().any(|other| other.extent.overlaps(extent)) {
+            self.step()?;
+        }
         Ok(())
     }
 
@@ -241,15 +281,12 @@ impl Worker {
             result?;
             let Some(at) = self.in_flight.iter().position(|request| request.tag == tag) else {
                 // Somebody waits for it by its tag.
+                self.begun -= 1;
                 self.awaited.insert(tag, buffer);
                 continue;
             };
             let command = self.in_flight.swap_remove(at).command;
-            let Some(open) = self.open.get_mut(&command) else { continue };
-            open.requests -= 1;
-            if open.requests == 0
-                && let Some(Open { done, .. }) = self.open.remove(&command)
-            {
+            if let Some(done) = self.complete(command) {
                 frames += 1;
                 sum.cost += done.cost;
                 sum.written += done.written;
@@ -273,6 +310,7 @@ impl Worker {
     /// Starts a request that belongs to no command; [`await_one`](Self::await_one) waits for it.
     pub(super) fn begin(&mut self, place: Place, action: Action) -> u64 {
         let tag = self.tag();
+        self.begun += 1;
         self.storage.submit(Request { tag, place, action });
         tag
     }

@@ -1,0 +1,290 @@
+//! What a power cut leaves of a volume with a journal, at every moment of scripted runs, and what recovery makes of it.
+
+use std::sync::mpsc::channel;
+
+use rand::rngs::StdRng as Dice;
+use rand::{Rng, RngExt, SeedableRng};
+
+use super::*;
+use crate::journal::recover::{self, discard, recover, roll_back, tidy};
+use crate::journal::{View, Writer};
+use crate::storage::fault::{Content, Event as Logged, FaultDisk, Replay};
+
+const SECTOR: u32 = 512;
+/// Ten blocks and a half: the disk ends in the middle of one.
+const SIZE: u64 = 10 * 4096 + 2048;
+/// Short ones, so that passes have several.
+const SEGMENT: u64 = 24 << 10;
+
+/// A disk, what it held at each point, and the log of how it came there.
+struct Run {
+    disk: FaultDisk,
+    /// What the disk holds after each pass; the first is from before the first pass.
+    points: Vec<Vec<u8>>,
+}
+
+struct Session {
+    volume: Volume,
+    events: std::sync::mpsc::Receiver<Event>,
+}
+
+impl Session {
+    fn open(disk: &FaultDisk, writer: Writer) -> Session {
+        let (sender, events) = channel();
+        let arena = Arena::new(256 << 10).unwrap();
+        let events_of = Box::new(move |event| drop(sender.send(event)));
+        let storage = Box::new(disk.open().unwrap());
+        let volume = Volume::start("test", storage, SIZE, arena, events_of).unwrap();
+        volume.save(writer);
+        Session { volume, events }
+    }
+
+    fn flush(&self) -> Result<(), Fault> {
+        self.volume.flush();
+        loop {
+            match self.events.recv().unwrap() {
+                Event::Flushed => return Ok(()),
+                Event::Faulted(fault) => return Err(fault),
+                Event::Written { .. } | Event::Paused | Event::Resumed => {}
+            }
+        }
+    }
+}
+
+/// Random writes and zeros on a volume and a model of it.
+fn scribble(session: &Session, model: &mut [u8], rng: &mut Dice, steps: usize) {
+    for _ in 0..steps {
+        let offset = rng.random_range(0..SIZE);
+        let len = rng.random_range(1..=(SIZE - offset).min(12_000));
+        // Most are whole blocks, as most of what senders send.
+        let (offset, len) = match rng.random_range(0..4) {
+            0 => (offset, len),
+            _ => {
+                let start = offset - offset % 4096;
+                (start, (len.next_multiple_of(4096)).min(SIZE - start))
+            }
+        };
+        let range = offset as usize..(offset + len) as usize;
+        let extent = Extent::new(offset, len).unwrap();
+        match rng.random_range(0..5) {
+            0 => {
+                model[range].fill(0);
+                session.volume.zero(extent, 4096).unwrap();
+            }
+            kind => {
+                let mut buffer = session.volume.arena().alloc_blocking(len as usize);
+                buffer.copy_from_slice(&model[range.clone()]);
+                // Some of it is what is there already.
+                if kind > 1 {
+                    let fill = rng.random_range(0..=255);
+                    let from = rng.random_range(0..buffer.len());
+                    buffer[from..].fill(fill);
+                }
+                model[range].copy_from_slice(&buffer);
+                session.volume.write(offset, buffer, len).unwrap();
+            }
+        }
+    }
+}
+
+impl Run {
+    /// Passes 1 to `passes`, each committed (a mark in the log) but for the last, with interruptions, and the oldest
+    /// points let go of.
+    fn new(rng: &mut Dice, passes: u64) -> Run {
+        let mut model = vec![0; SIZE as usize];
+        rng.fill_bytes(&mut model);
+        let disk = FaultDisk::new(model.clone(), SECTOR);
+        disk.mark(0);
+        let mut points = vec![model.clone()];
+        for pass in 1..=passes {
+            let mut session = Session::open(&disk, Writer::new(pass, SEGMENT));
+            let steps = rng.random_range(1..9);
+            scribble(&session, &mut model, rng, steps);
+            if rng.random_range(0..3) == 0 {
+                // Interrupted without a crash, and gone on with.
+                session.volume.close();
+                let history = recover(&disk.shelf()).unwrap();
+                let writer = match history.passes.get(&pass) {
+                    Some(pass) => Writer::go_on(pass, SEGMENT),
+                    None => Writer::new(pass, SEGMENT),
+                };
+                session = Session::open(&disk, writer);
+                let steps = rng.random_range(1..5);
+                scribble(&session, &mut model, rng, steps);
+            }
+            session.flush().unwrap();
+            session.volume.close();
+            points.push(model.clone());
+            if pass < passes {
+                disk.mark(pass);
+            }
+            if pass > 2 && rng.random_range(0..3) == 0 {
+                let history = recover(&disk.shelf()).unwrap();
+                history.up_to(pass - 2).for_each(|pass| discard(pass, &disk.shelf()).unwrap());
+            }
+        }
+        assert_eq!(disk.bytes(), *points.last().unwrap());
+        Run { disk, points }
+    }
+}
+
+/// Brings a disk back to the last point of those that were marked, as a service that starts does.
+fn recover_to(disk: &FaultDisk, committed: u64) {
+    let shelf = disk.shelf();
+    tidy(&shelf).unwrap();
+    let history = recover(&shelf).unwrap();
+    let open = history.after(committed).unwrap();
+    for pass in open.iter().rev() {
+        roll_back(pass, &shelf, &mut disk.open().unwrap()).unwrap();
+        discard(pass, &shelf).unwrap();
+    }
+}
+
+/// What a power cut leaves is the last committed point, once recovered; and all points before it that were not let go of.
+fn check(content: &Content, committed: u64, points: &[Vec<u8>], rng: &mut Dice) -> usize {
+    let disk = FaultDisk::with(content.clone(), SECTOR);
+    recover_to(&disk, committed);
+    assert!(disk.bytes() == points[committed as usize], "not the content of point {committed}");
+    let recovered = disk.content();
+    recover_to(&disk, committed);
+    assert_eq!(disk.content(), recovered, "recovering twice is not recovering once");
+    let (shelf, history) = (disk.shelf(), recover(&disk.shelf()).unwrap());
+    let oldest = history.passes.keys().next().copied().unwrap_or(committed + 1);
+    for point in oldest - 1..committed {
+        let view = View::after(&history, point, &shelf).unwrap();
+        let mut bytes = disk.bytes();
+        view.overlay(0, &mut bytes).unwrap();
+        assert!(bytes == points[point as usize], "point {point} is not as it was");
+    }
+    // The power fails again while it recovers.
+    let mut states = 1;
+    let mut replay = disk.replay();
+    while replay.step().is_some() {
+        if rng.random_range(0..4) == 0 {
+            let again = FaultDisk::with(torn(&replay, rng), SECTOR);
+            recover_to(&again, committed);
+            assert!(again.bytes() == points[committed as usize], "not after a second power cut");
+            states += 1;
+        }
+    }
+    states
+}
+
+/// The unflushed writes at this moment: dropped, kept or torn.
+fn torn(replay: &Replay, rng: &mut Dice) -> Content {
+    match rng.random_range(0..4) {
+        0 => replay.cut(|_, _| false),
+        1 => replay.cut(|_, _| true),
+        // Whole writes.
+        2 => {
+            let seed: u64 = rng.random();
+            replay.cut(|event, _| (seed >> (event % 64)) & 1 == 1)
+        }
+        _ => replay.cut(|_, _| rng.random()),
+    }
+}
+
+/// Crash states to look at: `MT_AGENT_CRASH_STATES`, or as many as CI does.
+fn wanted() -> usize {
+    std::env::var("MT_AGENT_CRASH_STATES").map_or(100_000, |text| text.parse().expect("a number of states"))
+}
+
+#[test]
+fn a_power_cut_at_any_moment_leaves_the_last_point() {
+    let seed: u64 = match std::env::var("MT_AGENT_CRASH_SEED") {
+        Ok(text) => text.parse().expect("a seed"),
+        Err(_) => rand::random(),
+    };
+    println!("to run this again: MT_AGENT_CRASH_SEED={seed}");
+    let mut rng = Dice::seed_from_u64(seed);
+    let (mut states, mut runs) = (0, 0);
+    while states < wanted() {
+        let run = Run::new(&mut rng, 5);
+        let mut replay = run.disk.replay();
+        let mut committed = 0;
+        while let Some(event) = replay.step() {
+            if let Logged::Mark(point) = event {
+                committed = *point;
+            }
+            let samples = if replay.is_certain() { 1 } else { 8 };
+            for _ in 0..samples {
+                states += check(&torn(&replay, &mut rng), committed, &run.points, &mut rng);
+            }
+        }
+        runs += 1;
+    }
+    println!("{states} crash states in {runs} runs");
+}
+
+/// A request that fails faults the volume; after it is opened again, the last point is there.
+#[test]
+fn a_failure_of_any_request_is_latched_and_recovered_from() {
+    for errno in [libc::EIO, libc::ENOSPC] {
+        for nth in 0.. {
+            let disk = FaultDisk::new(vec![7; SIZE as usize], SECTOR);
+            disk.fail_nth(nth, errno);
+            let session = Session::open(&disk, Writer::new(1, SEGMENT));
+            for (block, fill) in [(0, 1), (3, 2), (5, 0)] {
+                let mut buffer = session.volume.arena().alloc_blocking(8192);
+                buffer.fill(fill);
+                session.volume.write(block * 4096, buffer, 8192).unwrap();
+            }
+            session.volume.zero(Extent::new(8192, 4096).unwrap(), 4096).unwrap();
+            let result = session.flush();
+            session.volume.close();
+            if disk.heal() {
+                // It made fewer requests than that.
+                assert!(result.is_ok() && nth > 8, "only {nth} requests");
+                break;
+            }
+            if let Err(fault) = &result {
+                assert_eq!(fault.0.source.raw_os_error(), Some(errno), "request {nth}");
+            }
+            // Where the file system was full for a moment, it waited.
+            assert!(result.is_err() || errno == libc::ENOSPC);
+            recover_to(&disk, 0);
+            assert!(disk.bytes().iter().all(|byte| *byte == 7), "request {nth} failed with {errno}");
+        }
+    }
+}
+
+/// Any flipped byte in a segment is found, and costs the points that need it and no others.
+#[test]
+fn a_flipped_byte_is_found_and_costs_only_what_needs_it() {
+    let mut rng = Dice::seed_from_u64(9);
+    let disk = FaultDisk::new(vec![7; SIZE as usize], SECTOR);
+    let mut model = vec![7; SIZE as usize];
+    let mut points = vec![model.clone()];
+    for pass in 1..=3 {
+        let session = Session::open(&disk, Writer::new(pass, SEGMENT));
+        scribble(&session, &mut model, &mut rng, 6);
+        session.flush().unwrap();
+        session.volume.close();
+        points.push(model.clone());
+    }
+    let whole = disk.content();
+    for (name, bytes) in &whole.segments {
+        let (damaged_pass, _) = crate::journal::writer::parse_name(name).unwrap();
+        let used = used_bytes(bytes);
+        for at in (0..used).step_by(97) {
+            let mut content = whole.clone();
+            Arc::make_mut(content.segments.get_mut(name).unwrap())[at] ^= 0x40;
+            let disk = FaultDisk::with(content, SECTOR);
+            let (shelf, history) = (disk.shelf(), recover(&disk.shelf()).unwrap());
+            let sound = |pass: &recover::Pass| pass.ended && recover::verify(pass, &shelf).is_ok();
+            for (number, pass) in &history.passes {
+                assert_eq!(sound(pass), *number != damaged_pass, "{name} at {at}, pass {number}");
+            }
+            for point in damaged_pass..3 {
+                let mut bytes = disk.bytes();
+                View::after(&history, point, &shelf).unwrap().overlay(0, &mut bytes).unwrap();
+                assert!(bytes == points[point as usize]);
+            }
+        }
+    }
+}
+
+/// What of a segment is not the zeros behind its last record.
+fn used_bytes(bytes: &[u8]) -> usize {
+    bytes.iter().rposition(|byte| *byte != 0).map_or(0, |at| at + 1)
+}

@@ -21,6 +21,8 @@ struct Run {
     disk: FaultDisk,
     /// What the disk holds after each pass; the first is from before the first pass.
     points: Vec<Vec<u8>>,
+    /// The newest point when the log begins.
+    committed: u64,
 }
 
 struct Session {
@@ -93,23 +95,42 @@ impl Run {
     fn new(rng: &mut Dice, passes: u64) -> Run {
         let mut model = vec![0; SIZE as usize];
         rng.fill_bytes(&mut model);
-        let disk = FaultDisk::new(model.clone(), SECTOR);
-        disk.mark(0);
+        let mut disk = FaultDisk::new(model.clone(), SECTOR);
+        let mut committed = 0;
         let mut points = vec![model.clone()];
         for pass in 1..=passes {
             let mut session = Session::open(&disk, Writer::new(pass, SEGMENT));
             let steps = rng.random_range(1..9);
             scribble(&session, &mut model, rng, steps);
-            if rng.random_range(0..3) == 0 {
-                // Interrupted without a crash, and gone on with.
+            let interruption = rng.random_range(0..4);
+            if interruption < 2 {
+                // Interrupted, by a power cut or not, and gone on with.
                 session.volume.close();
+                if interruption == 0 {
+                    let mut replay = disk.replay();
+                    let events = rng.random_range(0..=disk.log().len());
+                    (0..events).for_each(|_| drop(replay.step()));
+                    let marks =
+                        disk.log()[..events].iter().filter(|event| matches!(event, Logged::Mark(_))).count();
+                    // The pass itself is interrupted, and none before it.
+                    if committed + marks as u64 == pass - 1 {
+                        disk = FaultDisk::with(torn(&replay, rng), SECTOR);
+                        committed = pass - 1;
+                    }
+                }
                 let history = recover(&disk.shelf()).unwrap();
                 let writer = match history.passes.get(&pass) {
                     Some(pass) => Writer::go_on(pass, SEGMENT),
                     None => Writer::new(pass, SEGMENT),
                 };
                 session = Session::open(&disk, writer);
-                let steps = rng.random_range(1..5);
+                // The sender sends everything again, as it is now.
+                for (index, chunk) in model.chunks(8192).enumerate() {
+                    let mut buffer = session.volume.arena().alloc_blocking(chunk.len());
+                    buffer.copy_from_slice(chunk);
+                    session.volume.write(index as u64 * 8192, buffer, 8192).unwrap();
+                }
+                let steps = rng.random_range(0..5);
                 scribble(&session, &mut model, rng, steps);
             }
             session.flush().unwrap();
@@ -124,7 +145,7 @@ impl Run {
             }
         }
         assert_eq!(disk.bytes(), *points.last().unwrap());
-        Run { disk, points }
+        Run { disk, points, committed }
     }
 }
 
@@ -201,7 +222,7 @@ fn a_power_cut_at_any_moment_leaves_the_last_point() {
     while states < wanted() {
         let run = Run::new(&mut rng, 5);
         let mut replay = run.disk.replay();
-        let mut committed = 0;
+        let mut committed = run.committed;
         while let Some(event) = replay.step() {
             if let Logged::Mark(point) = event {
                 committed = *point;

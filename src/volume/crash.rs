@@ -193,11 +193,16 @@ fn check(content: &Content, committed: u64, points: &[Vec<u8>], rng: &mut Dice) 
 
 /// The unflushed writes at this moment: dropped, kept or torn.
 fn torn(replay: &Replay, rng: &mut Dice) -> Content {
-    match rng.random_range(0..4) {
+    match rng.random_range(0..5) {
         0 => replay.cut(|_, _| false),
         1 => replay.cut(|_, _| true),
-        // Whole writes.
+        // The beginning of each write, a whole header at least.
         2 => {
+            let until = rng.random_range(8..40);
+            replay.cut(|_, sector| sector < until)
+        }
+        // Whole writes.
+        3 => {
             let seed: u64 = rng.random();
             replay.cut(|event, _| (seed >> (event % 64)) & 1 == 1)
         }

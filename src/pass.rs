@@ -1,54 +1,65 @@
-//! The name of a pass: on the wire, in the protections and in the log.
+//! The names of passes, and how 128 bits that somebody chose are written: on the wire, in the protections, in the
+//! log.
 
-use std::fmt;
-use std::str::FromStr;
+/// Defines a name of 128 bits, written as 32 lower-case hexadecimal digits, and the error of its `FromStr`.
+macro_rules! id {
+    ($(#[$doc:meta])* $name:ident, $error:ident, $what:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
+        #[serde(try_from = "String", into = "String")]
+        pub struct $name(pub u128);
 
-use serde::{Deserialize, Serialize};
-
-/// The name of a pass, chosen by the sender: 128 random bits, written as 32 hexadecimal digits.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct PassId(pub u128);
-
-impl fmt::Display for PassId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:032x}", self.0)
-    }
-}
-
-impl fmt::Debug for PassId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
-
-/// A text that is no [`PassId`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("a pass is named by 32 lower-case hexadecimal digits")]
-pub struct ParsePassIdError;
-
-impl FromStr for PassId {
-    type Err = ParsePassIdError;
-
-    fn from_str(text: &str) -> Result<PassId, ParsePassIdError> {
-        let digits = text.len() == 32 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
-        if !digits {
-            return Err(ParsePassIdError);
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                write!(f, "{:032x}", self.0)
+            }
         }
-        u128::from_str_radix(text, 16).map(PassId).map_err(|_| ParsePassIdError)
-    }
+
+        impl std::fmt::Debug for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                std::fmt::Display::fmt(self, f)
+            }
+        }
+
+        #[doc = concat!("A text that is no [`", stringify!($name), "`].")]
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+        #[error("{} is named by 32 lower-case hexadecimal digits", $what)]
+        pub struct $error;
+
+        impl std::str::FromStr for $name {
+            type Err = $error;
+
+            fn from_str(text: &str) -> Result<$name, $error> {
+                let digits =
+                    text.len() == 32 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+                if !digits {
+                    return Err($error);
+                }
+                u128::from_str_radix(text, 16).map($name).map_err(|_| $error)
+            }
+        }
+
+        impl TryFrom<String> for $name {
+            type Error = $error;
+
+            fn try_from(text: String) -> Result<$name, $error> {
+                text.parse()
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(id: $name) -> String {
+                id.to_string()
+            }
+        }
+    };
 }
 
-impl TryFrom<String> for PassId {
-    type Error = ParsePassIdError;
+pub(crate) use id;
 
-    fn try_from(text: String) -> Result<PassId, ParsePassIdError> {
-        text.parse()
-    }
-}
-
-impl From<PassId> for String {
-    fn from(pass: PassId) -> String {
-        pass.to_string()
-    }
-}
+id!(
+    /// The name of a pass, chosen by the sender: 128 random bits, written as 32 hexadecimal digits.
+    PassId,
+    ParsePassIdError,
+    "a pass"
+);

@@ -1,0 +1,481 @@
+//! The file of the points log: read whole, appended to by one record at a time, durable before anyone is told.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{FallocateFlags, Flock, fallocate};
+use time::OffsetDateTime;
+
+use super::{Dropped, Error, Point, PointId, Reason, Record, Refused, Released, VolumeAt, line};
+use crate::durable;
+use crate::error::{IoError, chain};
+use crate::name::Name;
+
+/// The name of the log in the retention directory.
+pub const FILE_NAME: &str = "points.log";
+/// A longer log is not read, and none is made: a point a minute of a hundred machines for two weeks is less.
+const MAX_LOG: u64 = 1 << 30;
+/// How much room is held for the records to come, so that points can be let go where nothing else has room.
+const SPARE: u64 = 64 << 10;
+/// A log of fewer lines is not worth compacting.
+const WORTH: usize = 1000;
+
+/// The points log of a retention directory, as far as it was read.
+///
+/// Beside `points.log` the directory holds `.points.lock`: whoever appends has an exclusive `flock` of it, the
+/// service and the commands alike. Reading needs none. What was read stays as it is until [`Log::append`],
+/// [`Log::settle`] or [`Log::refresh`] looks again.
+///
+/// # What a crash leaves
+///
+/// *Appending* is one write behind the last line, and a flush. A crash within it leaves a part of the line, or bytes
+/// that its checksum does not fit, as the very last line; or all of it, durable or not. Nobody was told of it in
+/// either case. Readers pass over the part. What comes before is not touched: it was flushed.
+///
+/// *The next to append* cannot tell whether a whole last line is durable. So a `Log` appends only behind an end that it
+/// made itself; otherwise it reads all, cuts off what is no line, flushes the file, and then the directory. From
+/// there on every line is as durable as one that it appended. A crash between these leaves what was there before, or
+/// the same without the part. [`Log::settle`] does this alone: whoever *acts* on a point that it did not record itself
+/// settles first.
+///
+/// *Making the log*, and *compacting* it, replaces the file whole ([`durable::write`]): a crash leaves the old one
+/// or the new one, which mean the same, and perhaps a temporary file whose name begins with a dot. Should the flush
+/// of the directory fail, either may be there after a power cut; so nothing is appended before the directory was
+/// flushed with the file that has the name.
+///
+/// A *bad line with anything behind it* is left by no crash. It is [`Error::Corrupt`], and nothing is appended.
+///
+/// After a *failed write or flush* the kernel may have thrown away what it could not write and call it clean. The line
+/// is taken out of the file as far as that can be done, and the `Log` takes nothing more. Nobody knows then
+/// whether the record is there: open the log again, and `settle` it, before going on.
+#[derive(Debug)]
+pub struct Log {
+    path: PathBuf,
+    state: State,
+    /// Where to append, while nobody else did since.
+    tail: Option<Tail>,
+    latched: bool,
+    /// At how many lines to look whether compacting pays.
+    look_at: usize,
+}
+
+/// The end of a file whose every line is durable, and so is its name.
+#[derive(Debug)]
+struct Tail {
+    /// Open, so that no other file can have its inode number.
+    file: File,
+    end: u64,
+    /// Up to where blocks are allocated.
+    reserved: u64,
+}
+
+/// A point that the log still has: also a dropped one, while an older one needs its before-images.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Entry {
+    /// The point.
+    pub point: Point,
+    /// When and why it was dropped, if it was.
+    pub dropped: Option<(OffsetDateTime, Reason)>,
+}
+
+impl Entry {
+    /// Whether its before-images may still be of use: those of a pass that was undone, or that an initial pass made
+    /// worthless, are gone whatever is kept.
+    pub fn has_images(&self) -> bool {
+        !matches!(self.dropped, Some((_, Reason::Undo | Reason::Initial)))
+    }
+}
+
+#[derive(Default, Debug)]
+struct State {
+    /// In the order of the log: older ones first.
+    entries: Vec<Entry>,
+    places: HashMap<PointId, usize>,
+    released: BTreeMap<Name, Released>,
+    /// How many records the file has.
+    lines: usize,
+}
+
+impl Log {
+    /// Reads the log of the retention directory `dir`. Where there is none it is empty, and nothing is created.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] or [`Error::Unsupported`] where it cannot be understood.
+    pub fn open(dir: impl AsRef<Path>) -> Result<Log, Error> {
+        let path = dir.as_ref().join(FILE_NAME);
+        let (state, _) = read_unlocked(&path)?;
+        Ok(Log { path, state, tail: None, latched: false, look_at: WORTH })
+    }
+
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Reads what others appended since.
+    ///
+    /// # Errors
+    /// As [`Log::open`]; then what was read before stays.
+    pub fn refresh(&mut self) -> Result<(), Error> {
+        if !self.is_current()? {
+            self.state = read_unlocked(&self.path)?.0;
+        }
+        Ok(())
+    }
+
+    /// Reads what others appended since, and makes sure that all of it is durable. Creates the log.
+    ///
+    /// # Errors
+    /// As [`Log::append`].
+    pub fn settle(&mut self) -> Result<(), Error> {
+        let _exclusive = self.exclusive()?;
+        self.ready().map(drop)
+    }
+
+    /// Appends a record. It is durable when this returns, and before, in effect, nobody was told of it.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] where it contradicts what the log, also what others appended since, holds: nothing was
+    /// written. After [`Error::Io`] see [`Log`].
+    pub fn append(&mut self, record: Record) -> Result<(), Error> {
+        let _exclusive = self.exclusive()?;
+        self.ready()?;
+        self.state.check(&record)?;
+        let line = line::encode(&record).map_err(Refused::Line)?;
+        if self.state.lines >= self.look_at {
+            self.compact_if_it_pays();
+        }
+        let target = self.path.display().to_string();
+        let tail = self.ready()?;
+        if tail.end + line.len() as u64 > MAX_LOG {
+            return Err(Refused::Full(MAX_LOG).into());
+        }
+        if let Err((op, source)) = tail.append(&line) {
+            let error = IoError::at(op, target, tail.end, source);
+            // Where this fails too there is nothing more to be done about it; the first error is the one to report.
+            tail.file.set_len(tail.end).unwrap_or_default();
+            self.latch();
+            return Err(error.into());
+        }
+        self.state.apply(record);
+        Ok(())
+    }
+
+    fn latch(&mut self) {
+        self.latched = true;
+        self.tail = None;
+    }
+
+    /// Waits for the right to append. It is held for one record.
+    fn exclusive(&self) -> Result<Flock<File>, Error> {
+        if self.latched {
+            return Err(Error::Latched { file: self.path.clone() });
+        }
+        let dir = self.dir();
+        durable::private_dir(dir)?;
+        Ok(durable::lock(&dir.join(".points.lock"))?)
+    }
+
+    fn dir(&self) -> &Path {
+        // `open` joined a name to it.
+        self.path.parent().unwrap_or(Path::new("."))
+    }
+
+    /// Whether the file is as this `Log` left it.
+    fn is_current(&self) -> Result<bool, IoError> {
+        let failed = |error| IoError::new("look at", self.path.display().to_string(), error);
+        let Some(tail) = &self.tail else { return Ok(false) };
+        let named = match fs::metadata(&self.path) {
+            Ok(named) => named,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(error) => return Err(failed(error)),
+        };
+        let ours = tail.file.metadata().map_err(failed)?;
+        Ok((named.dev(), named.ino(), named.len()) == (ours.dev(), ours.ino(), tail.end))
+    }
+
+    /// The end to append at, after reading and settling what others left. The caller has the lock.
+    fn ready(&mut self) -> Result<&mut Tail, Error> {
+        if !self.is_current()? {
+            self.tail = None;
+            let (state, mut end) = read(&self.path)?;
+            if end == 0 {
+                let head = line::head();
+                durable::write(&self.path, &head, 0o600)?;
+                end = head.len() as u64;
+            }
+            let settled = settle_file(&self.path, end);
+            // After a failed flush the next one may succeed without having written a thing.
+            let file = settled.inspect_err(|_| self.latched = true)?;
+            durable::sync_dir(self.dir()).inspect_err(|_| self.latched = true)?;
+            self.state = state;
+            self.tail = Some(Tail { file, end, reserved: 0 });
+        }
+        self.tail.as_mut().ok_or_else(|| Error::Latched { file: self.path.clone() })
+    }
+
+    /// Replaces the file by one without the records that nobody needs, where these are most of them. That it fails
+    /// loses nothing: the old file goes on. The caller has the lock.
+    fn compact_if_it_pays(&mut self) {
+        let needed = self.state.needed();
+        self.look_at = WORTH.max(self.state.lines / 4 * 5);
+        if self.state.lines <= needed.len() * 4 {
+            return;
+        }
+        self.tail = None;
+        let written = encode_all(&needed)
+            .map_err(|error| IoError::new("encode", self.path.display().to_string(), io::Error::other(error)))
+            .and_then(|bytes| durable::write(&self.path, &bytes, 0o600));
+        match written {
+            Ok(()) => self.look_at = WORTH.max(needed.len() * 4),
+            Err(error) => tracing::warn!(error = chain(&error), "the points log could not be compacted"),
+        }
+    }
+
+    /// Everything that is in the log, older ones first; dropped points as long as older ones need their before-images.
+    pub fn history(&self) -> &[Entry] {
+        &self.state.entries
+    }
+
+    /// The points of a machine, oldest first.
+    pub fn points<'a>(&'a self, machine: &Name) -> impl DoubleEndedIterator<Item = &'a Point> {
+        self.state.kept().filter(move |point| point.is_of(machine))
+    }
+
+    /// The newest point of a machine.
+    pub fn newest(&self, machine: &Name) -> Option<&Point> {
+        self.points(machine).next_back()
+    }
+
+    /// The newest point of a machine that is not after `time`.
+    pub fn at(&self, machine: &Name, time: OffsetDateTime) -> Option<&Point> {
+        self.points(machine).rfind(|point| point.time <= time)
+    }
+
+    /// The point of that name, unless it was dropped.
+    pub fn get(&self, id: PointId) -> Option<&Point> {
+        let entry = self.state.entries.get(*self.state.places.get(&id)?)?;
+        entry.dropped.is_none().then_some(&entry.point)
+    }
+
+    /// Where the machine was failed over to, while it is.
+    pub fn released(&self, machine: &Name) -> Option<&Released> {
+        self.state.released.get(machine)
+    }
+
+    /// All machines that are failed over.
+    pub fn all_released(&self) -> impl Iterator<Item = &Released> {
+        self.state.released.values()
+    }
+}
+
+impl Tail {
+    /// Writes a line at the end and flushes it; or says what failed.
+    fn append(&mut self, line: &[u8]) -> Result<(), (&'static str, io::Error)> {
+        let end = self.end + line.len() as u64;
+        if end > self.reserved {
+            // Not every file system can; then the records to come find their room or do not.
+            let keep = FallocateFlags::FALLOC_FL_KEEP_SIZE;
+            if let (Ok(from), Ok(len)) = (self.end.try_into(), (end - self.end + SPARE).try_into())
+                && fallocate(&self.file, keep, from, len).is_ok()
+            {
+                self.reserved = end + SPARE;
+            }
+        }
+        self.file.write_all_at(line, self.end).map_err(|error| ("append to", error))?;
+        self.file.sync_data().map_err(|error| ("flush", error))?;
+        self.end = end;
+        Ok(())
+    }
+}
+
+/// Cuts off what is behind the last line, and flushes the file.
+fn settle_file(path: &Path, end: u64) -> Result<File, IoError> {
+    let failed = |op| move |error| IoError::new(op, path.display().to_string(), error);
+    let file = OpenOptions::new().read(true).write(true).open(path).map_err(failed("open"))?;
+    if file.metadata().map_err(failed("look at"))?.len() != end {
+        file.set_len(end).map_err(failed("cut"))?;
+    }
+    file.sync_all().map_err(failed("flush"))?;
+    Ok(file)
+}
+
+/// Reads the log while others may append.
+fn read_unlocked(path: &Path) -> Result<(State, u64), Error> {
+    match read(path) {
+        // Whoever cuts off a part and appends, while it is read, shows a line that never was. Damage stays.
+        Err(Error::Corrupt { .. }) => read(path),
+        read => read,
+    }
+}
+
+/// What the log says, and where its last line ends: at 0 where there is none.
+fn read(path: &Path) -> Result<(State, u64), Error> {
+    let bytes = match durable::read(path, MAX_LOG) {
+        Ok(bytes) => bytes,
+        Err(error) if error.source.kind() == io::ErrorKind::NotFound => return Ok((State::default(), 0)),
+        Err(error) => return Err(error.into()),
+    };
+    let mut state = State::default();
+    let mut rest = bytes.as_slice();
+    let mut number = 0;
+    let end = |rest: &[u8]| (bytes.len() - rest.len()) as u64;
+    while !rest.is_empty() {
+        let corrupt = |number, what: String| Error::Corrupt { file: path.to_owned(), line: number, what };
+        let Some(len) = rest.iter().position(|&byte| byte == b'\n') else {
+            // A part of a line, at the very end.
+            if rest.len() >= line::MAX_LINE {
+                return Err(corrupt(number + 1, line::Error::TooLong.to_string()));
+            }
+            break;
+        };
+        let (line, behind) = (&rest[..len], &rest[len + 1..]);
+        let read = match number {
+            0 => line::parse_head(line).map(|()| None),
+            _ => line::parse(line).map(Some),
+        };
+        match read {
+            Ok(None) => {}
+            Ok(Some(record)) => {
+                state.check(&record).map_err(|refused| corrupt(number + 1, refused.to_string()))?;
+                state.apply(record);
+            }
+            // The same, of a line whose last bytes were written and not all of the first.
+            Err(line::Error::Form | line::Error::Checksum { .. })
+                if behind.is_empty() && !line::hides_another(line) =>
+            {
+                break;
+            }
+            Err(line::Error::Version(version)) => {
+                return Err(Error::Unsupported { file: path.to_owned(), version });
+            }
+            Err(error) => return Err(corrupt(number + 1, error.to_string())),
+        }
+        rest = behind;
+        number += 1;
+    }
+    Ok((state, end(rest)))
+}
+
+fn encode_all(records: &[Record]) -> Result<Vec<u8>, line::Error> {
+    let mut bytes = line::head();
+    for record in records {
+        bytes.extend(line::encode(record)?);
+    }
+    Ok(bytes)
+}
+
+impl State {
+    fn kept(&self) -> impl DoubleEndedIterator<Item = &Point> {
+        self.entries.iter().filter(|entry| entry.dropped.is_none()).map(|entry| &entry.point)
+    }
+
+    fn find(&self, id: PointId) -> Result<&Point, Refused> {
+        let entry = self.places.get(&id).and_then(|&place| self.entries.get(place));
+        match entry {
+            Some(Entry { point, dropped: None }) => Ok(point),
+            _ => Err(Refused::NoPoint(id)),
+        }
+    }
+
+    /// Whether the record may follow.
+    fn check(&self, record: &Record) -> Result<(), Refused> {
+        match record {
+            Record::Point(point) => {
+                if self.places.contains_key(&point.id) {
+                    return Err(Refused::Known(point.id));
+                }
+                for volume in &point.volumes {
+                    if let Some(released) = self.released.get(&volume.machine) {
+                        return Err(Refused::Released {
+                            machine: released.machine.clone(),
+                            point: released.point,
+                        });
+                    }
+                    self.follows(volume)?;
+                }
+                Ok(())
+            }
+            Record::Dropped(dropped) => dropped.points.iter().try_for_each(|&id| {
+                self.find(id)?;
+                match self.released.values().find(|released| released.point == id) {
+                    Some(released) => Err(Refused::Released { machine: released.machine.clone(), point: id }),
+                    None => Ok(()),
+                }
+            }),
+            Record::Released(released) => {
+                let (machine, point) = (released.machine.clone(), released.point);
+                match self.find(point)?.is_of(&machine) {
+                    true => Ok(()),
+                    false => Err(Refused::NotOf { point, machine }),
+                }
+            }
+            Record::TakenBack(back) => match self.released.contains_key(&back.machine) {
+                true => Ok(()),
+                false => Err(Refused::NotReleased(back.machine.clone())),
+            },
+        }
+    }
+
+    /// Whether the pass is one after that of the volume's newest point.
+    fn follows(&self, volume: &VolumeAt) -> Result<(), Refused> {
+        let same = |at: &&VolumeAt| (&at.machine, &at.disk) == (&volume.machine, &volume.disk);
+        match self.kept().rev().find_map(|point| point.volumes.iter().find(same)) {
+            Some(last) if last.pass >= volume.pass => Err(Refused::Pass {
+                machine: volume.machine.clone(),
+                disk: volume.disk.clone(),
+                pass: volume.pass,
+                last: last.pass,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes a record that passed [`State::check`].
+    fn apply(&mut self, record: Record) {
+        self.lines += 1;
+        match record {
+            Record::Point(point) => {
+                self.places.insert(point.id, self.entries.len());
+                self.entries.push(Entry { point, dropped: None });
+            }
+            Record::Dropped(Dropped { time, reason, points }) => {
+                for place in points.iter().filter_map(|id| self.places.get(id)) {
+                    self.entries[*place].dropped = Some((time, reason));
+                }
+            }
+            Record::Released(released) => {
+                self.released.insert(released.machine.clone(), released);
+            }
+            Record::TakenBack(back) => {
+                self.released.remove(&back.machine);
+            }
+        }
+    }
+
+    /// The records without which something that matters would be forgotten: not those of dropped points, unless an
+    /// older point of one of their disks is kept, whose way back leads through their before-images.
+    fn needed(&self) -> Vec<Record> {
+        let mut kept = HashSet::new();
+        let mut points = Vec::new();
+        let mut dropped = Vec::new();
+        for entry in &self.entries {
+            let Entry { point, dropped: gone } = entry;
+            let mut volumes = point.volumes.iter().map(|volume| (&volume.machine, &volume.disk));
+            match gone {
+                None => kept.extend(volumes),
+                Some(_) if !entry.has_images() || !volumes.any(|volume| kept.contains(&volume)) => continue,
+                &Some((time, reason)) => {
+                    dropped.push(Record::Dropped(Dropped { time, reason, points: vec![point.id] }));
+                }
+            }
+            points.push(Record::Point(point.clone()));
+        }
+        points.append(&mut dropped);
+        points.extend(self.released.values().cloned().map(Record::Released));
+        points
+    }
+}

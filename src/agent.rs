@@ -1,6 +1,7 @@
 //! The service: configuration, logging, the instance lock, the control socket, status and metrics; and
 //! [`serve`], which wires them to the network and the disks.
 
+mod commit;
 pub mod config;
 pub mod control;
 pub mod lock;
@@ -30,8 +31,10 @@ use crate::net::message::{self, Code};
 use crate::net::session::{self, Patience};
 use crate::net::tls::{self, HandshakeError};
 use crate::net::token::TokenStore;
-use crate::protection::Store;
+use crate::points::Log;
+use crate::protection::{State, Store};
 use crate::storage::device;
+use commit::Coordinator;
 use config::Config;
 use control::Control;
 use receive::Receiver;
@@ -49,6 +52,12 @@ pub enum Error {
     /// The control socket cannot be opened.
     #[error("the control socket")]
     Control(#[from] control::Error),
+    /// The points log cannot be read.
+    #[error("the recovery points")]
+    Points(#[from] crate::points::Error),
+    /// The protections cannot be read.
+    #[error("the protections")]
+    Protections(#[from] crate::protection::Error),
     /// The keys cannot be made or read.
     #[error("the keys of the service")]
     Identity(#[from] tls::server::Error),
@@ -92,6 +101,7 @@ async fn run(config: Config) -> Result<(), Error> {
         .local_addr()
         .map_err(|error| IoError::new("ask for the address of", config.listen.to_string(), error))?;
     let store = Store::open(&config.retention_dir);
+    let coordinator = Arc::new(Coordinator::new(points(&config, &store)?));
     let live = Live::default();
     let service = Arc::new(Service::new(listen, engine.clone()));
     let board = Arc::new(Board::new(service.clone(), live.clone(), store.clone()));
@@ -112,7 +122,7 @@ async fn run(config: Config) -> Result<(), Error> {
         patience: Patience { idle: config.idle_timeout, ..Patience::default() },
         service,
         stopping,
-        host: Arc::new(Receiver { config, identity, tokens, store, live }),
+        host: Arc::new(Receiver { config, identity, tokens, store, live, coordinator }),
     };
     tell_systemd(&[NotifyState::Ready, NotifyState::Status(&format!("listening at {listen}"))]);
     let result = front.accept(listener).await;
@@ -130,6 +140,27 @@ async fn run(config: Config) -> Result<(), Error> {
     }
     tracing::info!("stopped");
     Ok(())
+}
+
+/// The points log, settled, and the protections brought up to what it says: a crash may have come between the two.
+fn points(config: &Config, store: &Store) -> Result<Log, Error> {
+    durable::private_dir(&config.retention_dir)?;
+    let mut log = Log::open(&config.retention_dir)?;
+    log.settle()?;
+    for (machine, loaded) in store.all()? {
+        let Ok(protection) = loaded else { continue };
+        for disk in protection.disks {
+            let State::Receiving(open) = &disk.state else { continue };
+            let volume = log.newest(&machine).and_then(|point| {
+                let volume = point.volumes_of(&machine).find(|volume| volume.disk == disk.name)?;
+                (volume.sender_pass == open.id).then_some(point)
+            });
+            if let Some(point) = volume {
+                store.commit_pass(&machine, &disk.name, open.id, disk.size.0, !point.fuzzy)?;
+            }
+        }
+    }
+    Ok(log)
 }
 
 /// Where there is no systemd, nobody listens: that is no error.

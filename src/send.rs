@@ -14,6 +14,7 @@ use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use rustls::ClientConfig;
+use time::OffsetDateTime;
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
@@ -27,6 +28,7 @@ use crate::net::address::Address;
 use crate::net::message::{self, Committed};
 use crate::net::tls::{self, HandshakeError};
 use crate::net::{keepalive, wire};
+use crate::points::{Kind, PointId};
 use crate::storage::device::EngineChoice;
 use limit::Limiter;
 use source::Source;
@@ -44,6 +46,27 @@ pub struct Plan {
     pub engine: EngineChoice,
     /// Bytes a second on the wire, all disks together.
     pub limit: Option<u64>,
+    /// What the user calls the point, if anything.
+    pub name: Option<Name>,
+    /// Whether the sources stand still while they are read.
+    pub point_in_time: bool,
+}
+
+/// The point to which the passes of all disks lead.
+#[derive(Clone, Debug)]
+pub struct Point {
+    /// Its name for programs.
+    pub id: PointId,
+    /// All disks of it.
+    pub disks: Vec<Name>,
+    /// The moment that the disks will stand at.
+    pub time: OffsetDateTime,
+    /// What they hold then.
+    pub kind: Kind,
+    /// Whether it is one moment: whether the sources stand still.
+    pub point_in_time: bool,
+    /// Its name for people.
+    pub name: Option<Name>,
 }
 
 /// How far one disk is: for showing.
@@ -85,6 +108,9 @@ pub enum Error {
     /// It did not answer in time.
     #[error("the master target did not answer within {0:?}")]
     Silent(Duration),
+    /// Another disk of the same point failed.
+    #[error("not sent: disk {0} failed, and a point is there on all disks or on none")]
+    Together(Name),
     /// Payloads arrive damaged again and again, although TLS guards the way between.
     #[error(
         "{0} frames arrived with a bad checksum: suspect the memory of this machine or of the master target"
@@ -114,8 +140,8 @@ pub fn prepare(plan: &Plan) -> Result<Vec<Prepared>, source::Error> {
         .collect()
 }
 
-/// Sends all disks side by side, one initial pass each. One result a disk, in the order of the plan: a disk
-/// that fails does not stop the others.
+/// Sends all disks side by side, one pass each, which lead to one point. One result a disk, in the order of the plan:
+/// all of them are committed, or none.
 pub async fn send(
     plan: &Plan,
     tls: Arc<ClientConfig>,
@@ -123,10 +149,24 @@ pub async fn send(
 ) -> Vec<(Name, Result<Committed, Error>)> {
     let limiter = plan.limit.map(|rate| Arc::new(Limiter::new(rate)));
     let mut names: Vec<Name> = disks.iter().map(|disk| disk.name.clone()).collect();
+    let mut bits = [0; 16];
+    let id = match getrandom::fill(&mut bits) {
+        Ok(()) => u128::from_ne_bytes(bits),
+        Err(error) => unreachable!("the system has no random bits: {error}"),
+    };
+    let point = Point {
+        id: PointId(id),
+        disks: names.clone(),
+        time: OffsetDateTime::now_utc(),
+        kind: Kind::Crash,
+        point_in_time: plan.point_in_time,
+        name: plan.name.clone(),
+    };
     let mut tasks = JoinSet::new();
     for (index, disk) in disks.into_iter().enumerate() {
         let job = session::Job {
             disk: disk.name,
+            point: point.clone(),
             source: Arc::new(disk.source),
             progress: disk.progress,
             compression: plan.compression,
@@ -137,10 +177,24 @@ pub async fn send(
         tasks.spawn(async move { (index, send_one(&to, tls, job).await) });
     }
     let mut results: Vec<Option<Result<Committed, Error>>> = names.iter().map(|_| None).collect();
+    let mut failed = None;
     while let Some(joined) = tasks.join_next().await {
         match joined {
-            Ok((index, result)) => results[index] = Some(result),
+            Ok((index, result)) => {
+                if result.is_err() && failed.is_none() {
+                    // There is no point without this disk: what the others would still send is for nothing.
+                    failed = Some(names[index].clone());
+                    tasks.abort_all();
+                }
+                results[index] = Some(result);
+            }
+            Err(error) if error.is_cancelled() => {}
             Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+        }
+    }
+    if let Some(failed) = failed {
+        for result in &mut results {
+            result.get_or_insert_with(|| Err(Error::Together(failed.clone())));
         }
     }
     names.drain(..).zip(results.into_iter().flatten()).collect()

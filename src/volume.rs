@@ -41,7 +41,10 @@ pub enum Event {
         zeroed: u64,
     },
     /// All that was submitted before the flush is durable.
-    Flushed,
+    Flushed {
+        /// How many bytes the journal of the pass takes.
+        saved: u64,
+    },
     /// The journal's file system is full: nothing goes on until there is room.
     Paused,
     /// There was.

@@ -7,22 +7,27 @@ use std::sync::Arc;
 
 use time::OffsetDateTime;
 
+use super::commit::{self, Coordinator, Ticket};
 use super::config::Config;
 use super::status::{Live, Shown};
 use crate::disk::device::{self, Refusal, TargetOptions, open_target};
 use crate::disk::discover::Options;
 use crate::disk::id::DiskId;
 use crate::error::{IoError, chain};
+use crate::journal::Writer;
+use crate::journal::recover::{self, History, recover};
 use crate::name::Name;
 use crate::net::frame::MAX_DATA;
-use crate::net::message::{self, Begin, Code, Commit, Enroll, EnrollReply, Open};
-use crate::net::session::{Host, Opened, Passes};
+use crate::net::message::{self, Begin, Code, Commit, Enroll, EnrollReply, Open, PassKind};
+use crate::net::session::{Decision, Host, Opened, Passes};
 use crate::net::token::TokenStore;
 use crate::net::{enrolment, tls};
 use crate::pass::PassId;
-use crate::protection::{self, Store};
+use crate::points::{PointId, VolumeAt};
+use crate::protection::{self, Assignment, Store};
 use crate::storage::Geometry;
 use crate::storage::device::Device;
+use crate::storage::shelf::Directory;
 use crate::sys::aligned::Arena;
 use crate::units::ByteLen;
 use crate::volume::counters::Counters;
@@ -30,6 +35,9 @@ use crate::volume::{Events, Fault, Volume};
 
 /// How many requests to one disk are under way at once.
 const DEPTH: usize = 32;
+
+/// The longest segment of a journal, in bytes.
+const LONGEST_SEGMENT: u64 = 64 << 20;
 
 /// The service, as a session sees it.
 #[derive(Debug)]
@@ -39,6 +47,7 @@ pub(super) struct Receiver {
     pub(super) tokens: TokenStore,
     pub(super) store: Store,
     pub(super) live: Live,
+    pub(super) coordinator: Arc<Coordinator>,
 }
 
 impl Host for Receiver {
@@ -83,6 +92,8 @@ impl Host for Receiver {
             %machine, disk = %open.disk, id = %disk.id, node = %disk.node.display(), engine = %engine,
             size = %disk.size, source = %ByteLen(open.size), "volume opened"
         );
+        let journal = self.journal(machine, assignment)?;
+        let storage = storage.with_shelf(journal.shelf.clone());
         let counters = Arc::new(Counters::new(open.size, engine));
         let volume =
             Volume::start(open.disk.as_str(), Box::new(storage), open.size, arena, events).map_err(failed)?;
@@ -91,10 +102,16 @@ impl Host for Receiver {
             machine: machine.clone(),
             disk: open.disk.clone(),
             pass: None,
+            coordinator: self.coordinator.clone(),
+            ticket: None,
+            volume: None,
+            target: assignment.id.clone(),
+            journal,
             counters: counters.clone(),
             _shown: self.live.show(machine.clone(), open.disk.clone(), counters.clone()),
         };
         Ok(Opened {
+            baseline: ledger.journal.baseline,
             volume,
             device_size: disk.size.0,
             block: disk.logical_block,
@@ -106,7 +123,57 @@ impl Host for Receiver {
     }
 }
 
+/// What is known of a volume's journal when it is opened.
+struct Journal {
+    shelf: Directory,
+    /// The point at which the volume stands, or to which its open pass can be rolled back.
+    baseline: Option<PointId>,
+    history: History,
+    /// The pass that was interrupted, or else the number of the next one.
+    open: Option<u64>,
+    next: u64,
+}
+
 impl Receiver {
+    /// Reads the journal of a disk and removes what nobody needs any more.
+    fn journal(&self, machine: &Name, disk: &Assignment) -> Result<Journal, message::Error> {
+        let place =
+            self.config.retention_dir.join("journals").join(machine.as_str()).join(disk.name.as_str());
+        let failed = |error: &dyn std::error::Error| {
+            tracing::error!(%machine, disk = %disk.name, error = chain(error), "the journal cannot be used");
+            message::Error::new(Code::Internal, chain(error))
+        };
+        let shelf = Directory::create_all(place).map_err(|error| failed(&error))?;
+        recover::tidy(&shelf).map_err(|error| failed(&error))?;
+        let history = recover(&shelf).map_err(|error| failed(&error))?;
+        let of_disk = |volume: &&VolumeAt| volume.disk == disk.name && volume.id == disk.id;
+        let (oldest, newest) = self
+            .coordinator
+            .read(|log| {
+                let mut passes = log.points(machine).filter_map(|point| {
+                    point.volumes_of(machine).find(of_disk).map(|volume| (point.id, volume.pass))
+                });
+                let oldest = passes.next();
+                (oldest, passes.last().or(oldest))
+            })
+            .map_err(|error| commit::refuse(&error))?;
+        // What led to the oldest point, or to none that is left.
+        let (oldest, committed) = (oldest.map_or(0, |(_, pass)| pass), newest.map_or(0, |(_, pass)| pass));
+        for pass in history.up_to(oldest) {
+            recover::discard(pass, &shelf).map_err(|error| failed(&error))?;
+        }
+        let last = history.passes.keys().next_back().copied().unwrap_or(0);
+        let open = (last > committed).then_some(last);
+        if let Some(pass) = open.and_then(|open| history.passes.get(&open))
+            && newest.is_some()
+            && let Some(damage) = pass.damage.clone()
+        {
+            return Err(failed(&recover::Error::Corrupt { pass: pass.number, damage }));
+        }
+        let next = last.max(committed) + 1;
+        Ok(Journal { shelf, baseline: newest.map(|(point, _)| point), history, open, next })
+    }
+
     /// Every assigned disk with its machine. A protection that cannot be read concerns its own machine alone:
     /// the others go on.
     fn assigned(&self) -> Result<BTreeMap<DiskId, String>, message::Error> {
@@ -132,27 +199,71 @@ struct Ledger {
     machine: Name,
     disk: Name,
     pass: Option<PassId>,
+    coordinator: Arc<Coordinator>,
+    ticket: Option<Ticket>,
+    volume: Option<VolumeAt>,
+    target: DiskId,
+    journal: Journal,
     counters: Arc<Counters>,
     _shown: Shown,
 }
 
 impl Passes for Ledger {
-    fn begin(&mut self, begin: &Begin) -> Result<(), message::Error> {
+    fn begin(&mut self, begin: &Begin) -> Result<Option<Writer>, message::Error> {
         let pass = begin.pass;
+        if begin.kind == PassKind::Delta && self.journal.baseline.is_none() {
+            let text = "the disk stands at no point yet: its first pass must be an initial one";
+            return Err(message::Error::new(Code::Protocol, text));
+        }
+        self.ticket = Some(self.coordinator.join(&self.machine, &self.disk, begin)?);
+        let journal = &self.journal;
+        let (number, writer) =
+            match (begin.kind, journal.open.and_then(|open| journal.history.passes.get(&open))) {
+                (PassKind::Delta, Some(open)) => (open.number, Some(Writer::go_on(open, LONGEST_SEGMENT))),
+                (PassKind::Delta, None) => (journal.next, Some(Writer::new(journal.next, LONGEST_SEGMENT))),
+                (PassKind::Initial, _) => {
+                    // First the points, then what they need, then the disk: a crash in between leaves a disk that was not
+                    // written to, with fewer points or none.
+                    self.coordinator
+                        .drop_for_initial(&self.machine, &self.disk)
+                        .map_err(|error| commit::refuse(&error))?;
+                    for pass in journal.history.passes.values() {
+                        recover::discard(pass, &journal.shelf)
+                            .map_err(|error| message::Error::new(Code::Internal, chain(&error)))?;
+                    }
+                    (journal.next, None)
+                }
+            };
         self.store.begin_pass(&self.machine, &self.disk, pass).map_err(|error| refuse(&error))?;
         self.pass = Some(pass);
-        tracing::info!(machine = %self.machine, disk = %self.disk, %pass, "pass began");
-        Ok(())
+        self.volume = Some(VolumeAt {
+            machine: self.machine.clone(),
+            disk: self.disk.clone(),
+            id: self.target.clone(),
+            pass: number,
+            sender_pass: pass,
+            bytes: 0,
+        });
+        let kind = if writer.is_some() { "delta" } else { "initial" };
+        tracing::info!(machine = %self.machine, disk = %self.disk, %pass, kind, "pass began");
+        Ok(writer)
     }
 
-    fn commit(&mut self, commit: &Commit) -> Result<OffsetDateTime, message::Error> {
+    fn prepare(&mut self, commit: &Commit, saved: u64) -> Result<Decision, message::Error> {
+        let (Some(ticket), Some(volume)) = (&self.ticket, &self.volume) else {
+            unreachable!("a session prepares only what it began");
+        };
+        let volume = VolumeAt { bytes: saved, ..volume.clone() };
+        Ok(self.coordinator.prepare(ticket, volume, commit))
+    }
+
+    fn committed(&mut self, commit: &Commit) -> Result<(), message::Error> {
         let pass = commit.pass;
-        let recorded = self
-            .store
+        self.store
             .commit_pass(&self.machine, &self.disk, pass, commit.bytes, commit.point_in_time)
             .map_err(|error| refuse(&error))?;
         tracing::info!(machine = %self.machine, disk = %self.disk, %pass, bytes = commit.bytes, "pass committed");
-        Ok(recorded.time)
+        Ok(())
     }
 
     fn fault(&mut self, fault: &Fault) -> Result<(), message::Error> {
@@ -183,7 +294,7 @@ fn refuse(error: &protection::Error) -> message::Error {
     message::Error::new(code, chain(error))
 }
 
-fn out_of_space(error: &io::Error) -> bool {
+pub(super) fn out_of_space(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 

@@ -244,7 +244,8 @@ pub struct VolumeReport {
     pub id: String,
     /// The size of the target disk when it was assigned.
     pub size: u64,
-    /// While a session has it: `open`, `receiving`, `committing`, `synchronized`, `faulted`. Else `empty`,
+    /// While a session has it: `open`, `receiving`, `paused` (the retention file
+    /// system is full), `committing`, `synchronized`, `faulted`. Else `empty`,
     /// `interrupted` (a pass began and nobody sends), `synchronized`, `faulted`.
     pub phase: String,
     /// The pass that runs, was interrupted or faulted.
@@ -414,7 +415,8 @@ impl Board {
         let Some(counters) = live else { return report };
         let Totals { received_bytes, wire_bytes, written_bytes, zeroed_bytes, .. } = Totals::of(counters);
         let phase = counters.phase();
-        phase.name().clone_into(&mut report.phase);
+        let paused = phase != Phase::Faulted && counters.paused.load(Ordering::Relaxed);
+        (if paused { "paused" } else { phase.name() }).clone_into(&mut report.phase);
         report.pass = counters.pass().or(report.pass);
         report.total_bytes = Some(counters.total());
         report.received_bytes = Some(received_bytes);

@@ -59,6 +59,9 @@ pub struct Args {
     /// What to log to stderr: error, warn, info, debug or trace
     #[arg(long, value_name = "FILTER", default_value = "warn")]
     log_level: String,
+    /// What to call the recovery point that this leads to
+    #[arg(long, value_name = "NAME")]
+    point_name: Option<Name>,
 }
 
 /// A frame of 1 MiB must not take so long that the receiver gives the connection up.
@@ -89,7 +92,9 @@ pub fn run(args: Args) -> Result<(), Failure> {
         Some(to) => to,
         None => identity.server.parse().map_err(Failure::failed)?,
     };
-    let plan = Plan {
+    let mut plan = Plan {
+        name: args.point_name,
+        point_in_time: true,
         to,
         disks: args.disks,
         compression: args.compression,
@@ -100,6 +105,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     for disk in &disks {
         let path = disk.source.path();
         for mount in disk.source.mounts(&Sysroot::default()) {
+            plan.point_in_time = false;
             eprintln!(
                 "mt-agent: {} is in use ({mount}): what arrives is not one point in time",
                 path.display()

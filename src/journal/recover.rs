@@ -211,10 +211,8 @@ fn read_pass(shelf: &dyn Shelf, number: u64, segments: Vec<(u32, String)>) -> Re
             pass.damage = damage(0, "it is a segment of another place");
             return Ok(pass);
         }
-        if pass.ended {
-            pass.damage = damage(0, "a segment follows the end of the pass");
-            return Ok(pass);
-        }
+        // It ended, its point was not recorded, and it went on.
+        pass.ended = false;
         if segment.sequence.checked_add(1) == Some(pass.next_sequence) && last.records == 1 {
             // It was torn when the pass went on.
             pass.images.truncate(pass.images.len() - last.images);

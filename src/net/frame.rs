@@ -65,10 +65,12 @@ pub enum Kind {
     Error,
     /// A data frame's payload was damaged and thrown away: its range is to be sent again. Server.
     Refused,
+    /// Something that the client's user should know. Server.
+    Notice,
 }
 
 /// The kinds by number: the place in this list is the byte on the wire, counted from 1.
-const KINDS: [Kind; 15] = [
+const KINDS: [Kind; 16] = [
     Kind::Hello,
     Kind::HelloReply,
     Kind::Enroll,
@@ -84,6 +86,7 @@ const KINDS: [Kind; 15] = [
     Kind::Committed,
     Kind::Error,
     Kind::Refused,
+    Kind::Notice,
 ];
 
 impl Kind {
@@ -105,6 +108,7 @@ impl Kind {
             Kind::Committed => 13,
             Kind::Error => 14,
             Kind::Refused => 15,
+            Kind::Notice => 16,
         }
     }
 

@@ -20,6 +20,7 @@ use time::OffsetDateTime;
 use super::frame::{self, Encoding, Kind};
 use crate::name::Name;
 use crate::pass::PassId;
+use crate::points::{self, PointId};
 
 /// The version of the protocol that this agent speaks.
 pub const PROTOCOL: u16 = 1;
@@ -201,6 +202,9 @@ pub struct OpenReply {
     /// The offered compressions that the server takes.
     #[serde(default, deserialize_with = "known_encodings")]
     pub compression: Vec<Encoding>,
+    /// The point at which the volume stands, or would be brought to: only then a delta pass is possible.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub baseline: Option<PointId>,
 }
 
 fn known_encodings<'de, D: Deserializer<'de>>(names: D) -> Result<Vec<Encoding>, D::Error> {
@@ -220,6 +224,9 @@ fn known_encodings<'de, D: Deserializer<'de>>(names: D) -> Result<Vec<Encoding>,
 pub enum PassKind {
     /// All of the source, written in place.
     Initial,
+    /// What is different from the point at which the volume stands, or more than that: what is overwritten is saved
+    /// first, so that the point can be gone back to.
+    Delta,
 }
 
 /// The start of a pass.
@@ -229,6 +236,11 @@ pub struct Begin {
     pub pass: PassId,
     /// What it sends.
     pub kind: PassKind,
+    /// The point that it leads to.
+    pub point: PointId,
+    /// All disks of the machine that are sent for this point, this one among them: it is there once each of their
+    /// passes is durable, and for all of them at once.
+    pub disks: Vec<Name>,
 }
 
 /// The answer to [`Begin`]: frames may come.
@@ -246,6 +258,14 @@ pub struct Commit {
     pub bytes: u64,
     /// Whether the source stood still while it was read, so that the result is one moment of it.
     pub point_in_time: bool,
+    /// That moment, by the client's clock (RFC 3339).
+    #[serde(with = "time::serde::rfc3339")]
+    pub time: OffsetDateTime,
+    /// What the disks hold.
+    pub kind: points::Kind,
+    /// What the user calls the point.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<Name>,
 }
 
 /// The answer to [`Commit`]: all of it is on stable storage.
@@ -260,6 +280,13 @@ pub struct Committed {
     /// When it became durable, by the server's clock (RFC 3339).
     #[serde(with = "time::serde::rfc3339")]
     pub time: OffsetDateTime,
+}
+
+/// Something that the client's user should know; the pass goes on.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Notice {
+    /// For people.
+    pub message: String,
 }
 
 /// Why the other side gives up: the last frame before it closes the connection.
@@ -327,6 +354,8 @@ pub enum Code {
     ShuttingDown,
     /// A defect of the peer. Report it with its log.
     Internal,
+    /// Another disk of the same point did not arrive, so that there is no point. Send all of them again.
+    Incomplete,
     /// The token is unknown, used or expired. Make a new one with `mt-agent token create`.
     TokenRefused,
     /// A code that this version does not know, from a newer peer. Go by the message.
@@ -353,6 +382,7 @@ impl Code {
             | Code::Io
             | Code::NoSpace
             | Code::Internal
+            | Code::Incomplete
             | Code::TokenRefused
             | Code::Unknown => false,
         }
@@ -378,6 +408,7 @@ impl Code {
             Code::NoSpace => "no-space",
             Code::ShuttingDown => "shutting-down",
             Code::Internal => "internal",
+            Code::Incomplete => "incomplete",
             Code::TokenRefused => "token-refused",
             Code::Unknown => "unknown",
         }
@@ -409,6 +440,7 @@ messages!(
     BeginReply,
     Commit,
     Committed,
+    Notice,
     Error
 );
 
@@ -449,8 +481,9 @@ mod tests {
         let json = r#"{"disk":"sda","size":1073741824,"sector":512,"compression":["lz4","zstd"]}"#;
         assert_eq!(text(&open), json);
         assert_eq!(parse::<Open>(json.as_bytes()).unwrap(), open);
-        let begin = Begin { pass: pass(), kind: PassKind::Initial };
-        let json = r#"{"pass":"000102030405060708090a0b0c0d0e0f","kind":"initial"}"#;
+        let (point, disks) = (PointId(1), vec!["sda".parse().unwrap()]);
+        let begin = Begin { pass: pass(), kind: PassKind::Initial, point, disks };
+        let json = r#"{"pass":"000102030405060708090a0b0c0d0e0f","kind":"initial","point":"00000000000000000000000000000001","disks":["sda"]}"#;
         assert_eq!(text(&begin), json);
         assert_eq!(parse::<Begin>(json.as_bytes()).unwrap(), begin);
         assert_eq!(text(&BeginReply {}), "{}");
@@ -473,8 +506,13 @@ mod tests {
     #[test]
     fn what_has_no_meaning_is_refused() {
         assert!(matches!(parse::<Begin>(br#"{"pass":"00","kind":"initial"}"#), Err(CodecError::Json { .. })));
-        let upper = br#"{"pass":"000102030405060708090A0B0C0D0E0F","kind":"initial"}"#;
-        assert!(parse::<Begin>(upper).is_err());
+        let begin = |pass: &str| {
+            format!(
+                r#"{{"pass":"{pass}","kind":"initial","point":"00000000000000000000000000000001","disks":[]}}"#
+            )
+        };
+        assert!(parse::<Begin>(begin("000102030405060708090a0b0c0d0e0f").as_bytes()).is_ok());
+        assert!(parse::<Begin>(begin("000102030405060708090A0B0C0D0E0F").as_bytes()).is_err());
         assert!("+00102030405060708090a0b0c0d0e0f".parse::<PassId>().is_err());
         assert!(parse::<Open>(br#"{"disk":"../sda","size":1,"sector":512}"#).is_err());
         assert!(parse::<Open>(br#"{"disk":"sda","size":-1,"sector":512}"#).is_err());
@@ -532,13 +570,14 @@ mod tests {
                 Code::Io => Code::NoSpace,
                 Code::NoSpace => Code::ShuttingDown,
                 Code::ShuttingDown => Code::Internal,
-                Code::Internal => Code::TokenRefused,
+                Code::Internal => Code::Incomplete,
+                Code::Incomplete => Code::TokenRefused,
                 Code::TokenRefused | Code::Unknown => Code::Unknown,
             };
             (this != Code::Unknown).then_some(this)
         });
         let all: Vec<Code> = all.collect();
-        assert_eq!(all.len(), 18);
+        assert_eq!(all.len(), 19);
         for code in all {
             let json = format!("\"{}\"", code.name());
             assert_eq!(serde_json::to_string(&code).unwrap(), json);
@@ -555,7 +594,8 @@ mod tests {
     proptest! {
         #[test]
         fn commits_and_passes_come_back(pass: u128, frames: u64, bytes: u64, point_in_time: bool) {
-            let commit = Commit { pass: PassId(pass), frames, bytes, point_in_time };
+            let (time, kind) = (datetime!(2024-02-29 12:00 UTC), points::Kind::Filesystem);
+            let commit = Commit { pass: PassId(pass), frames, bytes, point_in_time, time, kind, name: None };
             prop_assert_eq!(parse::<Commit>(&encode(&commit).unwrap()).unwrap(), commit);
         }
 

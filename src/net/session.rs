@@ -20,12 +20,15 @@ use tokio::time::timeout;
 use super::compress;
 use super::frame::{COST_UNIT, Encoding, Header, Kind, MAX_DATA};
 use super::message::{
-    self, Begin, BeginReply, Code, Commit, Committed, Enroll, EnrollReply, Hello, HelloReply, Open, OpenReply,
+    self, Begin, BeginReply, Code, Commit, Committed, Enroll, EnrollReply, Hello, HelloReply, Notice, Open,
+    OpenReply, PassKind,
 };
 use super::wire;
 use crate::error::chain;
+use crate::journal::Writer;
 use crate::name::Name;
 use crate::pass::PassId;
+use crate::points::PointId;
 use crate::sys::aligned::Buffer;
 use crate::units::Extent;
 use crate::volume::counters::{Counters, Phase};
@@ -49,6 +52,8 @@ pub struct Opened {
     pub device_size: u64,
     /// Its logical block size in bytes.
     pub block: u32,
+    /// The point at which it stands.
+    pub baseline: Option<PointId>,
     /// The window to grant, in bytes; at least one data frame and at most the volume's arena.
     pub window: u64,
     /// What the session counts.
@@ -60,15 +65,24 @@ pub struct Opened {
 }
 
 /// The durable record of a volume's passes. What a method did is on stable storage when it returns.
+///
+/// It is dropped where the pass ends before its [`prepare`](Self::prepare): whoever waits for it learns so then.
 pub trait Passes: Send {
-    /// From here on the content of the volume is neither the old nor the new.
-    fn begin(&mut self, begin: &Begin) -> Result<(), message::Error>;
-    /// The volume holds the pass, whole; returns the time that it was recorded with. Called after the flush:
-    /// a crash between the two leaves a volume that is whole and recorded as interrupted, and is sent again.
-    fn commit(&mut self, commit: &Commit) -> Result<OffsetDateTime, message::Error>;
+    /// A pass begins. For a delta pass, the journal that saves what it overwrites; for an initial one `None`: from here
+    /// on the content of the volume is neither the old nor the new.
+    fn begin(&mut self, begin: &Begin) -> Result<Option<Writer>, message::Error>;
+    /// The volume holds the pass, whole and durable, with `saved` bytes in its journal. The answer comes once all
+    /// disks of the point have said so, and their point is recorded: with the time that it was recorded with. A crash
+    /// before the record leaves an open pass.
+    fn prepare(&mut self, commit: &Commit, saved: u64) -> Result<Decision, message::Error>;
+    /// The point is recorded.
+    fn committed(&mut self, commit: &Commit) -> Result<(), message::Error>;
     /// A write or flush failed.
     fn fault(&mut self, fault: &Fault) -> Result<(), message::Error>;
 }
+
+/// What became of a point, once it is known.
+pub type Decision = oneshot::Receiver<Result<OffsetDateTime, message::Error>>;
 
 /// How long a session waits.
 #[derive(Clone, Copy, Debug)]
@@ -231,7 +245,7 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
     let events = report.clone().events(fault_sender);
     let encodings = open.compression.clone();
     let opened = off_runtime(move || host.open(&machine, &open, events)).await??;
-    let Opened { volume, device_size, block, window, counters, passes, hold } = opened;
+    let Opened { volume, device_size, block, baseline, window, counters, passes, hold } = opened;
     report.counters.get_or_init(|| counters.clone());
     let reply = OpenReply {
         window,
@@ -239,6 +253,7 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
         volume_size: device_size,
         block,
         compression: encodings.into_iter().filter(|encoding| *encoding != Encoding::Raw).collect(),
+        baseline,
     };
     let mut pass = Receiving {
         volume,
@@ -289,7 +304,11 @@ struct Report {
     /// Progress to report, or `closing`.
     news: Notify,
     flushed: Notify,
+    /// Bytes in the journal of the pass, at its end.
+    saved: AtomicU64,
     closing: AtomicBool,
+    /// Whether the journal waits for room.
+    paused: AtomicBool,
     /// Set before the first command goes to the volume.
     counters: OnceLock<Arc<Counters>>,
 }
@@ -305,8 +324,18 @@ impl Report {
                 }
                 self.give_back(frames, cost);
             }
-            Event::Flushed => self.flushed.notify_one(),
-            Event::Paused | Event::Resumed => {}
+            Event::Flushed { saved } => {
+                self.saved.store(saved, Ordering::Relaxed);
+                self.flushed.notify_one();
+            }
+            Event::Paused | Event::Resumed => {
+                let paused = matches!(event, Event::Paused);
+                if let Some(counters) = self.counters.get() {
+                    counters.paused.store(paused, Ordering::Relaxed);
+                }
+                self.paused.store(paused, Ordering::Release);
+                self.news.notify_one();
+            }
             Event::Faulted(fault) => {
                 if let Some(sender) = fault_sender.take() {
                     // The session may be gone.
@@ -352,6 +381,7 @@ struct Receiving {
 /// The pass that is being received.
 struct Pass {
     id: PassId,
+    kind: PassKind,
     /// Until its commit.
     open: bool,
     /// The next frame's sequence number.
@@ -394,6 +424,10 @@ impl Coverage {
             _ => Err(protocol(format!("the pass jumps about: over {MOST_RUNS} separate ranges"))),
         }
     }
+}
+
+fn after_the_commit(header: Header) -> Error {
+    protocol(format!("a {:?} frame came after the commit: a connection carries one pass", header.kind))
 }
 
 fn protocol(text: impl Into<String>) -> Error {
@@ -472,8 +506,18 @@ impl Receiving {
                 Kind::Commit => {
                     let commit =
                         within(self.patience.handshake, wire::read_message_body(reader, &header)).await?;
-                    let committed = self.commit(commit).await?;
+                    // Nothing may follow a commit. That the client goes away is noticed while its point waits for
+                    // other disks.
+                    let mut next = pin!(wire::read_header(reader));
+                    let committed = tokio::select! {
+                        committed = self.commit(commit) => committed?,
+                        early = &mut next => return Err(early.map_or_else(Error::from, after_the_commit)),
+                    };
                     wire::write_message(&mut *writer.lock().await, header.sequence, &committed).await?;
+                    return match within(self.patience.idle, next).await {
+                        Err(Error::Wire(wire::Error::Closed)) => Ok(()),
+                        other => Err(after_the_commit(other?)),
+                    };
                 }
                 Kind::Error => {
                     // Always Err: the peer's last word.
@@ -489,11 +533,14 @@ impl Receiving {
         if self.pass.is_some() {
             return Err(protocol("a connection carries one pass"));
         }
-        let id = begin.pass;
-        self.record(move |passes| passes.begin(&begin)).await?;
+        let (id, kind) = (begin.pass, begin.kind);
+        if let Some(writer) = self.record(move |passes| passes.begin(&begin)).await? {
+            self.volume.save(writer);
+        }
         self.counters.begin(id.to_string());
         self.pass = Some(Pass {
             id,
+            kind,
             open: true,
             sequence: 0,
             cost: 0,
@@ -586,7 +633,7 @@ impl Receiving {
             return Err(protocol(text));
         }
         // An initial pass leaves nothing out: what it does not send it makes zero.
-        if commit.bytes != self.source_size {
+        if pass.kind == PassKind::Initial && commit.bytes != self.source_size {
             let text = format!("the pass covers {} of the source's {} bytes", commit.bytes, self.source_size);
             return Err(protocol(text));
         }
@@ -596,7 +643,11 @@ impl Receiving {
         self.volume.flush();
         // A fault ends the session from outside of this future.
         self.report.flushed.notified().await;
-        let time = self.record(move |passes| passes.commit(&commit)).await?;
+        let saved = self.report.saved.load(Ordering::Relaxed);
+        let (prepared, recorded) = (commit.clone(), commit);
+        let decision = self.record(move |passes| passes.prepare(&prepared, saved)).await?;
+        let time = decision.await.map_err(|_| lost())??;
+        self.record(move |passes| passes.committed(&recorded)).await?;
         self.counters.enter(Phase::Synchronized);
         Ok(Committed { pass: id, written, zeroed, time })
     }
@@ -621,10 +672,13 @@ impl Receiving {
 struct Gone;
 
 impl Passes for Gone {
-    fn begin(&mut self, _: &Begin) -> Result<(), message::Error> {
+    fn begin(&mut self, _: &Begin) -> Result<Option<Writer>, message::Error> {
         Err(lost())
     }
-    fn commit(&mut self, _: &Commit) -> Result<OffsetDateTime, message::Error> {
+    fn prepare(&mut self, _: &Commit, _: u64) -> Result<Decision, message::Error> {
+        Err(lost())
+    }
+    fn committed(&mut self, _: &Commit) -> Result<(), message::Error> {
         Err(lost())
     }
     fn fault(&mut self, _: &Fault) -> Result<(), message::Error> {
@@ -645,11 +699,23 @@ async fn report_progress<S: AsyncRead + AsyncWrite>(
     report: &Report,
     writer: &Mutex<WriteHalf<S>>,
 ) -> Result<(), wire::Error> {
-    let mut reported = 0;
+    let (mut reported, mut was_paused) = (0, false);
     loop {
         report.news.notified().await;
         if report.closing.load(Ordering::Acquire) {
             return Ok(());
+        }
+        let paused = report.paused.load(Ordering::Acquire);
+        if paused != was_paused {
+            was_paused = paused;
+            let text = match paused {
+                true => {
+                    "the retention file system of the master target is full: the pass waits until there is room"
+                }
+                false => "there is room on the retention file system again: the pass goes on",
+            };
+            let notice = Notice { message: text.to_owned() };
+            wire::write_message(&mut *writer.lock().await, 0, &notice).await?;
         }
         let cost = report.cost.load(Ordering::Acquire);
         if cost != reported {

@@ -13,11 +13,11 @@ use tokio::time::{sleep, timeout};
 use super::encode::Piece;
 use super::limit::Limiter;
 use super::source::{self, Output, Source};
-use super::{Compression, Error, PATIENCE, Progress};
+use super::{Compression, Error, PATIENCE, Point, Progress};
 use crate::name::Name;
 use crate::net::frame::Kind;
 use crate::net::message::{
-    Begin, BeginReply, Commit, Committed, Hello, HelloReply, Open, OpenReply, PassKind,
+    Begin, BeginReply, Commit, Committed, Hello, HelloReply, Notice, Open, OpenReply, PassKind,
 };
 use crate::net::wire;
 use crate::pass::PassId;
@@ -27,6 +27,7 @@ use crate::units::Extent;
 /// One disk to send.
 pub(super) struct Job {
     pub(super) disk: Name,
+    pub(super) point: Point,
     pub(super) source: Arc<Source>,
     pub(super) progress: Arc<Progress>,
     pub(super) compression: Compression,
@@ -121,7 +122,10 @@ async fn begin<S: AsyncRead + AsyncWrite + Unpin>(
     getrandom::fill(&mut id)
         .map_err(|error| wire::Error::Io { op: "draw random bits", source: error.into() })?;
     let pass = PassId(u128::from_le_bytes(id));
-    wire::write_message(stream, 0, &Begin { pass, kind: PassKind::Initial }).await?;
+    // A volume that stands at a point goes on from it.
+    let kind = if reply.baseline.is_some() { PassKind::Delta } else { PassKind::Initial };
+    let (point, disks) = (job.point.id, job.point.disks.clone());
+    wire::write_message(stream, 0, &Begin { pass, kind, point, disks }).await?;
     let BeginReply {} = wire::read_message(stream).await.map_err(refused)?;
     Ok((pass, reply))
 }
@@ -169,6 +173,10 @@ impl Shared {
                     self.carried_out.fetch_max(header.sequence, Ordering::Relaxed);
                     self.returned.fetch_max(header.length, Ordering::Release);
                     self.news.notify_one();
+                }
+                Kind::Notice => {
+                    let notice: Notice = wire::read_message_body(reader, &header).await?;
+                    tracing::warn!("{}", notice.message);
                 }
                 _ => {
                     let committed: Committed = wire::read_message_body(reader, &header).await?;
@@ -255,7 +263,8 @@ impl Shared {
             }
         }
         let bytes = bytes - self.refused_bytes.load(Ordering::Relaxed);
-        let commit = Commit { pass: self.pass, frames: sequence, bytes, point_in_time: false };
+        let Point { time, kind, name, point_in_time, .. } = job.point.clone();
+        let commit = Commit { pass: self.pass, frames: sequence, bytes, point_in_time, time, kind, name };
         wire::write_message(writer, sequence, &commit).await?;
         Ok(())
     }

@@ -8,13 +8,14 @@ use std::time::Instant;
 
 use time::OffsetDateTime;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
 use super::session::{Job, run};
 use super::*;
+use crate::journal::Writer;
 use crate::net::frame::{HEADER_LEN, Header, Kind};
 use crate::net::message::{Begin, Code, Commit, Enroll, EnrollReply, Open};
-use crate::net::session::{self as server, Host, Opened, Passes, Patience};
+use crate::net::session::{self as server, Decision, Host, Opened, Passes, Patience};
 use crate::storage::Storage;
 use crate::storage::device::Engine;
 use crate::storage::fault::FaultDisk;
@@ -65,6 +66,7 @@ impl Host for Bench {
             volume,
             device_size,
             block,
+            baseline: None,
             window: WINDOW,
             counters: self.counters.clone(),
             passes,
@@ -76,15 +78,20 @@ impl Host for Bench {
 struct Story(Arc<Mutex<Vec<String>>>, FaultDisk);
 
 impl Passes for Story {
-    fn begin(&mut self, _: &Begin) -> Result<(), message::Error> {
+    fn begin(&mut self, _: &Begin) -> Result<Option<Writer>, message::Error> {
         self.0.lock().unwrap().push(format!("begin after {} events", self.1.log().len()));
-        Ok(())
+        Ok(None)
     }
-    fn commit(&mut self, commit: &Commit) -> Result<OffsetDateTime, message::Error> {
+    fn prepare(&mut self, commit: &Commit, _: u64) -> Result<Decision, message::Error> {
         let log = self.1.log();
         assert_eq!(log.last(), Some(&crate::storage::fault::Event::Flush), "recorded before the flush");
         self.0.lock().unwrap().push(format!("commit of {} bytes", commit.bytes));
-        Ok(OffsetDateTime::now_utc())
+        let (sender, decision) = oneshot::channel();
+        sender.send(Ok(OffsetDateTime::now_utc())).unwrap();
+        Ok(decision)
+    }
+    fn committed(&mut self, _: &Commit) -> Result<(), message::Error> {
+        Ok(())
     }
     fn fault(&mut self, fault: &Fault) -> Result<(), message::Error> {
         self.0.lock().unwrap().push(format!("fault: {}", fault.0));
@@ -126,6 +133,14 @@ async fn transfer(bench: &Arc<Bench>, content: &[u8], compression: Compression, 
     let progress = Arc::new(Progress::default());
     let job = Job {
         disk: "root".parse().unwrap(),
+        point: Point {
+            id: PointId(1),
+            disks: vec!["root".parse().unwrap()],
+            time: OffsetDateTime::now_utc(),
+            kind: crate::points::Kind::Crash,
+            point_in_time: true,
+            name: None,
+        },
         source: Arc::new(Source::open(file.path()).unwrap()),
         progress: progress.clone(),
         compression,

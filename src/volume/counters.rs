@@ -1,6 +1,6 @@
 //! What a volume tells of itself while it works: written by its thread and its session, read by anyone.
 
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -22,6 +22,8 @@ pub struct Counters {
     pub frames: AtomicU64,
     /// Frames of data that were refused, since their checksum did not hold.
     pub refused_frames: AtomicU64,
+    /// Whether the journal waits for room on the retention file system.
+    pub paused: AtomicBool,
     total: u64,
     engine: Engine,
     started: Instant,
@@ -70,6 +72,7 @@ impl Counters {
             zeroed_bytes: AtomicU64::new(0),
             frames: AtomicU64::new(0),
             refused_frames: AtomicU64::new(0),
+            paused: AtomicBool::new(false),
             total,
             engine,
             started: Instant::now(),

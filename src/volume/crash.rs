@@ -45,7 +45,7 @@ impl Session {
         self.volume.flush();
         loop {
             match self.events.recv().unwrap() {
-                Event::Flushed => return Ok(()),
+                Event::Flushed { .. } => return Ok(()),
                 Event::Faulted(fault) => return Err(fault),
                 Event::Written { .. } | Event::Paused | Event::Resumed => {}
             }
@@ -109,7 +109,9 @@ impl Run {
                 if interruption == 0 {
                     let mut replay = disk.replay();
                     let events = rng.random_range(0..=disk.log().len());
-                    (0..events).for_each(|_| drop(replay.step()));
+                    for _ in 0..events {
+                        replay.step();
+                    }
                     let marks =
                         disk.log()[..events].iter().filter(|event| matches!(event, Logged::Mark(_))).count();
                     // The pass itself is interrupted, and none before it.

@@ -173,7 +173,8 @@ impl Worker {
                 self.perform(Place::Segment, Action::Write { offset, buffer })?;
                 self.perform(Place::Segment, Action::Flush)?;
                 delta.ended = true;
-                (self.events)(Event::Flushed);
+                delta.writer.appended(BLOCK, &[]);
+                (self.events)(Event::Flushed { saved: delta.writer.bytes() });
                 Ok(())
             }
             Command::Save(_) => unreachable!("a session carries one pass"),

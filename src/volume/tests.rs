@@ -30,7 +30,7 @@ fn until_flushed(events: &Receiver<Event>) -> Result<u64, Fault> {
         match events.recv().expect("the volume answers every flush") {
             Event::Written { cost, .. } => written += cost,
             Event::Paused | Event::Resumed => {}
-            Event::Flushed => return Ok(written),
+            Event::Flushed { .. } => return Ok(written),
             Event::Faulted(fault) => return Err(fault),
         }
     }

@@ -190,7 +190,7 @@ impl Worker {
             }
             Command::Flush => {
                 self.flush_disk()?;
-                (self.events)(Event::Flushed);
+                (self.events)(Event::Flushed { saved: 0 });
                 Ok(())
             }
             Command::Save(writer) => {

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use mt_agent::name::Name;
 use mt_agent::net::frame::{Encoding, HEADER_LEN, Header, Kind};
 use mt_agent::net::message::{
     self, Begin, BeginReply, Code, Commit, Committed, Hello, HelloReply, Message, Open, OpenReply, PassKind,
@@ -9,8 +10,10 @@ use mt_agent::net::message::{
 use mt_agent::net::tls::client::Identity;
 use mt_agent::net::{tls, wire};
 use mt_agent::pass::PassId;
+use mt_agent::points::{self, PointId};
 use rustls::ClientConfig;
 use std::sync::Arc;
+use time::OffsetDateTime;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
@@ -23,6 +26,9 @@ use super::{MACHINE, Rig};
 pub struct Client {
     pub stream: TlsStream<TcpStream>,
     pub pass: PassId,
+    /// What its pass will be, as the service's answer to the opening asks for.
+    pub kind: PassKind,
+    pub disk: Option<Name>,
 }
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -53,7 +59,7 @@ impl Client {
         let stream = TlsConnector::from(config).connect(tls::server_name(), tcp).await.unwrap();
         let mut id = [0; 16];
         getrandom::fill(&mut id).unwrap();
-        Client { stream, pass: PassId(u128::from_le_bytes(id)) }
+        Client { stream, pass: PassId(u128::from_le_bytes(id)), kind: PassKind::Initial, disk: None }
     }
 
     /// With the disk `disk` open for a source of `size` bytes, and the pass begun.
@@ -66,11 +72,24 @@ impl Client {
 
     pub async fn open(&mut self, disk: &str, size: u64) -> Result<OpenReply, message::Error> {
         let compression = vec![Encoding::Lz4, Encoding::Zstd];
-        self.ask(&Open { disk: disk.parse().unwrap(), size, sector: 512, compression }).await
+        self.disk = Some(disk.parse().unwrap());
+        let reply: Result<OpenReply, message::Error> =
+            self.ask(&Open { disk: disk.parse().unwrap(), size, sector: 512, compression }).await;
+        if reply.as_ref().is_ok_and(|reply| reply.baseline.is_some()) {
+            self.kind = PassKind::Delta;
+        }
+        reply
     }
 
     pub async fn begin(&mut self) -> Result<BeginReply, message::Error> {
-        self.ask(&Begin { pass: self.pass, kind: PassKind::Initial }).await
+        let (pass, kind) = (self.pass, self.kind);
+        self.ask(&Begin {
+            pass,
+            kind,
+            point: PointId(self.pass.0),
+            disks: self.disk.iter().cloned().collect(),
+        })
+        .await
     }
 
     pub async fn commit(&mut self, frames: u64, bytes: u64) -> Result<Committed, message::Error> {
@@ -79,7 +98,8 @@ impl Client {
     }
 
     pub fn commit_message(&self, frames: u64, bytes: u64) -> Commit {
-        Commit { pass: self.pass, frames, bytes, point_in_time: false }
+        let (time, kind) = (OffsetDateTime::now_utc(), points::Kind::Crash);
+        Commit { pass: self.pass, frames, bytes, point_in_time: false, time, kind, name: None }
     }
 
     /// Sends a message.

@@ -28,7 +28,7 @@ fn arrives_with(engine: &str) {
     let volume = &status["machines"][0]["volumes"][0];
     assert_eq!(volume["phase"], "synchronized");
     assert_eq!(volume["last_commit"]["bytes"], 24 * MIB);
-    assert_eq!(volume["last_commit"]["point_in_time"], false);
+    assert_eq!(volume["last_commit"]["point_in_time"], true);
     assert!(rig.service.log().contains(&format!("engine={engine}")));
 }
 
@@ -174,7 +174,8 @@ fn zeros_replace_what_the_target_held() {
         let sent = rig.send(&[("d0", &nothing)], &["--json"]).ok().json();
         assert_eq!(sent["disks"][0]["sent_bytes"], 0);
         assert_equal(&nothing, &backing);
-        assert!(allocated(&backing) <= 4 * MIB + 64 * KIB, "{} bytes are allocated", allocated(&backing));
+        // Zeros that were there already are left as they are, allocated or not.
+        assert!(allocated(&backing) <= 5 * MIB, "{} bytes are allocated", allocated(&backing));
     }
 }
 

@@ -227,7 +227,8 @@ fn report(
             }
         }
     }
-    let refused = |error: &Error| matches!(error, Error::Refused(_));
+    // What failed with another disk says nothing of its own.
+    let refused = |error: &Error| matches!(error, Error::Refused(_) | Error::Together(_));
     match failures.len() {
         0 => Ok(()),
         failed => {

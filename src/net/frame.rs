@@ -529,7 +529,7 @@ mod tests {
             assert_eq!(Kind::from_number(kind.number()), Some(*kind));
         }
         assert_eq!(Kind::from_number(0), None);
-        assert_eq!(Kind::from_number(16), None);
+        assert_eq!(Kind::from_number(17), None);
     }
 
     #[test]
@@ -547,7 +547,7 @@ mod tests {
 
     #[test]
     fn kind_flags_and_reserved() {
-        for number in [0, 16, 255] {
+        for number in [0, 17, 255] {
             assert_eq!(patched(data(), 5, &[number]), Err(Error::UnknownKind { number }));
         }
         for flags in [3u16, 4, 0x8000, 0xffff] {

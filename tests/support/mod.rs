@@ -628,7 +628,7 @@ impl Rig {
                 panic!("the pass ended too soon ({status}): {}{}", send.stdout(), send.stderr());
             }
             let volume = self.service.volume(MACHINE, disks[0].0);
-            (volume.phase == "receiving" && volume.written_bytes > Some(0)).then_some(())
+            (volume.phase == "receiving" && volume.received_bytes > Some(0)).then_some(())
         });
         send
     }

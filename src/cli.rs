@@ -3,6 +3,7 @@
 mod discover_disks;
 mod enroll;
 mod places;
+mod points;
 mod protect;
 mod send;
 mod serve;
@@ -57,6 +58,7 @@ enum Command {
     Protect(protect::Command),
     Token(token::Args),
     Enroll(enroll::Args),
+    Points(points::Args),
     Serve(serve::Args),
     Send(send::Args),
     Status(status::Args),
@@ -70,6 +72,7 @@ pub fn run() -> ExitCode {
         Command::Protect(command) => protect::run(command),
         Command::Token(args) => token::run(args),
         Command::Enroll(args) => enroll::run(args),
+        Command::Points(args) => points::run(&args),
         Command::Serve(args) => serve::run(args),
         Command::Send(args) => send::run(args),
         Command::Status(args) => status::run(args),

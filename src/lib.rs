@@ -9,7 +9,7 @@
 //! - [`journal`]: what a disk held before a pass overwrote it.
 //! - [`disk`]: identity and discovery of SCSI disks; it never writes.
 //! - [`protection`]: which target disk belongs to which disk of which machine.
-//! - [`points`]: the recovery points, and the log that holds them.
+//! - [`points`]: the recovery points: their log, and which of them are let go.
 //! - [`volume`]: one target disk and the thread that owns the order of its writes and flushes.
 //! - [`net`]: frames, messages, TLS, and the session that answers only after durability.
 //! - [`send`]: the source side.

@@ -1,7 +1,7 @@
 //! Recovery points: the moments to which the disks of a machine, or of a group of machines, can be brought.
 //!
 //! They lie in the *points log*, `<retention>/points.log`: one record a line, appended, checksummed, readable.
-//! The bytes are in [`line`](mod@line), the file in [`Log`].
+//! The bytes are in [`line`](mod@line), the file in [`Log`], and which points are let go in [`retention`].
 //!
 //! ```text
 //! 7bd4ec45 {"record":"log","schema_version":1}
@@ -20,6 +20,7 @@
 
 pub mod line;
 mod log;
+pub mod retention;
 
 use std::fmt;
 use std::path::PathBuf;

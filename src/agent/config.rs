@@ -12,6 +12,11 @@
 //! | `max_sessions` | how many disks may be received at once, 1 to 4096 | `64` |
 //! | `allow_loop` | whether loop devices may be targets | `false` |
 //! | `idle_timeout` | how long a connection may be silent, `"1s"` to `"24h"` | `"60s"` |
+//! | `retention_age` | how old a recovery point may become, `"1m"` to `"87600h"` | `"24h"` |
+//! | `retention_size` | the most bytes of before-images, from `"1M"` on | no bound |
+//! | `retention_free` | the bytes that the retention file system keeps free | `"1G"` |
+//! | `retention_thinning` | whether points are thinned as they age | `false` |
+//! | `allow_root_retention` | whether the retention directory may be on the root file system | `false` |
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -24,6 +29,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use crate::error::IoError;
+use crate::points::retention::Policy;
 use crate::storage::device::EngineChoice;
 use crate::units::ByteLen;
 
@@ -37,8 +43,12 @@ pub const DEFAULT_CONTROL_SOCKET: &str = "/run/mt-agent/control.sock";
 const MAX_LEN: u64 = 1 << 20;
 pub(super) const WINDOW: Range<u64> = 2 * ByteLen::MIB..256 * ByteLen::MIB + 1;
 const MAX_SESSIONS: Range<i64> = 1..4097;
-const IDLE: Range<Duration> = Duration::from_secs(1)..Duration::from_secs(24 * 60 * 60 + 1);
-const KEYS: [&str; 9] = [
+const IDLE: Bounds = Bounds { least: 1, most: 24 * 60 * 60, shown: "1s to 24h" };
+/// Ten years: what is longer is rather a slip, and `retention_size` and `retention_free` bound the room anyway.
+const AGE: Bounds = Bounds { least: 60, most: 10 * 365 * 24 * 60 * 60, shown: "1m to 87600h" };
+const SIZE: Range<u64> = ByteLen::MIB..u64::MAX;
+const FREE: Range<u64> = 0..u64::MAX;
+const KEYS: [&str; 14] = [
     "listen",
     "state_dir",
     "retention_dir",
@@ -48,6 +58,11 @@ const KEYS: [&str; 9] = [
     "max_sessions",
     "allow_loop",
     "idle_timeout",
+    "retention_age",
+    "retention_size",
+    "retention_free",
+    "retention_thinning",
+    "allow_root_retention",
 ];
 
 /// The configuration in effect: what the files say, and the defaults for the rest.
@@ -71,6 +86,10 @@ pub struct Config {
     pub allow_loop: bool,
     /// How long a connection may be silent before it is closed.
     pub idle_timeout: Duration,
+    /// Which recovery points are kept.
+    pub retention: Policy,
+    /// Whether the retention directory may be on the root file system.
+    pub allow_root_retention: bool,
 }
 
 impl Default for Config {
@@ -176,6 +195,11 @@ struct Given {
     max_sessions: Option<u32>,
     allow_loop: Option<bool>,
     idle_timeout: Option<Duration>,
+    retention_age: Option<Duration>,
+    retention_size: Option<ByteLen>,
+    retention_free: Option<ByteLen>,
+    retention_thinning: Option<bool>,
+    allow_root_retention: Option<bool>,
 }
 
 impl Given {
@@ -191,6 +215,13 @@ impl Given {
             max_sessions: self.max_sessions.unwrap_or(64),
             allow_loop: self.allow_loop.unwrap_or(false),
             idle_timeout: self.idle_timeout.unwrap_or(Duration::from_secs(60)),
+            retention: Policy {
+                max_age: self.retention_age.unwrap_or(Duration::from_secs(24 * 60 * 60)),
+                max_bytes: self.retention_size.map(|size| size.0),
+                min_free: self.retention_free.unwrap_or(ByteLen(ByteLen::GIB)).0,
+                thinning: self.retention_thinning.unwrap_or(false),
+            },
+            allow_root_retention: self.allow_root_retention.unwrap_or(false),
         }
     }
 
@@ -242,13 +273,15 @@ impl Given {
                         .map_err(|error: crate::storage::device::ParseEngineError| error.to_string())?,
                 );
             }
-            "window" => self.window = Some(window(value)?),
+            "window" => self.window = Some(size(value, WINDOW)?),
             "max_sessions" => self.max_sessions = Some(max_sessions(value)?),
-            "allow_loop" => {
-                let allow = value.as_bool().ok_or_else(|| expected("true or false", value))?;
-                self.allow_loop = Some(allow);
-            }
-            "idle_timeout" => self.idle_timeout = Some(idle_timeout(value)?),
+            "allow_loop" => self.allow_loop = Some(boolean(value)?),
+            "idle_timeout" => self.idle_timeout = Some(duration(value, IDLE)?),
+            "retention_age" => self.retention_age = Some(duration(value, AGE)?),
+            "retention_size" => self.retention_size = Some(size(value, SIZE)?),
+            "retention_free" => self.retention_free = Some(size(value, FREE)?),
+            "retention_thinning" => self.retention_thinning = Some(boolean(value)?),
+            "allow_root_retention" => self.allow_root_retention = Some(boolean(value)?),
             _ => return Err(Wrong::Key(unknown(key))),
         }
         Ok(())
@@ -295,7 +328,11 @@ fn integer(value: &DeValue<'_>) -> Option<i64> {
     i64::from_str_radix(integer.as_str(), integer.radix()).ok()
 }
 
-fn window(value: &DeValue<'_>) -> Result<ByteLen, String> {
+fn boolean(value: &DeValue<'_>) -> Result<bool, String> {
+    value.as_bool().ok_or_else(|| expected("true or false", value))
+}
+
+fn size(value: &DeValue<'_>, bounds: Range<u64>) -> Result<ByteLen, String> {
     let given = match (value.as_str(), integer(value)) {
         (Some(text), _) => text.parse::<ByteLen>().map_err(|error| error.to_string())?,
         (None, Some(bytes)) => {
@@ -303,15 +340,15 @@ fn window(value: &DeValue<'_>) -> Result<ByteLen, String> {
         }
         (None, None) => return Err(expected("a size, as in \"8M\"", value)),
     };
-    if WINDOW.contains(&given.0) {
+    if bounds.contains(&given.0) {
         Ok(given)
     } else {
         // Whoever writes 8 means 8M: the unit is the mistake more often than the number.
         let hint = if given.0 < 1024 { ", and a plain number counts bytes" } else { "" };
         Err(format!(
             "{given} is out of bounds: {} to {}{hint}",
-            ByteLen(WINDOW.start),
-            ByteLen(WINDOW.end - 1)
+            ByteLen(bounds.start),
+            ByteLen(bounds.end - 1)
         ))
     }
 }
@@ -323,7 +360,14 @@ fn max_sessions(value: &DeValue<'_>) -> Result<u32, String> {
     })
 }
 
-fn idle_timeout(value: &DeValue<'_>) -> Result<Duration, String> {
+/// What a time may be, in seconds, and how that is said.
+struct Bounds {
+    least: u64,
+    most: u64,
+    shown: &'static str,
+}
+
+fn duration(value: &DeValue<'_>, bounds: Bounds) -> Result<Duration, String> {
     let text = value.as_str().ok_or_else(|| expected("a time with its unit, as in \"60s\"", value))?;
     let bad = || format!("`{}` is no time: a whole number and s, m or h, as in \"60s\"", text.escape_debug());
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
@@ -335,8 +379,12 @@ fn idle_timeout(value: &DeValue<'_>) -> Result<Duration, String> {
         _ => return Err(bad()),
     };
     let number: u64 = number.parse().map_err(|_| bad())?;
-    let given = Duration::from_secs(number.checked_mul(seconds).ok_or_else(bad)?);
-    if IDLE.contains(&given) { Ok(given) } else { Err(format!("{text} is out of bounds: 1s to 24h")) }
+    let given = number.checked_mul(seconds).ok_or_else(bad)?;
+    if (bounds.least..=bounds.most).contains(&given) {
+        Ok(Duration::from_secs(given))
+    } else {
+        Err(format!("{text} is out of bounds: {}", bounds.shown))
+    }
 }
 
 /// What is said of a key that there is not: the nearest one, or all of them where none is near.

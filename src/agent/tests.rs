@@ -16,6 +16,7 @@ use super::control::{Control, Error as ControlError};
 use super::status::{Board, Live, Report, SCHEMA_VERSION, Service};
 use crate::name::Name;
 use crate::pass::PassId;
+use crate::points::retention::Policy;
 use crate::protection::{Assignment, State, Store};
 use crate::storage::device::{Engine, EngineChoice};
 use crate::units::ByteLen;
@@ -100,6 +101,21 @@ fn later_files_win_key_by_key() {
 }
 
 #[test]
+fn what_is_kept_is_configured() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("mt-agent.toml");
+    let hours = |hours: u64| Duration::from_secs(hours * 60 * 60);
+    let default = Policy { max_age: hours(24), max_bytes: None, min_free: 1 << 30, thinning: false };
+    assert_eq!((Config::default().retention, Config::default().allow_root_retention), (default, false));
+    let text = "retention_age = \"168h\"\nretention_size = \"2G\"\nretention_free = 0\n\
+        retention_thinning = true\nallow_root_retention = true\n";
+    fs::write(&file, text).unwrap();
+    let config = Config::load(Some(&file)).unwrap();
+    let given = Policy { max_age: hours(168), max_bytes: Some(2 << 30), min_free: 0, thinning: true };
+    assert_eq!((config.retention, config.allow_root_retention), (given, true));
+}
+
+#[test]
 fn an_unknown_key_is_named_with_the_nearest_right_one() {
     for (key, right) in [
         ("windw", "window"),
@@ -108,6 +124,8 @@ fn an_unknown_key_is_named_with_the_nearest_right_one() {
         ("allow_loops", "allow_loop"),
         ("max_session", "max_sessions"),
         ("timeout", "idle_timeout"),
+        ("retention_ages", "retention_age"),
+        ("thinning", "retention_thinning"),
         ("socket", "control_socket"),
         ("port", ""),
         ("completely_else", ""),
@@ -127,6 +145,13 @@ fn an_unknown_key_is_named_with_the_nearest_right_one() {
 fn a_wrong_value_is_named_with_its_line_and_what_would_be_right() {
     for (text, what) in [
         ("window = 8", "window: 8 B is out of bounds: 2.0 MiB to 256.0 MiB, and a plain number counts bytes"),
+        ("retention_age = \"59s\"", "retention_age: 59s is out of bounds: 1m to 87600h"),
+        (
+            "retention_size = 8",
+            "retention_size: 8 B is out of bounds: 1.0 MiB to 16.0 EiB, and a plain number counts bytes",
+        ),
+        ("retention_free = -1", "retention_free: a size is not negative"),
+        ("retention_thinning = 1", "retention_thinning: this is true or false, not a value of type integer"),
         ("window = \"8MB\"", "no size: give a whole number with an optional K, M, G or T"),
         ("window = \"1G\"", "window: 1.0 GiB is out of bounds"),
         ("window = \"8s\"", "no size"),

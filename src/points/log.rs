@@ -170,13 +170,14 @@ impl Log {
     }
 
     /// Waits for the right to append. It is held for one record.
-    fn exclusive(&self) -> Result<Flock<File>, Error> {
+    fn exclusive(&mut self) -> Result<Flock<File>, Error> {
         if self.latched {
             return Err(Error::Latched { file: self.path.clone() });
         }
-        let dir = self.dir();
-        durable::private_dir(dir)?;
-        Ok(durable::lock(&dir.join(".points.lock"))?)
+        if self.tail.is_none() {
+            durable::private_dir(self.dir()).inspect_err(|_| self.latched = true)?;
+        }
+        Ok(durable::lock(&self.dir().join(".points.lock"))?)
     }
 
     fn dir(&self) -> &Path {

@@ -1,7 +1,9 @@
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
+use std::thread;
 
+use proptest::prelude::*;
 use time::macros::datetime;
 use time::{Duration, OffsetDateTime};
 
@@ -145,13 +147,13 @@ fn any_flipped_bit_is_found_or_concerns_only_the_last_line() {
     let path = dir.path().join(FILE_NAME);
     let whole = fs::read(&path).unwrap();
     let last = whole[..whole.len() - 1].iter().rposition(|&byte| byte == b'\n').unwrap() + 1;
+    // Not written anew each time: ext4 flushes a file that was emptied and written.
+    let file = OpenOptions::new().write(true).open(&path).unwrap();
     for at in 0..whole.len() {
         // All of them where lines meet; elsewhere one of each byte will do.
         let bits = if whole[at] == b'\n' || at.saturating_sub(last) < 10 { 0..8 } else { at % 8..at % 8 + 1 };
         for bit in bits {
-            let mut bytes = whole.clone();
-            bytes[at] ^= 1 << bit;
-            fs::write(&path, &bytes).unwrap();
+            file.write_all_at(&[whole[at] ^ 1 << bit], at as u64).unwrap();
             match Log::open(dir.path()) {
                 Err(Error::Corrupt { file, line, .. }) => {
                     let expected = 1 + whole[..at].iter().filter(|&&byte| byte == b'\n').count();
@@ -165,8 +167,8 @@ fn any_flipped_bit_is_found_or_concerns_only_the_last_line() {
                 other => panic!("bit {bit} of byte {at}: {other:?}"),
             }
         }
+        file.write_all_at(&whole[at..=at], at as u64).unwrap();
     }
-    fs::write(&path, &whole).unwrap();
     assert_eq!(Log::open(dir.path()).unwrap().history(), log.history());
 }
 
@@ -185,4 +187,319 @@ fn nothing_is_appended_to_a_damaged_log() {
     // What was read before stays.
     assert!(log.refresh().is_err());
     assert_eq!(ids(&log, "web01"), [2]);
+}
+
+#[test]
+fn a_bad_line_before_the_last_is_damage_however_it_came_to_be() {
+    let dir = tempfile::tempdir().unwrap();
+    sample(dir.path());
+    let path = dir.path().join(FILE_NAME);
+    let whole = fs::read(&path).unwrap();
+    let lines: Vec<&[u8]> = whole.split_inclusive(|&byte| byte == b'\n').collect();
+    let check = |lines: &[&[u8]], number: usize, text: &str| {
+        fs::write(&path, lines.concat()).unwrap();
+        match Log::open(dir.path()) {
+            Err(Error::Corrupt { line, what, .. }) => {
+                assert_eq!(line, number, "{what}");
+                assert!(what.contains(text), "{what}");
+            }
+            other => panic!("{text}: {other:?}"),
+        }
+    };
+    check(&[&lines[..2], &[b"\n"], &lines[2..]].concat(), 3, "no line of a checksum");
+    // Two bad lines at the end: a crash leaves one.
+    check(&[&lines[..], &[b"00000000 {}\n", b"00000000"]].concat(), 7, "the checksum is 00000000");
+    let long = vec![b'x'; line::MAX_LINE];
+    check(&[&lines[..], &[&long]].concat(), 7, "at most");
+    // Lines that are sound, and cannot follow.
+    check(&[&lines[..], &lines[1..2]].concat(), 7, "was recorded before");
+    check(&[&lines[..], &lines[5..6]].concat(), 7, "there is no point 00000000000000000000000000000001");
+    check(&lines[1..], 1, "none of the records that are known");
+    check(&[&lines[..2], &lines[..1]].concat(), 3, "none of the records that are known");
+}
+
+#[test]
+fn a_log_of_a_later_version_is_not_touched() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join(FILE_NAME);
+    let json = r#"{"record":"log","schema_version":2,"and":"more"}"#;
+    fs::write(&path, format!("{:08x} {json}\n", crate::checksum::crc32c(json.as_bytes()))).unwrap();
+    let error = Log::open(dir.path()).unwrap_err();
+    assert!(matches!(error, Error::Unsupported { version: 2, .. }), "{error}");
+    assert!(error.to_string().ends_with("knows only 1; update mt-agent"), "{error}");
+}
+
+#[test]
+fn records_that_contradict_the_log_are_refused_and_change_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut log = sample(dir.path());
+    let before = fs::read(log.path()).unwrap();
+    let of_web = |id, pass| Record::Point(point(id, "web01", 30, pass));
+    let of_db = |id, pass| Record::Point(point(id, "db01", 30, pass));
+    let web = || name("web01");
+    let follows = Refused::Pass { machine: name("db01"), disk: name("root"), pass: 1, last: 1 };
+    let foreign = Refused::NotOf { point: PointId(2), machine: name("db01") };
+    let gone = Refused::Released { machine: web(), point: PointId(2) };
+    let none = Record::Point(Point { volumes: vec![], ..point(9, "db01", 0, 9) });
+    let twice = vec![volume("db01", "root", 9), volume("db01", "root", 10)];
+    let twice = Record::Point(Point { volumes: twice, ..point(9, "db01", 0, 9) });
+    let mut same = point(9, "db01", 0, 9);
+    same.volumes[1].id = same.volumes[0].id.clone();
+    let many = (0..=line::MAX_VOLUMES).map(|disk| volume("db01", &disk.to_string(), 1)).collect();
+    let many = Record::Point(Point { volumes: many, ..point(9, "db01", 0, 9) });
+    let year = Record::TakenBack(TakenBack { machine: web(), time: datetime!(-1-01-01 0:00 UTC) });
+    for (record, expected) in [
+        (of_db(3, 2), Refused::Known(PointId(3))),
+        // Dropped, but the log has it still.
+        (of_db(1, 2), Refused::Known(PointId(1))),
+        (of_db(9, 1), follows),
+        (of_web(9, 9), gone.clone()),
+        (dropped(&[1], Reason::Asked), Refused::NoPoint(PointId(1))),
+        (dropped(&[3, 8], Reason::Asked), Refused::NoPoint(PointId(8))),
+        (dropped(&[2], Reason::Initial), gone),
+        (released("db01", 1), Refused::NoPoint(PointId(1))),
+        (released("db01", 2), foreign),
+        (taken_back("db01"), Refused::NotReleased(name("db01"))),
+        (none, line::Error::None("disks").into()),
+        (dropped(&[], Reason::Asked), line::Error::None("points").into()),
+        (dropped(&[3, 3], Reason::Asked), line::Error::Twice("points").into()),
+        (twice, line::Error::Twice("disks").into()),
+        (Record::Point(same), line::Error::Twice("target disks").into()),
+        (many, line::Error::TooMany { what: "disks", most: line::MAX_VOLUMES }.into()),
+    ] {
+        match log.append(record) {
+            Err(Error::Refused(refused)) => assert_eq!(refused, expected),
+            other => panic!("{expected}: {other:?}"),
+        }
+    }
+    assert!(matches!(log.append(year), Err(Error::Refused(Refused::Line(line::Error::Json(_))))));
+    assert_eq!(fs::read(log.path()).unwrap(), before);
+    // And it goes on.
+    log.append(of_db(9, 2)).unwrap();
+    assert_eq!(ids(&log, "db01"), [3, 9]);
+}
+
+#[test]
+fn a_pass_that_was_undone_may_be_numbered_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut log = Log::open(dir.path()).unwrap();
+    log.append(Record::Point(point(1, "web01", 0, 1))).unwrap();
+    log.append(Record::Point(point(2, "web01", 1, 2))).unwrap();
+    log.append(dropped(&[2], Reason::Undo)).unwrap();
+    log.append(Record::Point(point(3, "web01", 2, 2))).unwrap();
+    assert_eq!(ids(&Log::open(dir.path()).unwrap(), "web01"), [1, 3]);
+}
+
+#[test]
+fn appenders_that_take_turns_lose_nothing() {
+    const EACH: u64 = 25;
+    let dir = tempfile::tempdir().unwrap();
+    thread::scope(|scope| {
+        for machine in ["a", "b", "c"] {
+            let dir = dir.path();
+            // A log of its own, as another process has.
+            scope.spawn(move || {
+                let mut log = Log::open(dir).unwrap();
+                for pass in 1..=EACH {
+                    let id = u128::from(machine.as_bytes()[0]) * 1000 + u128::from(pass);
+                    log.append(Record::Point(point(id, machine, 0, pass))).unwrap();
+                    assert_eq!(log.newest(&name(machine)).unwrap().id, PointId(id));
+                }
+            });
+        }
+        let dir = dir.path();
+        // And who only reads sees no damage meanwhile.
+        scope.spawn(move || {
+            let mut log = Log::open(dir).unwrap();
+            while log.history().len() < 3 * EACH as usize {
+                log.refresh().unwrap();
+            }
+        });
+    });
+    let log = Log::open(dir.path()).unwrap();
+    for machine in ["a", "b", "c"] {
+        let from = u128::from(machine.as_bytes()[0]) * 1000;
+        assert_eq!(ids(&log, machine), (from + 1..=from + u128::from(EACH)).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn a_log_of_mostly_dropped_points_is_compacted_and_says_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join(FILE_NAME);
+    let mut bytes = line::head();
+    let mut add = |record| bytes.extend(line::encode(&record).unwrap());
+    // The oldest that is kept, and two behind it, of which one was thinned and one was undone.
+    for id in 1..=1000 {
+        add(Record::Point(point(id, "web01", id as i64, id as u64)));
+        if id <= 990 || id == 995 {
+            add(dropped(&[id], if id == 995 { Reason::Thinned } else { Reason::Age }));
+        }
+    }
+    add(dropped(&[1000], Reason::Undo));
+    add(Record::Point(point(1001, "db01", 0, 1)));
+    add(released("web01", 999));
+    add(released("db01", 1001));
+    add(taken_back("db01"));
+    fs::write(&path, &bytes).unwrap();
+    let mut log = Log::open(dir.path()).unwrap();
+    log.append(Record::Point(point(1002, "db01", 1, 2))).unwrap();
+    let lines = fs::read(&path).unwrap().iter().filter(|&&byte| byte == b'\n').count();
+    // The head; 991 to 999, of which one was thinned; that it was; 1001; released; 1002.
+    assert_eq!(lines, 1 + 9 + 1 + 1 + 1 + 1);
+    log.append(Record::Point(point(1003, "db01", 2, 3))).unwrap();
+    for log in [&log, &Log::open(dir.path()).unwrap()] {
+        assert_eq!(ids(log, "web01"), [991, 992, 993, 994, 996, 997, 998, 999]);
+        assert_eq!(ids(log, "db01"), [1001, 1002, 1003]);
+        let thinned = log.history().iter().find(|entry| entry.dropped.is_some()).unwrap();
+        assert_eq!((thinned.point.id, thinned.dropped), (PointId(995), Some((NOON, Reason::Thinned))));
+        assert_eq!(log.released(&name("web01")).unwrap().point, PointId(999));
+        assert_eq!(log.released(&name("db01")), None);
+    }
+    let mode = fs::metadata(&path).unwrap().permissions().mode();
+    assert_eq!(mode & 0o7777, 0o600);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "the log and its lock");
+}
+
+/// A file system of its own, unmounted when this is dropped.
+struct Tmpfs(tempfile::TempDir);
+
+impl Tmpfs {
+    fn new(options: &str) -> Option<Tmpfs> {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("SKIPPED: needs root to mount a tmpfs");
+            return None;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let flags = nix::mount::MsFlags::empty();
+        nix::mount::mount(Some("tmpfs"), dir.path(), Some("tmpfs"), flags, Some(options)).unwrap();
+        Some(Tmpfs(dir))
+    }
+
+    fn fill(&self) {
+        let full = fs::write(self.0.path().join("filler"), vec![0; 1 << 20]).unwrap_err();
+        assert_eq!(full.kind(), std::io::ErrorKind::StorageFull);
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        nix::mount::umount2(self.0.path(), nix::mount::MntFlags::MNT_DETACH).unwrap();
+    }
+}
+
+#[test]
+fn a_full_file_system_has_room_to_drop_points_and_latches_when_it_is_gone() {
+    let Some(tmpfs) = Tmpfs::new("size=512k") else { return };
+    let dir = tmpfs.0.path();
+    let mut log = Log::open(dir).unwrap();
+    for id in 1..=100 {
+        log.append(Record::Point(point(id, "web01", 0, id as u64))).unwrap();
+    }
+    tmpfs.fill();
+    // Also in a service that was started just now.
+    for (id, log) in [(1, &mut log), (2, &mut Log::open(dir).unwrap())] {
+        log.append(dropped(&[id], Reason::Space)).unwrap();
+    }
+    let mut acknowledged = 100;
+    let error = loop {
+        match log.append(Record::Point(point(acknowledged + 1, "web01", 0, acknowledged as u64 + 1))) {
+            Ok(()) => acknowledged += 1,
+            Err(error) => break error,
+        }
+    };
+    assert!(acknowledged > 150, "{acknowledged}");
+    let Error::Io(error) = error else { panic!("{error:?}") };
+    assert_eq!((error.op, error.source.kind()), ("append to", std::io::ErrorKind::StorageFull));
+    let whole = (3..=acknowledged).collect::<Vec<_>>();
+    assert_eq!(ids(&log, "web01"), whole);
+    // Latched: also where there is room again.
+    fs::remove_file(dir.join("filler")).unwrap();
+    let next = || Record::Point(point(10_000, "web01", 0, 10_000));
+    for again in [log.append(next()), log.settle()] {
+        assert!(matches!(again, Err(Error::Latched { .. })), "{again:?}");
+    }
+    let mut log = Log::open(dir).unwrap();
+    assert_eq!(ids(&log, "web01"), whole);
+    log.append(next()).unwrap();
+    assert_eq!(ids(&Log::open(dir).unwrap(), "web01"), [whole, vec![10_000]].concat());
+}
+
+fn any_name() -> impl Strategy<Value = Name> {
+    "[A-Za-z0-9_][A-Za-z0-9._-]{0,63}".prop_map(|text| text.parse().unwrap())
+}
+
+fn any_time() -> impl Strategy<Value = OffsetDateTime> {
+    // All that RFC 3339 can say: the years 0 to 9999, to the nanosecond.
+    (-62_167_219_200i64..253_402_300_800, 0..1_000_000_000i64).prop_map(|(seconds, nanoseconds)| {
+        OffsetDateTime::from_unix_timestamp(seconds).unwrap() + Duration::nanoseconds(nanoseconds)
+    })
+}
+
+fn any_id() -> impl Strategy<Value = DiskId> {
+    let file = "[a-zA-Z0-9 {}\":\\\\é]{1,30}x".prop_map(|path| format!("loop:/{path}"));
+    let naa = proptest::array::uniform15(any::<u8>())
+        .prop_map(|bytes| format!("naa.60{}", bytes.map(|byte| format!("{byte:02x}")).concat()));
+    prop_oneof![file, naa].prop_map(|text| text.parse().unwrap())
+}
+
+fn any_reason() -> impl Strategy<Value = Reason> {
+    use Reason::*;
+    proptest::sample::select(vec![Age, Size, Space, Thinned, Initial, Undo, Asked])
+}
+
+fn any_point() -> impl Strategy<Value = Point> {
+    let volume = (any_name(), any_name(), any_id(), any::<u64>(), any::<u128>(), any::<u64>()).prop_map(
+        |(machine, disk, id, pass, sender_pass, bytes)| VolumeAt {
+            machine,
+            disk,
+            id,
+            pass,
+            sender_pass: PassId(sender_pass),
+            bytes,
+        },
+    );
+    let kind = proptest::sample::select(vec![Kind::Crash, Kind::Filesystem, Kind::Application]);
+    let volumes = proptest::collection::vec(volume, 1..5);
+    let optional = || proptest::option::of(any_name());
+    (any::<u128>(), any_time(), any_time(), kind, any::<bool>(), optional(), optional(), volumes).prop_map(
+        |(id, time, recorded, kind, fuzzy, name, group, volumes)| {
+            let id = PointId(id);
+            Point { id, time, recorded, kind, fuzzy, name, group, volumes }
+        },
+    )
+}
+
+fn any_record() -> impl Strategy<Value = Record> {
+    let ids = proptest::collection::hash_set(any::<u128>().prop_map(PointId), 1..10);
+    let dropped = (any_time(), any_reason(), ids).prop_map(|(time, reason, points)| {
+        Record::Dropped(Dropped { time, reason, points: points.into_iter().collect() })
+    });
+    let passes = proptest::collection::hash_map(any_name(), any::<u64>(), 0..5);
+    let released = (any_name(), any::<u128>(), any_time(), passes).prop_map(|(machine, id, time, passes)| {
+        let passes = passes.into_iter().map(|(disk, pass)| PassOf { disk, pass }).collect();
+        Record::Released(Released { machine, point: PointId(id), time, passes })
+    });
+    let back =
+        (any_name(), any_time()).prop_map(|(machine, time)| Record::TakenBack(TakenBack { machine, time }));
+    prop_oneof![any_point().prop_map(Record::Point), dropped, released, back]
+}
+
+proptest! {
+    #[test]
+    fn a_record_comes_back_from_its_line(record in any_record()) {
+        let line = line::encode(&record).unwrap();
+        prop_assert_eq!(line.iter().filter(|&&byte| byte == b'\n').count(), 1);
+        prop_assert_eq!(line::parse(line.strip_suffix(b"\n").unwrap()), Ok(record));
+    }
+
+    #[test]
+    fn a_damaged_line_is_none(record in any_record(), at in any::<proptest::sample::Index>(), bit in 0..8) {
+        let mut line = line::encode(&record).unwrap();
+        line.pop();
+        let at = at.index(line.len());
+        line[at] ^= 1u8 << bit;
+        let error = line::parse(&line).unwrap_err();
+        prop_assert!(matches!(error, line::Error::Form | line::Error::Checksum { .. }), "{error}");
+    }
 }

@@ -81,6 +81,11 @@ fn what_was_appended_is_there_when_it_is_opened_again() {
     for log in [&log, &Log::open(&retention).unwrap()] {
         assert_eq!((ids(log, "web01"), ids(log, "db01"), ids(log, "db")), (vec![2], vec![3], vec![]));
         assert_eq!(log.newest(&name("web01")), Some(&point(2, "web01", 10, 2)));
+        let passes = |machine, disk| -> Vec<(u128, u64)> {
+            log.volume(&name(machine), &name(disk)).map(|(point, at)| (point.id.0, at.pass)).collect()
+        };
+        assert_eq!((passes("web01", "data"), passes("db01", "root")), (vec![(2, 2)], vec![(3, 1)]));
+        assert_eq!(passes("web01", "none"), []);
         assert_eq!(log.get(PointId(1)), None);
         assert_eq!(log.get(PointId(3)), Some(&point(3, "db01", 11, 1)));
         assert_eq!(log.released(&name("web01")).unwrap().point, PointId(2));

@@ -10,6 +10,7 @@ use mt_agent::name::Name;
 use mt_agent::pass::PassId;
 use mt_agent::points::{Dropped, Error, Kind, Log, Point, PointId, Reason, Record, Released, VolumeAt};
 use serde_json::{Value, json};
+use support::Tmpfs;
 use time::OffsetDateTime;
 use time::macros::datetime;
 
@@ -91,6 +92,46 @@ fn a_log_that_cannot_be_settled_takes_nothing() {
     let mut log = Log::open(dir.path()).unwrap();
     log.append(record(2)).unwrap();
     assert_eq!(ids(&log), [1, 2]);
+}
+
+#[test]
+fn a_full_file_system_has_room_to_drop_points_and_latches_when_it_is_gone() {
+    require_root!();
+    let dir = support::directory();
+    let dir = dir.path().join("retention");
+    let _mounted = Tmpfs::mount(&dir, 512 * support::KIB);
+    let record = |id| Record::Point(point(id, &[("web01", "root", 0)]));
+    let dropped =
+        |id| Record::Dropped(Dropped { time: NOON, reason: Reason::Space, points: vec![PointId(id)] });
+    let mut log = Log::open(&dir).unwrap();
+    for id in 1..=100 {
+        log.append(record(id)).unwrap();
+    }
+    let filler = Tmpfs::fill(&dir);
+    // Also for a service that was started just now.
+    log.append(dropped(1)).unwrap();
+    Log::open(&dir).unwrap().append(dropped(2)).unwrap();
+    let mut acknowledged = 100;
+    let error = loop {
+        match log.append(record(acknowledged + 1)) {
+            Ok(()) => acknowledged += 1,
+            Err(error) => break error,
+        }
+    };
+    assert!(acknowledged > 150, "{acknowledged}");
+    let Error::Io(error) = error else { panic!("{error:?}") };
+    assert_eq!((error.op, error.source.kind()), ("append to", std::io::ErrorKind::StorageFull));
+    let whole: Vec<u128> = (3..=acknowledged).collect();
+    assert_eq!(ids(&log), whole);
+    // Latched, although there is room again.
+    std::fs::remove_file(filler).unwrap();
+    for again in [log.append(record(10_000)), log.settle()] {
+        assert!(matches!(again, Err(Error::Latched { .. })), "{again:?}");
+    }
+    let mut log = Log::open(&dir).unwrap();
+    assert_eq!(ids(&log), whole);
+    log.append(record(10_000)).unwrap();
+    assert_eq!(ids(&Log::open(&dir).unwrap()), [whole, vec![10_000]].concat());
 }
 
 fn points(dir: &Path, args: &[&str]) -> (i32, String, String) {

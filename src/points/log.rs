@@ -246,6 +246,16 @@ impl Log {
         self.state.kept().filter(move |point| point.is_of(machine))
     }
 
+    /// The points of a disk, oldest first, and where it is at each. What passes up to that of the first one saved is of
+    /// no use any more; the next pass has a number above that of the last one.
+    pub fn volume<'a>(
+        &'a self,
+        machine: &Name,
+        disk: &Name,
+    ) -> impl DoubleEndedIterator<Item = (&'a Point, &'a VolumeAt)> {
+        self.state.volume(machine, disk)
+    }
+
     /// The newest point of a machine.
     pub fn newest(&self, machine: &Name) -> Option<&Point> {
         self.points(machine).next_back()
@@ -374,6 +384,17 @@ impl State {
         self.entries.iter().filter(|entry| entry.dropped.is_none()).map(|entry| &entry.point)
     }
 
+    fn volume<'a>(
+        &'a self,
+        machine: &Name,
+        disk: &Name,
+    ) -> impl DoubleEndedIterator<Item = (&'a Point, &'a VolumeAt)> {
+        self.kept().filter_map(move |point| {
+            let volume = point.volumes.iter().find(|at| (&at.machine, &at.disk) == (machine, disk))?;
+            Some((point, volume))
+        })
+    }
+
     fn find(&self, id: PointId) -> Result<&Point, Refused> {
         let entry = self.places.get(&id).and_then(|&place| self.entries.get(place));
         match entry {
@@ -423,9 +444,8 @@ impl State {
 
     /// Whether the pass is one after that of the volume's newest point.
     fn follows(&self, volume: &VolumeAt) -> Result<(), Refused> {
-        let same = |at: &&VolumeAt| (&at.machine, &at.disk) == (&volume.machine, &volume.disk);
-        match self.kept().rev().find_map(|point| point.volumes.iter().find(same)) {
-            Some(last) if last.pass >= volume.pass => Err(Refused::Pass {
+        match self.volume(&volume.machine, &volume.disk).next_back() {
+            Some((_, last)) if last.pass >= volume.pass => Err(Refused::Pass {
                 machine: volume.machine.clone(),
                 disk: volume.disk.clone(),
                 pass: volume.pass,

@@ -81,6 +81,11 @@ fn what_was_appended_is_there_when_it_is_opened_again() {
     for log in [&log, &Log::open(&retention).unwrap()] {
         assert_eq!((ids(log, "web01"), ids(log, "db01"), ids(log, "db")), (vec![2], vec![3], vec![]));
         assert_eq!(log.newest(&name("web01")), Some(&point(2, "web01", 10, 2)));
+        let passes = |machine, disk| -> Vec<(u128, u64)> {
+            log.volume(&name(machine), &name(disk)).map(|(point, at)| (point.id.0, at.pass)).collect()
+        };
+        assert_eq!((passes("web01", "data"), passes("db01", "root")), (vec![(2, 2)], vec![(3, 1)]));
+        assert_eq!(passes("web01", "none"), []);
         assert_eq!(log.get(PointId(1)), None);
         assert_eq!(log.get(PointId(3)), Some(&point(3, "db01", 11, 1)));
         assert_eq!(log.released(&name("web01")).unwrap().point, PointId(2));
@@ -133,8 +138,14 @@ fn every_prefix_gives_exactly_the_points_whose_records_are_whole() {
         if len % 16 != 0 && !expected.iter().any(|(end, _)| end.abs_diff(len) < 3) {
             continue;
         }
-        let next = point(99, "web01", 0, 99);
-        log.append(Record::Point(next)).unwrap();
+        let next =
+            Record::Point(Point { volumes: vec![volume("web01", "root", 99)], ..point(99, "web01", 0, 99) });
+        let line = line::encode(&next).unwrap();
+        log.append(next).unwrap();
+        assert!(
+            fs::read(&path).unwrap().ends_with(&line),
+            "something is left of what was cut to {len} bytes"
+        );
         let again = ids(&Log::open(dir.path()).unwrap(), "web01");
         assert_eq!(again, [points, vec![99]].concat(), "cut to {len} bytes");
     }
@@ -359,70 +370,6 @@ fn a_log_of_mostly_dropped_points_is_compacted_and_says_the_same() {
     let mode = fs::metadata(&path).unwrap().permissions().mode();
     assert_eq!(mode & 0o7777, 0o600);
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "the log and its lock");
-}
-
-/// A file system of its own, unmounted when this is dropped.
-struct Tmpfs(tempfile::TempDir);
-
-impl Tmpfs {
-    fn new(options: &str) -> Option<Tmpfs> {
-        if !nix::unistd::geteuid().is_root() {
-            eprintln!("SKIPPED: needs root to mount a tmpfs");
-            return None;
-        }
-        let dir = tempfile::tempdir().unwrap();
-        let flags = nix::mount::MsFlags::empty();
-        nix::mount::mount(Some("tmpfs"), dir.path(), Some("tmpfs"), flags, Some(options)).unwrap();
-        Some(Tmpfs(dir))
-    }
-
-    fn fill(&self) {
-        let full = fs::write(self.0.path().join("filler"), vec![0; 1 << 20]).unwrap_err();
-        assert_eq!(full.kind(), std::io::ErrorKind::StorageFull);
-    }
-}
-
-impl Drop for Tmpfs {
-    fn drop(&mut self) {
-        nix::mount::umount2(self.0.path(), nix::mount::MntFlags::MNT_DETACH).unwrap();
-    }
-}
-
-#[test]
-fn a_full_file_system_has_room_to_drop_points_and_latches_when_it_is_gone() {
-    let Some(tmpfs) = Tmpfs::new("size=512k") else { return };
-    let dir = tmpfs.0.path();
-    let mut log = Log::open(dir).unwrap();
-    for id in 1..=100 {
-        log.append(Record::Point(point(id, "web01", 0, id as u64))).unwrap();
-    }
-    tmpfs.fill();
-    // Also in a service that was started just now.
-    for (id, log) in [(1, &mut log), (2, &mut Log::open(dir).unwrap())] {
-        log.append(dropped(&[id], Reason::Space)).unwrap();
-    }
-    let mut acknowledged = 100;
-    let error = loop {
-        match log.append(Record::Point(point(acknowledged + 1, "web01", 0, acknowledged as u64 + 1))) {
-            Ok(()) => acknowledged += 1,
-            Err(error) => break error,
-        }
-    };
-    assert!(acknowledged > 150, "{acknowledged}");
-    let Error::Io(error) = error else { panic!("{error:?}") };
-    assert_eq!((error.op, error.source.kind()), ("append to", std::io::ErrorKind::StorageFull));
-    let whole = (3..=acknowledged).collect::<Vec<_>>();
-    assert_eq!(ids(&log, "web01"), whole);
-    // Latched: also where there is room again.
-    fs::remove_file(dir.join("filler")).unwrap();
-    let next = || Record::Point(point(10_000, "web01", 0, 10_000));
-    for again in [log.append(next()), log.settle()] {
-        assert!(matches!(again, Err(Error::Latched { .. })), "{again:?}");
-    }
-    let mut log = Log::open(dir).unwrap();
-    assert_eq!(ids(&log, "web01"), whole);
-    log.append(next()).unwrap();
-    assert_eq!(ids(&Log::open(dir).unwrap(), "web01"), [whole, vec![10_000]].concat());
 }
 
 fn any_name() -> impl Strategy<Value = Name> {

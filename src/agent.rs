@@ -8,6 +8,7 @@ pub mod lock;
 pub mod logging;
 pub mod metrics;
 mod receive;
+mod retention;
 pub mod status;
 
 use std::net::SocketAddr;
@@ -71,6 +72,9 @@ const READ_BUFFER: usize = 64 << 10;
 /// from the machines that are being received.
 const STRANGERS: usize = 64;
 
+/// How often it is looked for points to let go.
+const KEEP: Duration = Duration::from_secs(5);
+
 /// How long connections get to say goodbye when the service stops.
 const DRAIN: Duration = Duration::from_secs(8);
 
@@ -112,6 +116,21 @@ async fn run(config: Config) -> Result<(), Error> {
         // An error means that the sender is gone, and with it the service.
         asked_to_stop.wait_for(|stop| *stop).await.ok();
     }));
+    let keeper = {
+        let (config, store, live) = (config.clone(), store.clone(), live.clone());
+        let (coordinator, mut stopping) = (coordinator.clone(), stopping.clone());
+        tokio::spawn(async move {
+            // The look reads directories and small files: off the runtime, and never two at once.
+            while timeout(KEEP, stopping.wait_for(|stop| *stop)).await.is_err() {
+                let (config, store) = (config.clone(), store.clone());
+                let (coordinator, live) = (coordinator.clone(), live.clone());
+                let look = move || retention::run(&config, &store, &coordinator, &live);
+                if tokio::task::spawn_blocking(look).await.is_err() {
+                    tracing::error!("the look at the retention failed; see above");
+                }
+            }
+        })
+    };
     let fingerprint = identity.fingerprint();
     tracing::info!(%listen, engine = %engine, %fingerprint, "listening");
     let tokens = TokenStore::new(directory);
@@ -134,6 +153,8 @@ async fn run(config: Config) -> Result<(), Error> {
         tracing::warn!(sessions = sessions.len(), "connections did not end in time and are cut");
         sessions.shutdown().await;
     }
+    // It ends by itself when the service stops.
+    timeout(DRAIN, keeper).await.ok();
     match timeout(DRAIN, control).await {
         Ok(Ok(served)) => served?,
         Ok(Err(_)) | Err(_) => tracing::warn!("the control socket did not end in time"),

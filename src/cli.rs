@@ -1,7 +1,10 @@
 //! The command line: one file a subcommand, each with its arguments and its `run`.
 
+mod check;
 mod discover_disks;
 mod enroll;
+mod export;
+mod failover;
 mod places;
 mod points;
 mod protect;
@@ -59,6 +62,9 @@ enum Command {
     Token(token::Args),
     Enroll(enroll::Args),
     Points(points::Args),
+    Failover(failover::Args),
+    Export(export::Args),
+    Check(check::Args),
     Serve(serve::Args),
     Send(send::Args),
     Status(status::Args),
@@ -73,6 +79,9 @@ pub fn run() -> ExitCode {
         Command::Token(args) => token::run(args),
         Command::Enroll(args) => enroll::run(args),
         Command::Points(args) => points::run(&args),
+        Command::Failover(args) => failover::run(args),
+        Command::Export(args) => export::run(args),
+        Command::Check(args) => check::run(args),
         Command::Serve(args) => serve::run(args),
         Command::Send(args) => send::run(args),
         Command::Status(args) => status::run(args),

@@ -11,6 +11,7 @@
 //! - [`protection`]: which target disk belongs to which disk of which machine.
 //! - [`points`]: the recovery points: their log, and which of them are let go.
 //! - [`volume`]: one target disk and the thread that owns the order of its writes and flushes.
+//! - [`recovery`]: brings disks to a point, exports and checks points.
 //! - [`net`]: frames, messages, TLS, and the session that answers only after durability.
 //! - [`send`]: the source side.
 //! - [`agent`]: the service that wires all of it together.
@@ -28,6 +29,7 @@ pub mod net;
 pub mod pass;
 pub mod points;
 pub mod protection;
+pub mod recovery;
 pub mod send;
 pub mod storage;
 pub mod sys;

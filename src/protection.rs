@@ -207,6 +207,12 @@ pub enum Error {
         /// The machine.
         machine: Name,
     },
+    /// Refused: the machine is being failed over, or that is being taken back.
+    #[error("machine {machine} is being failed over")]
+    Excluded {
+        /// The machine.
+        machine: Name,
+    },
     /// Refused: the state of the disk does not lead there.
     #[error("disk {disk} of machine {machine} is {from}: it cannot {step}")]
     Transition {
@@ -245,6 +251,7 @@ impl Error {
             Error::NoMachine { .. }
             | Error::NoDisk { .. }
             | Error::Receiving { .. }
+            | Error::Excluded { .. }
             | Error::Transition { .. }
             | Error::Shared { .. }
             | Error::Refused(_) => true,

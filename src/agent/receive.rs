@@ -15,7 +15,7 @@ use crate::disk::discover::Options;
 use crate::disk::id::DiskId;
 use crate::error::{IoError, chain};
 use crate::journal::Writer;
-use crate::journal::recover::{self, History, recover};
+use crate::journal::recover;
 use crate::name::Name;
 use crate::net::frame::MAX_DATA;
 use crate::net::message::{self, Begin, Code, Commit, Enroll, EnrollReply, Open, PassKind};
@@ -23,8 +23,9 @@ use crate::net::session::{Decision, Host, Opened, Passes};
 use crate::net::token::TokenStore;
 use crate::net::{enrolment, tls};
 use crate::pass::PassId;
-use crate::points::{PointId, VolumeAt};
+use crate::points::VolumeAt;
 use crate::protection::{self, Assignment, Store};
+use crate::recovery::{self, Journal, LONGEST_SEGMENT};
 use crate::storage::Geometry;
 use crate::storage::device::Device;
 use crate::storage::shelf::Directory;
@@ -35,9 +36,6 @@ use crate::volume::{Events, Fault, Volume};
 
 /// How many requests to one disk are under way at once.
 const DEPTH: usize = 32;
-
-/// The longest segment of a journal, in bytes.
-const LONGEST_SEGMENT: u64 = 64 << 20;
 
 /// The service, as a session sees it.
 #[derive(Debug)]
@@ -111,7 +109,7 @@ impl Host for Receiver {
             _shown: self.live.show(machine.clone(), open.disk.clone(), counters.clone()),
         };
         Ok(Opened {
-            baseline: ledger.journal.baseline,
+            baseline: ledger.journal.newest.map(|(point, _)| point),
             volume,
             device_size: disk.size.0,
             block: disk.logical_block,
@@ -123,55 +121,33 @@ impl Host for Receiver {
     }
 }
 
-/// What is known of a volume's journal when it is opened.
-struct Journal {
-    shelf: Directory,
-    /// The point at which the volume stands, or to which its open pass can be rolled back.
-    baseline: Option<PointId>,
-    history: History,
-    /// The pass that was interrupted, or else the number of the next one.
-    open: Option<u64>,
-    next: u64,
-}
-
 impl Receiver {
     /// Reads the journal of a disk and removes what nobody needs any more.
     fn journal(&self, machine: &Name, disk: &Assignment) -> Result<Journal, message::Error> {
-        let place =
-            self.config.retention_dir.join("journals").join(machine.as_str()).join(disk.name.as_str());
         let failed = |error: &dyn std::error::Error| {
             tracing::error!(%machine, disk = %disk.name, error = chain(error), "the journal cannot be used");
             message::Error::new(Code::Internal, chain(error))
         };
-        let shelf = Directory::create_all(place).map_err(|error| failed(&error))?;
-        recover::tidy(&shelf).map_err(|error| failed(&error))?;
-        let history = recover(&shelf).map_err(|error| failed(&error))?;
-        let of_disk = |volume: &&VolumeAt| volume.disk == disk.name && volume.id == disk.id;
-        let (oldest, newest) = self
-            .coordinator
-            .read(|log| {
-                let mut passes = log.points(machine).filter_map(|point| {
-                    point.volumes_of(machine).find(of_disk).map(|volume| (point.id, volume.pass))
-                });
-                let oldest = passes.next();
-                (oldest, passes.last().or(oldest))
-            })
-            .map_err(|error| commit::refuse(&error))?;
-        // What led to the oldest point, or to none that is left.
-        let (oldest, committed) = (oldest.map_or(0, |(_, pass)| pass), newest.map_or(0, |(_, pass)| pass));
-        for pass in history.up_to(oldest) {
-            recover::discard(pass, &shelf).map_err(|error| failed(&error))?;
+        let retention = &self.config.retention_dir;
+        Directory::create_all(recovery::place(retention, machine, &disk.name))
+            .map_err(|error| failed(&error))?;
+        let read = self.coordinator.read(|log| {
+            let released = log.released(machine).map(|released| released.point);
+            (released, Journal::read(retention, machine, &disk.name, &disk.id, log))
+        });
+        let (released, journal) = read.map_err(|error| commit::refuse(&error))?;
+        if let Some(point) = released {
+            let text = format!(
+                "machine {machine} was failed over to point {point}: its disks are not written to;                  `mt-agent failover {machine} --undo` on the master target takes that back"
+            );
+            return Err(message::Error::new(Code::Refused, text));
         }
-        let last = history.passes.keys().next_back().copied().unwrap_or(0);
-        let open = (last > committed).then_some(last);
-        if let Some(pass) = open.and_then(|open| history.passes.get(&open))
-            && newest.is_some()
-            && let Some(damage) = pass.damage.clone()
-        {
-            return Err(failed(&recover::Error::Corrupt { pass: pass.number, damage }));
+        let journal = journal.map_err(|error| failed(&error))?;
+        journal.tidy().map_err(|error| failed(&error))?;
+        if journal.newest.is_some() {
+            journal.open().map_err(|error| failed(&error))?;
         }
-        let next = last.max(committed) + 1;
-        Ok(Journal { shelf, baseline: newest.map(|(point, _)| point), history, open, next })
+        Ok(journal)
     }
 
     /// Every assigned disk with its machine. A protection that cannot be read concerns its own machine alone:
@@ -211,29 +187,35 @@ struct Ledger {
 impl Passes for Ledger {
     fn begin(&mut self, begin: &Begin) -> Result<Option<Writer>, message::Error> {
         let pass = begin.pass;
-        if begin.kind == PassKind::Delta && self.journal.baseline.is_none() {
+        if begin.kind == PassKind::Delta && self.journal.newest.is_none() {
             let text = "the disk stands at no point yet: its first pass must be an initial one";
             return Err(message::Error::new(Code::Protocol, text));
         }
         self.ticket = Some(self.coordinator.join(&self.machine, &self.disk, begin)?);
         let journal = &self.journal;
-        let (number, writer) =
-            match (begin.kind, journal.open.and_then(|open| journal.history.passes.get(&open))) {
-                (PassKind::Delta, Some(open)) => (open.number, Some(Writer::go_on(open, LONGEST_SEGMENT))),
-                (PassKind::Delta, None) => (journal.next, Some(Writer::new(journal.next, LONGEST_SEGMENT))),
-                (PassKind::Initial, _) => {
-                    // First the points, then what they need, then the disk: a crash in between leaves a disk that was not
-                    // written to, with fewer points or none.
-                    self.coordinator
-                        .drop_for_initial(&self.machine, &self.disk)
-                        .map_err(|error| commit::refuse(&error))?;
-                    for pass in journal.history.passes.values() {
-                        recover::discard(pass, &journal.shelf)
-                            .map_err(|error| message::Error::new(Code::Internal, chain(&error)))?;
-                    }
-                    (journal.next, None)
+        let (number, writer) = match begin.kind {
+            PassKind::Delta => {
+                let open =
+                    journal.open().map_err(|error| message::Error::new(Code::Internal, chain(&error)))?;
+                let writer = match open.last() {
+                    Some(open) => Writer::go_on(open, LONGEST_SEGMENT),
+                    None => Writer::new(journal.next(), LONGEST_SEGMENT),
+                };
+                (writer.pass(), Some(writer))
+            }
+            PassKind::Initial => {
+                // First the points, then what they need, then the disk: a crash in between leaves a disk that was not
+                // written to, with fewer points or none.
+                self.coordinator
+                    .drop_for_initial(&self.machine, &self.disk)
+                    .map_err(|error| commit::refuse(&error))?;
+                for pass in journal.history.passes.values() {
+                    recover::discard(pass, &journal.shelf)
+                        .map_err(|error| message::Error::new(Code::Internal, chain(&error)))?;
                 }
-            };
+                (journal.next(), None)
+            }
+        };
         self.store.begin_pass(&self.machine, &self.disk, pass).map_err(|error| refuse(&error))?;
         self.pass = Some(pass);
         self.volume = Some(VolumeAt {

@@ -415,8 +415,7 @@ impl Board {
         let Some(counters) = live else { return report };
         let Totals { received_bytes, wire_bytes, written_bytes, zeroed_bytes, .. } = Totals::of(counters);
         let phase = counters.phase();
-        let paused = phase != Phase::Faulted && counters.paused.load(Ordering::Relaxed);
-        (if paused { "paused" } else { phase.name() }).clone_into(&mut report.phase);
+        (if counters.is_paused() { "paused" } else { phase.name() }).clone_into(&mut report.phase);
         report.pass = counters.pass().or(report.pass);
         report.total_bytes = Some(counters.total());
         report.received_bytes = Some(received_bytes);

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::format::{self, BLOCK, BLOCK_LEN, Body, MAX_IMAGE};
-use super::writer::{gone_name, parse_gone, parse_name};
+use super::writer::{gone_name, parse_gone, parse_name, segment_name};
 use crate::checksum::crc32c;
 use crate::error::IoError;
 use crate::storage::{Action, Completion, Place, ReadAt, Request, Shelf, Storage};
@@ -52,6 +52,8 @@ pub struct Damage {
 pub struct History {
     /// By their numbers.
     pub passes: BTreeMap<u64, Pass>,
+    /// The names of all segments.
+    names: Vec<String>,
 }
 
 /// One pass.
@@ -71,6 +73,8 @@ pub struct Pass {
     pub damage: Option<Damage>,
     pub(super) next_sequence: u64,
     pub(super) next_index: u32,
+    /// Where the next record would stand.
+    tail: Option<(String, u64)>,
 }
 
 /// Where an image lies.
@@ -81,7 +85,7 @@ pub struct Image {
     pub(super) at: u64,
     pub(super) len: u32,
     pub(super) crc: u32,
-    /// The place of its segment in the list of the pass.
+    /// The index of its segment in the pass.
     pub(super) segment: u32,
 }
 
@@ -114,7 +118,8 @@ pub fn recover(shelf: &dyn Shelf) -> Result<History, Error> {
     }
     names.retain(|(pass, ..)| !gone.contains(pass));
     names.sort();
-    let mut history = History::default();
+    let segments = names.iter().map(|(.., name)| name.clone()).collect();
+    let mut history = History { passes: BTreeMap::new(), names: segments };
     for group in names.chunk_by(|a, b| a.0 == b.0) {
         let segments: Vec<(u32, String)> =
             group.iter().map(|(_, index, name)| (*index, name.clone())).collect();
@@ -149,6 +154,26 @@ pub fn tidy(shelf: &dyn Shelf) -> Result<(), IoError> {
 }
 
 impl History {
+    /// Whether nothing was appended, created or removed on the shelf since it was read.
+    pub fn is_current(&self, shelf: &dyn Shelf) -> Result<bool, Error> {
+        let mut names = shelf.list()?;
+        names.retain(|name| parse_name(name).is_some());
+        names.sort();
+        if names != self.names {
+            return Ok(false);
+        }
+        let Some((segment, at)) = self.passes.values().next_back().and_then(|pass| pass.tail.as_ref()) else {
+            return Ok(true);
+        };
+        let reader = shelf.open(segment)?;
+        let mut block = [0; BLOCK_LEN];
+        if at.saturating_add(BLOCK) > reader.size() {
+            return Ok(true);
+        }
+        reader.read_at(*at, &mut block)?;
+        Ok(format::parse_record(&block).is_err())
+    }
+
     /// The images of all passes after `pass`, in the order of their numbers, or which of them is damaged.
     pub fn after(&self, pass: u64) -> Result<Vec<&Pass>, Error> {
         let later = self.passes.range(pass.saturating_add(1)..).map(|(_, later)| later);
@@ -175,6 +200,7 @@ fn read_pass(shelf: &dyn Shelf, number: u64, segments: Vec<(u32, String)>) -> Re
         bytes: 0,
         damage: None,
         next_sequence: 0,
+        tail: None,
         next_index: segments.last().map_or(0, |(index, _)| index.saturating_add(1)),
     };
     // How much the last record brought: it is void where the next segment begins with its number.
@@ -261,6 +287,7 @@ fn read_pass(shelf: &dyn Shelf, number: u64, segments: Vec<(u32, String)>) -> Re
         newest = Some((name, reader, segment.generation, at));
     }
     let Some((segment, reader, generation, at)) = newest else { return Ok(pass) };
+    pass.tail = Some((segment.clone(), at));
     if pass.ended {
         return Ok(pass);
     }
@@ -347,7 +374,7 @@ impl<'a> Images<'a> {
     }
 
     /// The bytes of an image of this pass.
-    pub fn read(&mut self, pass: &Pass, image: &Image) -> Result<Vec<u8>, Error> {
+    pub fn read(&mut self, pass: u64, image: &Image) -> Result<Vec<u8>, Error> {
         if image.is_zero() {
             return Ok(vec![0; image.len as usize]);
         }
@@ -357,15 +384,16 @@ impl<'a> Images<'a> {
             ImageError::Checksum => {
                 let what = "the checksum of a before-image does not hold";
                 let damage = Damage { segment: name.clone(), at: image.at, what };
-                Error::Corrupt { pass: pass.number, damage }
+                Error::Corrupt { pass, damage }
             }
         })
     }
 
-    fn segment(&mut self, pass: &Pass, image: &Image) -> Result<(&String, &dyn ReadAt), IoError> {
-        let name = &pass.segments[image.segment as usize];
-        if self.open.as_ref().is_none_or(|(open, _)| open != name) {
-            self.open = Some((name.clone(), self.shelf.open(name)?));
+    fn segment(&mut self, pass: u64, image: &Image) -> Result<(&String, &dyn ReadAt), IoError> {
+        let name = segment_name(pass, image.segment);
+        if self.open.as_ref().is_none_or(|(open, _)| *open != name) {
+            let reader = self.shelf.open(&name)?;
+            self.open = Some((name, reader));
         }
         match &self.open {
             Some((name, reader)) => Ok((name, &**reader)),
@@ -390,7 +418,7 @@ pub fn roll_back(pass: &Pass, shelf: &dyn Shelf, storage: &mut dyn Storage) -> R
     let mut done: Vec<Completion> = Vec::new();
     let mut in_flight = 0;
     for (tag, image) in pass.images.iter().enumerate() {
-        let bytes = images.read(pass, image)?;
+        let bytes = images.read(pass.number, image)?;
         let mut buffer = loop {
             match arena.try_alloc(bytes.len()) {
                 Some(buffer) if in_flight < depth => break buffer,
@@ -427,11 +455,11 @@ pub fn verify(pass: &Pass, shelf: &dyn Shelf) -> Result<(), Error> {
     }
     let mut images = Images::of(shelf);
     for image in &pass.images {
-        images.read(pass, image)?;
+        images.read(pass.number, image)?;
         let filled = u64::from(image.len).next_multiple_of(BLOCK);
         let padding = (filled - u64::from(image.len)) as usize;
         if !image.is_zero() && padding > 0 {
-            let (segment, reader) = images.segment(pass, image)?;
+            let (segment, reader) = images.segment(pass.number, image)?;
             let mut bytes = vec![0; padding];
             let at = image.at + u64::from(image.len);
             reader.read_at(at, &mut bytes)?;

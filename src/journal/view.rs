@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::format::BLOCK;
-use super::recover::{Error, History, Image, Images, Pass};
+use super::recover::{Error, History, Image, Images};
 use super::saved::Saved;
 use crate::storage::Shelf;
 use crate::units::Extent;
@@ -12,14 +12,14 @@ use crate::units::Extent;
 pub struct View<'a> {
     shelf: &'a dyn Shelf,
     /// By where they begin on the disk; they do not overlap.
-    parts: BTreeMap<u64, Part<'a>>,
+    parts: BTreeMap<u64, Part>,
 }
 
-struct Part<'a> {
+struct Part {
     /// How long it is; it may be less than the image.
     len: u64,
-    pass: &'a Pass,
-    image: &'a Image,
+    pass: u64,
+    image: Image,
 }
 
 impl<'a> View<'a> {
@@ -27,14 +27,14 @@ impl<'a> View<'a> {
     ///
     /// # Errors
     /// [`Error::Corrupt`] where a pass since then is damaged.
-    pub fn after(history: &'a History, pass: u64, shelf: &'a dyn Shelf) -> Result<View<'a>, Error> {
+    pub fn after(history: &History, pass: u64, shelf: &'a dyn Shelf) -> Result<View<'a>, Error> {
         let mut covered = Saved::default();
         let mut parts = BTreeMap::new();
         for pass in history.after(pass)? {
             for image in &pass.images {
                 // An older pass's image is nearer to the point.
                 for part in covered.missing(image.extent()) {
-                    parts.insert(part.offset(), Part { len: part.len(), pass, image });
+                    parts.insert(part.offset(), Part { len: part.len(), pass: pass.number, image: *image });
                 }
             }
             // Only now: the images of one pass do not overlap.
@@ -62,7 +62,7 @@ impl<'a> View<'a> {
     pub fn each<E: From<Error>>(&self, mut put: impl FnMut(u64, &[u8]) -> Result<(), E>) -> Result<(), E> {
         let mut images = Images::of(self.shelf);
         self.parts.iter().try_for_each(|(offset, part)| {
-            let bytes = images.read(part.pass, part.image)?;
+            let bytes = images.read(part.pass, &part.image)?;
             put(*offset, within(&bytes, *offset, part))
         })
     }
@@ -77,7 +77,7 @@ impl<'a> View<'a> {
         for (at, part) in self.parts.range(first..end) {
             let (from, to) = ((*at).max(offset), (at + part.len).min(end));
             if from < to {
-                let bytes = images.read(part.pass, part.image)?;
+                let bytes = images.read(part.pass, &part.image)?;
                 let bytes = &within(&bytes, *at, part)[(from - at) as usize..(to - at) as usize];
                 buf[(from - offset) as usize..(to - offset) as usize].copy_from_slice(bytes);
             }
@@ -87,7 +87,7 @@ impl<'a> View<'a> {
 }
 
 /// The bytes of a part, out of those of its image.
-fn within<'b>(bytes: &'b [u8], offset: u64, part: &Part<'_>) -> &'b [u8] {
+fn within<'b>(bytes: &'b [u8], offset: u64, part: &Part) -> &'b [u8] {
     let skip = (offset - part.image.extent().offset()) as usize;
     &bytes[skip..skip + part.len as usize]
 }

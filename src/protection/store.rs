@@ -270,8 +270,23 @@ impl Store {
         // Again, now that nobody can take it away between this look and the lock.
         self.load(machine)?;
         let hold = self.machines.join(format!("{machine}.hold"));
-        // Does not wait for long: an exclusive lock is only taken under the lock that we have.
-        let lock = lock(&hold, FlockArg::LockShared)?;
+        // Whoever excludes others has it for long.
+        let lock = lock(&hold, FlockArg::LockSharedNonblock)
+            .map_err(|error| busy(error, || Error::Excluded { machine: machine.clone() }))?;
+        Ok(Hold { _lock: lock })
+    }
+
+    /// Keeps everyone else from receiving for the machine for as long as the [`Hold`] lives.
+    ///
+    /// # Errors
+    /// [`Error::Receiving`] while somebody has a hold of it; [`Error::NoMachine`].
+    pub fn exclude(&self, machine: &Name) -> Result<Hold, Error> {
+        self.load(machine)?;
+        let _exclusive = self.exclusive()?;
+        self.load(machine)?;
+        let hold = self.machines.join(format!("{machine}.hold"));
+        let lock = lock(&hold, FlockArg::LockExclusiveNonblock)
+            .map_err(|error| busy(error, || Error::Receiving { machine: machine.clone() }))?;
         Ok(Hold { _lock: lock })
     }
 

@@ -134,6 +134,11 @@ impl Counters {
         self.enter(Phase::Receiving);
     }
 
+    /// Whether the journal waits for room.
+    pub fn is_paused(&self) -> bool {
+        self.phase() != Phase::Faulted && self.paused.load(Ordering::Relaxed)
+    }
+
     /// What failed.
     pub fn error(&self) -> Option<&str> {
         self.error.get().map(String::as_str)

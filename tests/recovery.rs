@@ -1,0 +1,283 @@
+//! Going back: recovery points of the real program on loop devices, from the first pass to failover and its undoing.
+
+mod support;
+
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use rand::rngs::StdRng as Dice;
+use rand::{RngExt, SeedableRng};
+use serde_json::Value;
+use support::{KIB, MACHINE, MIB, PATIENCE, Rig, Service, assert_equal, directory, run, wait_for};
+
+const SIZE: u64 = 16 * MIB;
+
+/// Changes some ranges of a file: a few long ones and many short ones, some to zeros.
+fn change(path: &Path, dice: &mut Dice) {
+    let file = OpenOptions::new().write(true).open(path).unwrap();
+    let size = file.metadata().unwrap().len();
+    for _ in 0..dice.random_range(5..40) {
+        let len = match dice.random_range(0..4) {
+            0 => dice.random_range(1..=MIB),
+            1 => 4 * KIB,
+            _ => dice.random_range(1..=64 * KIB),
+        };
+        let offset = dice.random_range(0..size - len);
+        let mut bytes = vec![0; len as usize];
+        if dice.random_range(0..4) != 0 {
+            dice.fill(&mut bytes[..]);
+        }
+        file.write_all_at(&bytes, offset).unwrap();
+    }
+}
+
+/// A rig whose disk went through versions of a source, each of them a point; and a copy of each version.
+fn with_versions(count: usize, dice: &mut Dice) -> (Rig, PathBuf, Vec<PathBuf>) {
+    let rig = Rig::new(&[SIZE]);
+    let source = rig.random("source.img", SIZE);
+    let mut versions = Vec::new();
+    for number in 0..count {
+        if number > 0 {
+            change(&source, dice);
+        }
+        rig.send(&[("d0", &source)], &["--point-name", &format!("v{number}")]).ok();
+        let version = rig.path(&format!("v{number}.img"));
+        fs::copy(&source, &version).unwrap();
+        versions.push(version);
+    }
+    (rig, source, versions)
+}
+
+fn points(rig: &Rig) -> Vec<Value> {
+    let list = run(&["points", MACHINE, "--json", "--config", &rig.service.config()]).ok().json();
+    list["points"].as_array().unwrap().clone()
+}
+
+fn id(point: &Value) -> String {
+    point["id"].as_str().unwrap().to_owned()
+}
+
+fn command(rig: &Rig, args: &[&str]) -> support::Outcome {
+    run(&[args, &["--config", &rig.service.config()]].concat())
+}
+
+/// The disk as it was at a point, exported and compared.
+#[track_caller]
+fn exported(rig: &Rig, point: &str, version: &Path) {
+    let dir = rig.path(&format!("export-{point}"));
+    fs::create_dir(&dir).unwrap();
+    command(rig, &["export", &format!("{MACHINE}@{point}"), "--dir", dir.to_str().unwrap()]).ok();
+    assert_equal(version, &dir.join("d0.img"));
+    fs::remove_dir_all(dir).unwrap();
+}
+
+#[test]
+fn every_point_can_be_read_gone_back_to_and_left_again() {
+    require_root!();
+    let mut dice = Dice::seed_from_u64(1);
+    let (rig, source, versions) = with_versions(4, &mut dice);
+    let points = points(&rig);
+    assert_eq!(points.len(), 4);
+    assert!(points.iter().all(|point| point["fuzzy"] == false && point["complete"] == true));
+    assert_eq!(points[3]["name"], "v3");
+    // What arrived as it was is in no journal: a tenth was changed, and that is what a point takes.
+    let size = points[2]["size"].as_u64().unwrap();
+    assert!(size > 0 && size < SIZE / 2, "{size}");
+    let checked = command(&rig, &["check", MACHINE]).ok();
+    assert!(checked.stdout.contains("4 points, 0 not sound"), "{}", checked.stdout);
+    for (point, version) in points.iter().zip(&versions) {
+        exported(&rig, &id(point), version);
+    }
+    exported(&rig, "latest", &versions[3]);
+
+    // A try changes nothing.
+    command(&rig, &["failover", MACHINE, "--to", &id(&points[1]), "--dry-run"]).ok();
+    assert_equal(&versions[3], rig.targets[0].backing());
+    let back = command(&rig, &["failover", MACHINE, "--to", &id(&points[1]), "--json"]).ok().json();
+    assert!(back["disks"][0]["brought_back"].as_u64().unwrap() > 0);
+    assert_equal(&versions[1], rig.targets[0].backing());
+    command(&rig, &["failover", MACHINE, "--to", "latest"]).fails(3, &["was failed over already"]);
+    rig.send(&[("d0", &source)], &[]).fails(3, &["was failed over", "--undo"]);
+    assert_equal(&versions[1], rig.targets[0].backing());
+    // Taken back, everything is as before, and goes on.
+    command(&rig, &["failover", MACHINE, "--undo"]).ok();
+    assert_equal(&versions[3], rig.targets[0].backing());
+    for (point, version) in points.iter().zip(&versions) {
+        exported(&rig, &id(point), version);
+    }
+    change(&source, &mut dice);
+    rig.send(&[("d0", &source)], &[]).ok();
+    assert_equal(&source, rig.targets[0].backing());
+    exported(&rig, &id(&points[3]), &versions[3]);
+    // The newest point needs nothing to be written.
+    let latest = command(&rig, &["failover", MACHINE, "--to", "latest", "--json"]).ok().json();
+    assert_eq!(latest["disks"][0]["brought_back"], 0);
+    assert_equal(&source, rig.targets[0].backing());
+    command(&rig, &["failover", MACHINE, "--undo"]).ok();
+    command(&rig, &["failover", MACHINE, "--undo"]).fails(3, &["is not failed over"]);
+}
+
+#[test]
+fn a_pass_that_broke_off_is_rolled_back_or_goes_on() {
+    require_root!();
+    let mut dice = Dice::seed_from_u64(2);
+    let (mut rig, source, versions) = with_versions(2, &mut dice);
+    for round in 0..2 {
+        support::write_random(&source, 0, SIZE);
+        let slow = ["--bwlimit", "16M", "--compression", "off"];
+        let send = rig.start_into_pass(&[("d0", &source)], &slow);
+        std::thread::sleep(Duration::from_millis(300));
+        // While it runs, and the disk is neither the one nor the other, the point is there.
+        exported(&rig, "latest", &versions[1]);
+        command(&rig, &["failover", MACHINE, "--to", "latest"]).fails(3, &["is receiving"]);
+        rig.service.process().kill();
+        send.finish();
+        assert!(support::first_difference(&versions[1], rig.targets[0].backing()).is_some());
+        exported(&rig, "latest", &versions[1]);
+        exported(&rig, &id(&points(&rig)[0]), &versions[0]);
+        if round == 0 {
+            let report = command(&rig, &["failover", MACHINE, "--to", "latest", "--json"]).ok().json();
+            assert!(report["disks"][0]["rolled_back"].as_u64().unwrap() > 0);
+            assert_equal(&versions[1], rig.targets[0].backing());
+            command(&rig, &["failover", MACHINE, "--undo"]).ok();
+        }
+        rig.service.spawn();
+    }
+    rig.send(&[("d0", &source)], &[]).ok();
+    assert_equal(&source, rig.targets[0].backing());
+    exported(&rig, &id(&points(&rig)[1]), &versions[1]);
+    exported(&rig, &id(&points(&rig)[0]), &versions[0]);
+}
+
+/// `MT_AGENT_KILLS` rounds, 25 unless it says otherwise.
+#[test]
+fn kill_9_of_the_service_at_random_moments_loses_no_point() {
+    require_root!();
+    let rounds = std::env::var("MT_AGENT_KILLS").map_or(25, |text| text.parse().unwrap());
+    let seed: u64 = rand::random();
+    println!("seed {seed}");
+    let mut dice = Dice::seed_from_u64(seed);
+    let (mut rig, source, mut versions) = with_versions(1, &mut dice);
+    let version = rig.path("version.img");
+    for round in 0..rounds {
+        change(&source, &mut dice);
+        let send = rig.start(&[("d0", &source)], &["--compression", "off"]);
+        std::thread::sleep(Duration::from_millis(dice.random_range(0..400)));
+        rig.service.process().kill();
+        let acknowledged = send.finish().code == Some(0);
+        let listed = points(&rig);
+        assert!(!acknowledged || listed.last().unwrap()["disks"][0]["sender_pass"].is_string());
+        // A point that was recorded and not acknowledged is one, too.
+        if listed.len() > versions.len() {
+            let path = rig.path(&format!("k{round}.img"));
+            fs::copy(&source, &path).unwrap();
+            versions.push(path);
+        } else {
+            assert!(!acknowledged, "an acknowledged point is missing in round {round}");
+        }
+        exported(&rig, "latest", versions.last().unwrap());
+        let any = dice.random_range(0..versions.len());
+        exported(&rig, &id(&listed[any]), &versions[any]);
+        rig.service.spawn();
+    }
+    change(&source, &mut dice);
+    rig.send(&[("d0", &source)], &[]).ok();
+    fs::copy(&source, &version).unwrap();
+    assert_equal(&version, rig.targets[0].backing());
+    let checked = command(&rig, &["check", MACHINE]).ok();
+    assert!(checked.stdout.contains(" 0 not sound"), "{}", checked.stdout);
+}
+
+#[test]
+fn a_damaged_segment_costs_the_points_that_need_it() {
+    require_root!();
+    let mut dice = Dice::seed_from_u64(3);
+    let (rig, _, versions) = with_versions(3, &mut dice);
+    let journal = PathBuf::from(rig.service.state_dir()).join("retention/journals").join(MACHINE).join("d0");
+    let mut segments: Vec<_> = fs::read_dir(journal).unwrap().map(|entry| entry.unwrap().path()).collect();
+    segments.sort();
+    // The first of the newest pass.
+    let newest = segments.iter().find(|path| path.to_str().unwrap().ends_with("3-00000000.seg")).unwrap();
+    let file = File::options().read(true).write(true).open(newest).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, 8192 + 100).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], 8192 + 100).unwrap();
+    let points = points(&rig);
+    let checked = command(&rig, &["check", MACHINE, "--json"]);
+    assert_eq!(checked.code, Some(1));
+    let report = checked.json();
+    let sound: Vec<_> =
+        report["points"].as_array().unwrap().iter().map(|point| point["sound"] == true).collect();
+    assert_eq!(sound, [false, false, true]);
+    assert!(report["points"][0]["damage"][0].as_str().unwrap().contains("3-00000000.seg"), "{report}");
+    exported(&rig, &id(&points[2]), &versions[2]);
+    command(&rig, &["failover", MACHINE, "--to", &id(&points[0])]).fails(1, &["damaged"]);
+    assert_equal(&versions[2], rig.targets[0].backing());
+}
+
+/// Another installation, given the retention directory and the disks, knows the machines and points, and carries on.
+#[test]
+fn the_house_can_be_moved() {
+    require_root!();
+    let mut dice = Dice::seed_from_u64(4);
+    let (mut rig, source, versions) = with_versions(3, &mut dice);
+    rig.service.process().signal(Signal::SIGTERM);
+    rig.service.process().wait_within(PATIENCE);
+    let dir = directory();
+    let (from, to) = (PathBuf::from(rig.service.state_dir()).join("retention"), dir.path().join("retention"));
+    support::tool("cp", &["-a", from.to_str().unwrap(), to.to_str().unwrap()]);
+    let elsewhere = Service::start(dir.path(), &["--retention", to.to_str().unwrap()]);
+    let list = run(&["points", MACHINE, "--json", "--retention", to.to_str().unwrap()]).ok().json();
+    let moved = list["points"].as_array().unwrap().clone();
+    assert_eq!(moved, points(&rig));
+    // The machine enrols with the new service, and its next pass is a delta.
+    let client = dir.path().join("client");
+    elsewhere.enroll(MACHINE, &client);
+    change(&source, &mut dice);
+    let (at, state) = (elsewhere.address().to_string(), client.to_str().unwrap().to_owned());
+    let disk = format!("d0={}", source.display());
+    run(&["send", "--machine", MACHINE, "--to", &at, "--state-dir", &state, "--disk", &disk]).ok();
+    assert_equal(&source, rig.targets[0].backing());
+    let out = dir.path().join("out");
+    fs::create_dir(&out).unwrap();
+    let (what, retention) = (format!("{MACHINE}@{}", id(&moved[0])), to.to_str().unwrap());
+    run(&["export", &what, "--dir", out.to_str().unwrap(), "--retention", retention]).ok();
+    assert_equal(&versions[0], &out.join("d0.img"));
+}
+
+/// A point of two disks is there on both or on none.
+#[test]
+fn a_point_of_two_disks_is_there_on_both_or_on_none() {
+    require_root!();
+    let mut rig = Rig::new(&[SIZE, SIZE]);
+    let sources = [rig.random("a.img", SIZE), rig.random("b.img", SIZE)];
+    let disks: [(&str, &Path); 2] = [("d0", &sources[0]), ("d1", &sources[1])];
+    rig.send(&disks, &[]).ok();
+    let first = points(&rig);
+    assert_eq!((first.len(), first[0]["disks"].as_array().unwrap().len()), (1, 2));
+    let old = sources.clone().map(|source| {
+        let copy = source.with_extension("old");
+        fs::copy(&source, &copy).unwrap();
+        copy
+    });
+    // The second disk fails when the first has arrived long ago.
+    support::write_random(&sources[0], 0, 64 * KIB);
+    support::write_random(&sources[1], 0, SIZE);
+    let send = rig.start(&disks, &["--bwlimit", "8M", "--compression", "off"]);
+    wait_for("the second disk's pass", || {
+        let volume = rig.service.volume(MACHINE, "d1");
+        (volume.phase == "receiving" && volume.received_bytes > Some(2 * MIB)).then_some(())
+    });
+    rig.targets[1].set_read_only(true);
+    send.finish().fails(1, &["d1: "]);
+    assert_eq!(points(&rig).len(), 1);
+    rig.targets[1].set_read_only(false);
+    wait_for("the end of the sessions", || (rig.service.status().service.sessions == 0).then_some(()));
+    rig.service.process().kill();
+    command(&rig, &["failover", MACHINE, "--to", "latest"]).ok();
+    assert_equal(&old[0], rig.targets[0].backing());
+    assert_equal(&old[1], rig.targets[1].backing());
+}

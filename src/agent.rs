@@ -12,6 +12,8 @@ mod retention;
 pub mod status;
 
 use std::net::SocketAddr;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -53,6 +55,11 @@ pub enum Error {
     /// The control socket cannot be opened.
     #[error("the control socket")]
     Control(#[from] control::Error),
+    /// Refused: where before-images go must not be where the system lives.
+    #[error(
+        "the retention directory {} is on the root file system, which before-images would fill: mount a disk of its own          there, or set `retention_dir` to a directory on one, or for trials `allow_root_retention = true`", .0.display()
+    )]
+    RootRetention(PathBuf),
     /// The points log cannot be read.
     #[error("the recovery points")]
     Points(#[from] crate::points::Error),
@@ -165,7 +172,11 @@ async fn run(config: Config) -> Result<(), Error> {
 
 /// The points log, settled, and the protections brought up to what it says: a crash may have come between the two.
 fn points(config: &Config, store: &Store) -> Result<Log, Error> {
-    durable::private_dir(&config.retention_dir)?;
+    let retention = &config.retention_dir;
+    durable::private_dir(retention)?;
+    if !config.allow_root_retention && on_root(retention)? {
+        return Err(Error::RootRetention(retention.clone()));
+    }
     let mut log = Log::open(&config.retention_dir)?;
     log.settle()?;
     for (machine, loaded) in store.all()? {
@@ -182,6 +193,16 @@ fn points(config: &Config, store: &Store) -> Result<Log, Error> {
         }
     }
     Ok(log)
+}
+
+/// Whether the directory lies on the file system of `/`, which before-images may fill.
+fn on_root(directory: &Path) -> Result<bool, IoError> {
+    let device = |path: &Path| {
+        let look = std::fs::metadata(path);
+        look.map(|found| found.dev())
+            .map_err(|error| IoError::new("look at", path.display().to_string(), error))
+    };
+    Ok(device(directory)? == device(Path::new("/"))?)
 }
 
 /// Where there is no systemd, nobody listens: that is no error.

@@ -85,6 +85,7 @@
 //! | Committed | 13 | server | JSON |
 //! | Error | 14 | either | JSON |
 //! | Refused | 15 | server | none |
+//! | Notice | 16 | server | JSON |
 //!
 //! A control payload is one JSON object (RFC 8259) in UTF-8, with nothing but white space after it. A
 //! receiver MUST pass over members that it does not know, so that later versions can add some; a member that
@@ -105,7 +106,7 @@
 //!   Begin          ------->
 //!                  <-------     BeginReply
 //!   Data, Zero …   ------->
-//!                  <-------     Progress …, Refused …
+//!                  <-------     Progress …, Refused …, Notice …
 //!   Commit         ------->
 //!                  <-------     Progress …, Committed
 //!                               and the connection ends
@@ -144,18 +145,22 @@
 //! - OpenReply: `window`, section 5, at least `max_payload` rounded up to 4096; `max_payload`, the most that
 //!   a Data frame may cover, at most 1 MiB; `volume_size`, that of the target, at least `size`; `block`, the
 //!   alignment at which the server writes without reading first; `compression`, the offered ones that the
-//!   server takes.
+//!   server takes; `baseline`, optional, the point (32 lower-case hexadecimal digits) at which the volume stands or to
+//!   which it can be brought back.
 //!
 //! The server opens the target (and checks its identity) before it answers. From OpenReply on, the volume is
 //! this connection's alone; a second one is refused with `busy`.
 //!
 //! ### Begin, BeginReply, Commit, Committed
 //!
-//! - Begin: `pass`, 128 random bits chosen by the client, as 32 lower-case hexadecimal digits; `kind`,
-//!   `initial`.
+//! - Begin: `pass`, 128 random bits chosen by the client, as 32 lower-case hexadecimal digits; `kind`, `initial` or, where
+//!   OpenReply named a baseline, `delta`; `point`, 128 random bits, the same for all disks of the machine that are sent
+//!   together; `disks`, an array of their names, this one's among them.
 //! - BeginReply: no members.
 //! - Commit: `pass`; `frames`, how many Data and Zero frames the pass had; `bytes`, the sum of their lengths;
-//!   `point_in_time`, true if the source stood still while it was read.
+//!   `point_in_time`, true if the source stood still while it was read; `time`, the moment that the point stands for, by
+//!   the client's clock (RFC 3339); `kind`, what the disks hold then: `crash`, `filesystem` (frozen) or `application` (told);
+//!   `name`, optional, what the user calls the point, a name as in section 1.
 //! - Committed: `pass`; `written`, bytes written from Data frames; `zeroed`, bytes made zero by Zero frames;
 //!   `time`, when it was durable, by the server's clock (RFC 3339).
 //!
@@ -179,7 +184,20 @@
 //! **Commit.** The server checks both sums, and that all frames arrived; writes what is still in flight;
 //! makes the volume durable; and only then answers Committed. Until then the pass counts for nothing: a
 //! client whose connection broke off, at any moment before it read Committed, MUST take the pass for undone
-//! and send a new one, with a new `pass`. To send a pass twice is harmless.
+//! and send a new one, with a new `pass` and `point`. To send a pass twice is harmless.
+//!
+//! **Points.** The server answers Committed once *all* disks that the passes of a point name are durable, and the point is
+//! recorded for all of them at once. Until then a commit waits; a disk whose connection ends before its own commit takes
+//! the point with it, and the others are refused with `incomplete`.
+//!
+//! **Initial and delta.** An initial pass writes in place, and whatever points the machine had are given up when it
+//! begins. Before a delta pass overwrites anything, the server saves what is there, so that the baseline stays a point.
+//! It need not cover the source: what it leaves out stays as it is at the baseline, or as an interrupted pass left it; so
+//! a client that does not send everything MUST send all that changed since the baseline. What is sent and is there
+//! already costs neither journal nor write.
+//!
+//! **Notice.** `message`, a text for the user, at any moment of a pass; the pass goes on. A server that has no room to save
+//! what it overwrites says so, gives back no window until it has, and says so then.
 //!
 //! **Damage.** A data frame whose payload does not have the checksum that its header states is thrown away and
 //! answered with Refused; its cost is given back. The client sends the range again, in a frame with a number
@@ -231,6 +249,7 @@
 //! | `no-space` | no space for the server's own state | |
 //! | `shutting-down` | the service stops | yes |
 //! | `internal` | a defect of the peer | |
+//! | `incomplete` | another disk of the same point did not arrive, so there is no point | |
 //! | `token-refused` | the token is unknown, used or expired | |
 
 pub mod address;

@@ -24,6 +24,9 @@ pub struct Args {
     /// Take loop devices as targets, for trials
     #[arg(long)]
     allow_loop: bool,
+    /// Take a retention directory on the root file system, for trials
+    #[arg(long)]
+    allow_root_retention: bool,
     /// How to log: text, json or journald; by default what fits the surroundings
     #[arg(long)]
     log_format: Option<logging::Format>,
@@ -40,10 +43,12 @@ pub fn run(args: Args) -> Result<(), Failure> {
     config.control_socket = args.control_socket.unwrap_or(config.control_socket);
     config.engine = args.engine.unwrap_or(config.engine);
     config.allow_loop |= args.allow_loop;
+    config.allow_root_retention |= args.allow_root_retention;
     logging::init(args.log_format, args.log_level.as_deref()).map_err(Failure::failed)?;
     agent::serve(config).map_err(|error| match error {
         agent::Error::Lock(agent::lock::Error::Refused { .. }) => Failure::refused(error),
         agent::Error::Control(agent::control::Error::Refused(_)) => Failure::refused(error),
+        agent::Error::RootRetention(_) => Failure::refused(error),
         _ => Failure::failed(error),
     })
 }

@@ -97,7 +97,7 @@ impl Journal {
             point.volumes_of(machine).find(of_disk).map(|volume| (point.id, volume.pass))
         });
         let oldest = passes.next();
-        let mut newest = passes.last().or(oldest);
+        let mut newest = passes.next_back().or(oldest);
         // Going back made a pass of its own, which is a part of what the disk stands at.
         if let (Some((_, pass)), Some(released)) = (&mut newest, log.released(machine)) {
             let back = released.passes.iter().find(|back| back.disk == *disk);

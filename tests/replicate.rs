@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use support::{
-    KIB, Loop, MACHINE, MIB, Mount, Rig, Service, allocated, assert_equal, directory, run, tool, write_random,
+    Loop, MACHINE, MIB, Mount, Rig, Service, allocated, assert_equal, directory, run, tool, write_random,
 };
 
 /// Both engines do the same; which one runs, and why, is shown everywhere.

@@ -214,6 +214,19 @@ fn what_must_not_be_a_target_is_refused_and_nothing_is_written() {
     let checked = Command::new("e2fsck").args(["-f", "-n"]).arg(&full.node).output().unwrap();
     assert!(checked.status.success());
 
+    // Nothing announces itself on this one, and it is full of data all the same.
+    let raw = Loop::new(site.path(), "raw", 100 * MIB);
+    let file = fs::OpenOptions::new().write(true).open(&raw.file).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &vec![0x5a; 88 * MIB as usize], 2 * MIB).unwrap();
+    let disk = format!("root={}", raw.id());
+    let add_raw = ["protect", "add", "web03", "--disk", &disk];
+    site.refused(&add_raw, "data without a known signature (at byte ");
+    let out = site.done(&[&add_raw[..], &["--overwrite", "--dry-run"]].concat());
+    assert!(out.contains("data without a known signature"), "{out}");
+    let blank = site.json(&["protect", "add", "web03", "--dry-run", "--disk", &format!("b={}", good.id())]);
+    let content = &blank["disks"][0]["content"];
+    assert_eq!((&content["first_data"], &content["places"]), (&Value::Null, &512.into()), "{blank}");
+
     fs::write(site.path().join("mt-agent.toml"), "").unwrap();
     let disk = format!("root={}", good.id());
     site.refused(&["protect", "add", "web01", "--disk", &disk], "allow_loop = true");

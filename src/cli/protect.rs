@@ -152,7 +152,7 @@ fn add(args: &AddArgs) -> Result<(), Failure> {
         lines.push(format!("{}: {} {done}: {}", args.machine, planned.name, planned.id));
         lines.push(format!("  now {}", describe(planned.disk)));
         match &planned.content {
-            Some(content) if content.is_blank() => lines.push("  it is blank".to_owned()),
+            Some(content) if content.is_blank() => lines.push(format!("  it seems blank: {content}")),
             Some(content) => {
                 lines.push(format!("  it carries {content}: everything on it will be overwritten"));
             }

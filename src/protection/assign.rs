@@ -229,7 +229,7 @@ pub struct Planned<'a> {
     pub disk: &'a Disk,
     /// Its identity.
     pub id: DiskId,
-    /// What lies on it, as far as its ends tell; `None` for one that is assigned in just this way already.
+    /// What was found on it; `None` for one that is assigned in just this way already.
     pub content: Option<Content>,
 }
 

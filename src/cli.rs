@@ -16,6 +16,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use mt_agent::error::{IoError, chain};
+use serde::Serialize;
 
 /// Where the agent keeps its keys and records unless told otherwise.
 const STATE_DIR: &str = "/var/lib/mt-agent";
@@ -95,4 +96,9 @@ fn print(text: &str) -> Result<(), Failure> {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         written => written.map_err(|error| Failure::failed(IoError::new("write", "the output", error))),
     }
+}
+
+/// JSON for people and programs.
+fn print_json(value: &impl Serialize) -> Result<(), Failure> {
+    print(&(serde_json::to_string_pretty(value).map_err(Failure::failed)? + "\n"))
 }

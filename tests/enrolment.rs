@@ -512,10 +512,29 @@ async fn the_commands_carry_a_token_from_one_machine_to_the_other() {
         let waiting =
             list["tokens"].as_array().unwrap().iter().find(|token| token["state"] == "waiting").unwrap();
         let id = waiting["id"].as_str().unwrap();
-        run(&["token", "revoke", id, "--state-dir", here], "", 0);
+        let (said, _) = run(&["token", "revoke", id, "--state-dir", here], "", 0);
+        assert!(said.contains(id) && said.contains("web-01"), "{said}");
+        let revoked = json["token"].as_str().unwrap();
+        let (_, why) = run(&["enroll", revoked, "--state-dir", there], "", 3);
+        assert!(why.contains("the token was revoked"), "{why}");
         run(&["token", "revoke", id, "--state-dir", here], "", 3);
         let (table, _) = run(&["token", "list", "--state-dir", here], "", 0);
-        assert_eq!(table.lines().count(), 2, "{table}");
+        assert_eq!(table.lines().count(), 3, "{table}");
+        assert!(table.contains("used") && table.contains("revoked"), "{table}");
+        let empty = format!("{there}/none");
+        let (none, _) = run(&["token", "list", "--state-dir", &empty], "", 0);
+        assert!(none.contains("no tokens"), "{none}");
+        // Without an address: this host's name, and the port that is configured.
+        let config = format!("{there}/mt-agent.toml");
+        let made = |listen: &str, code: i32| {
+            std::fs::write(&config, format!("listen = \"{listen}\"\nstate_dir = \"{here}\"\n")).unwrap();
+            run(&["token", "create", "web-01", "--json", "--config", &config], "", code)
+        };
+        let made_at: serde_json::Value = serde_json::from_str(&made("127.0.0.1:12345", 0).0).unwrap();
+        assert!(made_at["address"].as_str().unwrap().ends_with(":12345"), "{made_at}");
+        assert!(made_at["expires"].as_str().unwrap().len() == "2026-01-01T00:00:00Z".len(), "{made_at}");
+        let (_, why) = made("127.0.0.1:0", 3);
+        assert!(why.contains("--address"), "{why}");
         run(&["token", "create", "../x", "--state-dir", here], "", 2);
         run(&["token", "create", "a", "--expires", "1y", "--state-dir", here], "", 2);
     })

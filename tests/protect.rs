@@ -296,7 +296,7 @@ fn status_shows_a_service_that_runs_and_says_so_of_one_that_does_not() {
     let socket_text = socket.to_str().unwrap().to_owned();
     let status = |more: &[&str]| site.run(&[&["status", "--socket", &socket_text], more].concat());
     let (code, out, err) = status(&[]);
-    assert_eq!((code, out.as_str()), (1, ""));
+    assert_eq!((code, out.as_str()), (3, ""));
     assert!(err.contains("start it with `mt-agent serve`"), "{err}");
     // A service that was killed.
     drop(UnixListener::bind(&socket).unwrap());

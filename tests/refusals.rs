@@ -686,7 +686,7 @@ fn a_service_that_is_stopped_in_the_middle_tells_its_senders() {
         assert_eq!((rig.state("d0").as_str(), rig.state("d1").as_str()), ("receiving", "receiving"));
         // Nobody is there now.
         rig.send(&[("d0", &source)], &[]).fails(1, &["no connection to the master target", "refused"]);
-        run(&["status", "--config", &rig.service.config()]).fails(1, &["the service is not running"]);
+        run(&["status", "--config", &rig.service.config()]).fails(3, &["the service is not running"]);
         rig.service.spawn();
         assert_eq!(rig.service.volume(MACHINE, "d0").phase, "interrupted");
         for (index, disk) in ["d0", "d1"].into_iter().enumerate() {

@@ -26,6 +26,8 @@ const STATE_DIR: &str = "/var/lib/mt-agent";
 pub enum Failure {
     /// Exit code 1: it was tried and failed.
     Failed(Box<dyn Error + Send + Sync>),
+    /// Exit code 2: the command line means nothing, which only the command could see.
+    Usage(String),
     /// Exit code 3: refused by a safety rule, or a precondition is not met.
     Refused(Box<dyn Error + Send + Sync>),
 }
@@ -80,6 +82,7 @@ pub fn run() -> ExitCode {
         Err(failure) => {
             let (code, error) = match failure {
                 Failure::Failed(error) => (1, error),
+                Failure::Usage(text) => (2, text.into()),
                 Failure::Refused(error) => (3, error),
             };
             eprintln!("mt-agent: {}", chain(error.as_ref()));

@@ -214,6 +214,23 @@ fn the_kernel_s_wwid_serves_where_the_page_is_not_there() {
     assert!(found[0].problems[0].contains("reaches past the end of the page"));
 }
 
+/// The advice for a setting that is missing is not given where the page is there and broken.
+#[test]
+fn a_damaged_page_is_not_taken_for_a_missing_setting() {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = tree::vmware(dir.path(), PVSCSI, false);
+    let device = std::fs::canonicalize(dir.path().join("sys/block/sdb/device")).unwrap();
+    for page in [&[0, 0x83, 0, 8, 1, 3, 0, 200, 1, 2, 3, 4][..], &[0, 0x83, 1]] {
+        std::fs::write(device.join("vpd_pg83"), page).unwrap();
+        let found = disks(&tree);
+        let problems = named(&found, "sdb").problems.join("; ");
+        assert_eq!(named(&found, "sdb").role, Role::NoUuid);
+        assert!(problems.contains("VPD page 0x83") && problems.contains("is damaged"), "{problems}");
+        assert!(!problems.contains("EnableUUID"), "{problems}");
+        assert!(named(&found, "sda").problems.join("; ").contains("EnableUUID"));
+    }
+}
+
 #[test]
 fn roles_are_found_through_partitions_dm_and_md() {
     let dir = tempfile::tempdir().unwrap();

@@ -70,6 +70,20 @@ impl Host for Receiver {
         for note in &disk.notes {
             tracing::warn!(%machine, disk = %open.disk, id = %disk.id, note);
         }
+        // Large enough for this source, and yet not what was assigned: cut off, or attached with the wrong file or LUN.
+        if disk.size < assignment.size {
+            let text = format!(
+                "{} has {} ({} bytes), and had {} ({} bytes) when it was assigned: attach all of it, or take it away \
+                 with `mt-agent protect remove` and assign it anew",
+                disk.id, disk.size, disk.size.0, assignment.size, assignment.size.0
+            );
+            tracing::warn!(%machine, disk = %open.disk, text, "target refused");
+            return Err(message::Error::new(Code::SizeMismatch, text));
+        }
+        if disk.size > assignment.size {
+            let (size, assigned) = (disk.size, assignment.size);
+            tracing::warn!(%machine, disk = %open.disk, id = %disk.id, %size, %assigned, "target has grown");
+        }
         let failed = |error: IoError| message::Error::new(Code::Internal, chain(&error));
         let arena = usize::try_from(self.config.window.0)
             .map_err(io::Error::other)

@@ -5,7 +5,7 @@
 //! for reading where nothing else says that a disk is in use. Nothing is ever written.
 //!
 //! A role is the strongest of what speaks against the disk, in this order: system, retention, in use, clone, no
-//! UUID, assigned, free. The evidence of all of them is kept.
+//! UUID, assigned, unknown, free. The evidence of all of them is kept.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
@@ -23,6 +23,7 @@ pub(in crate::disk) mod identity;
 pub mod roles;
 mod sysfs;
 mod udev;
+pub mod views;
 pub mod watch;
 
 use exclusive::Claim;
@@ -99,6 +100,8 @@ pub enum Role {
     Clone,
     /// Has no identity.
     NoUuid,
+    /// Nothing speaks against it, but what is assigned could not be read in full.
+    Unknown,
     /// Nothing speaks against it.
     Free,
 }
@@ -113,6 +116,7 @@ impl Role {
             Role::Assigned => "assigned",
             Role::Clone => "clone",
             Role::NoUuid => "no-uuid",
+            Role::Unknown => "unknown",
             Role::Free => "free",
         }
     }
@@ -136,6 +140,8 @@ pub struct Options {
     pub include_loop: bool,
     /// The machines to which disks are assigned.
     pub assigned: BTreeMap<DiskId, String>,
+    /// Why more disks may be assigned than is known: what could not be read.
+    pub unread: Vec<String>,
     /// A directory whose disk carries the retention.
     pub retention: Option<PathBuf>,
     /// Whether a disk that seems unused is opened exclusively, for reading, to see whether it is. Who is about
@@ -146,7 +152,13 @@ pub struct Options {
 impl Default for Options {
     /// No loop devices, nothing assigned, no retention, exclusive openers are looked for.
     fn default() -> Options {
-        Options { include_loop: false, assigned: BTreeMap::new(), retention: None, probe_exclusive: true }
+        Options {
+            include_loop: false,
+            assigned: BTreeMap::new(),
+            unread: Vec::new(),
+            retention: None,
+            probe_exclusive: true,
+        }
     }
 }
 
@@ -213,6 +225,8 @@ struct Sketch {
     found: roles::Findings,
     claim: Claim,
     clone: bool,
+    /// Whether the page that should identify it is damaged.
+    damaged: bool,
 }
 
 fn describe(
@@ -227,7 +241,7 @@ fn describe(
     if transport == Transport::Loop {
         identity::backing_file(sysroot, name)?;
     }
-    let Identity { id, serial, vendor, model, notes } =
+    let Identity { id, serial, vendor, model, notes, damaged } =
         identity::discover(sysroot, name, &path_devno, transport);
     let mut problems = notes;
     let own = map.map_or(name, |map| map.name.as_str());
@@ -279,7 +293,7 @@ fn describe(
         evidence: Vec::new(),
         problems,
     };
-    Some(Sketch { disk, found, claim, clone: false })
+    Some(Sketch { disk, found, claim, clone: false, damaged })
 }
 
 /// Host, channel, target and LUN: the last part of the way to the SCSI device.
@@ -322,7 +336,7 @@ fn mark_clones(disks: &mut [Sketch]) {
 impl Sketch {
     /// Decides the role and writes the evidence down.
     fn finish(self, options: &Options) -> Disk {
-        let Sketch { mut disk, found, claim, clone } = self;
+        let Sketch { mut disk, found, claim, clone, damaged } = self;
         let machine = disk.id.as_ref().and_then(|id| options.assigned.get(id));
         let taken = match &claim {
             Claim::None => false,
@@ -341,6 +355,9 @@ impl Sketch {
             Role::NoUuid
         } else if machine.is_some() {
             Role::Assigned
+        } else if !options.unread.is_empty() {
+            disk.problems.push(format!("whether it is assigned is not known: {}", options.unread.join("; ")));
+            Role::Unknown
         } else {
             Role::Free
         };
@@ -352,7 +369,7 @@ impl Sketch {
         evidence.extend(machine.map(|machine| format!("it is assigned to the machine {machine}")));
         disk.evidence = evidence;
         match &disk.id {
-            None => disk.problems.push(no_uuid(&disk).to_owned()),
+            None => disk.problems.push(no_uuid(&disk, damaged).to_owned()),
             Some(id) if id.is_weak() => disk.problems.push(
                 "its identity is only a serial: it is unique if whoever gave it took care of that".to_owned(),
             ),
@@ -369,9 +386,12 @@ impl Sketch {
 }
 
 /// What to do about a disk without an identity.
-fn no_uuid(disk: &Disk) -> &'static str {
+fn no_uuid(disk: &Disk, damaged: bool) -> &'static str {
     let vendor = disk.vendor.as_deref().unwrap_or_default();
-    if vendor.eq_ignore_ascii_case("VMware") {
+    if damaged {
+        "no UUID: its VPD page 0x83, which should tell this disk from others, is damaged, and page 0x80 gives no serial. \
+         No setting is missing: mend what presents this disk, or attach it through another controller"
+    } else if vendor.eq_ignore_ascii_case("VMware") {
         "no UUID: the virtual machine lacks disk.EnableUUID. Power the VM off, add the row `disk.EnableUUID` = `TRUE` \
          (without quotes) under the advanced configuration parameters, and power it on"
     } else if vendor.eq_ignore_ascii_case("QEMU") {

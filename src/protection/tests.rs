@@ -630,7 +630,9 @@ fn each_rule_refuses_its_disk_with_the_reason() {
     let evidence = || vec!["sdx1 is mounted on /boot".to_owned(), "and more".to_owned()];
     let said = "sdx1 is mounted on /boot; and more".to_owned();
     let with = |role| Disk { role, evidence: evidence(), ..plain() };
-    assert_eq!(ask(with(Role::System), none), Why::System { evidence: said.clone() });
+    let system = ask(with(Role::System), none);
+    assert_eq!(system, Why::System { evidence: said.clone() });
+    assert!(system.to_string().contains("unmount it, or choose another disk"), "{system}");
     assert_eq!(ask(with(Role::InUse), none), Why::InUse { evidence: said.clone() });
     assert_eq!(ask(with(Role::Clone), none), Why::Clone { evidence: said });
     assert_eq!(ask(with(Role::Retention), none), Why::Retention);

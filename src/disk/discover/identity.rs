@@ -66,6 +66,8 @@ pub(in crate::disk) struct Identity {
     pub(in crate::disk) model: Option<String>,
     /// What was passed over.
     pub(in crate::disk) notes: Vec<String>,
+    /// Whether VPD page 0x83 is there and breaks the rules.
+    pub(in crate::disk) damaged: bool,
 }
 
 impl Identity {
@@ -188,9 +190,13 @@ fn offer_page_83(page: &[u8], source: IdSource, found: &mut Identity) {
     match vpd::parse_identification(page) {
         Ok(identification) => {
             found.offer(identification.identity(), source);
+            found.damaged |= !identification.notes.is_empty();
             found.notes.extend(identification.notes.iter().map(ToString::to_string));
         }
-        Err(error) => found.notes.push(format!("VPD page 0x83: {error}")),
+        Err(error) => {
+            found.damaged = true;
+            found.notes.push(format!("VPD page 0x83: {error}"));
+        }
     }
 }
 

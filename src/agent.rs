@@ -9,6 +9,7 @@ pub mod metrics;
 mod receive;
 pub mod status;
 
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -49,6 +50,11 @@ pub enum Error {
     /// The control socket cannot be opened.
     #[error("the control socket")]
     Control(#[from] control::Error),
+    /// Somebody else listens there.
+    #[error(
+        "the port is taken: stop who has it (`ss -ltnp` shows that), or set another `listen` in the configuration"
+    )]
+    Taken(#[source] IoError),
     /// The keys cannot be made or read.
     #[error("the keys of the service")]
     Identity(#[from] tls::server::Error),
@@ -85,7 +91,10 @@ async fn run(config: Config) -> Result<(), Error> {
     let identity = tls::server::Identity::load_or_create(directory)?;
     let acceptor = TlsAcceptor::from(identity.server_config()?);
     let engine = device::probe(config.engine)?;
-    let listener = config.bind()?;
+    let listener = config.bind().map_err(|error| match error.source.kind() {
+        io::ErrorKind::AddrInUse => Error::Taken(error),
+        _ => error.into(),
+    })?;
     let listener = TcpListener::from_std(listener)
         .map_err(|error| IoError::new("listen at", config.listen.to_string(), error))?;
     let listen = listener
@@ -157,6 +166,7 @@ impl Front {
         let failed = |error| IoError::new("wait for", "signals", error);
         let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+        let mut hangup = signal(SignalKind::hangup()).map_err(failed)?;
         let mut sessions = JoinSet::new();
         loop {
             // Without a place for one more stranger nobody is taken: who comes waits in the kernel's queue, for as
@@ -171,6 +181,11 @@ impl Front {
                 Some(_) = sessions.join_next() => continue,
                 _ = terminate.recv() => return Ok(sessions),
                 _ = interrupt.recv() => return Ok(sessions),
+                // Other services read their configuration again then. Dying of it would break passes off.
+                Some(()) = hangup.recv() => {
+                    tracing::warn!("SIGHUP does nothing: restart the service for another configuration");
+                    continue;
+                }
             };
             match accepted {
                 Ok((stream, peer)) => {

@@ -15,6 +15,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use mt_agent::agent::logging;
 use mt_agent::error::{IoError, chain};
 use serde::Serialize;
 
@@ -104,4 +105,12 @@ fn print(text: &str) -> Result<(), Failure> {
 /// JSON for people and programs.
 fn print_json(value: &impl Serialize) -> Result<(), Failure> {
     print(&(serde_json::to_string_pretty(value).map_err(Failure::failed)? + "\n"))
+}
+
+/// A filter that cannot be understood is wrong usage.
+fn log_failure(error: logging::Error) -> Failure {
+    match error {
+        logging::Error::Config { .. } => Failure::Usage(chain(&error)),
+        error => Failure::failed(error),
+    }
 }

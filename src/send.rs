@@ -10,7 +10,7 @@ pub mod source;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use rustls::ClientConfig;
@@ -59,6 +59,8 @@ pub struct Progress {
     pub done: AtomicU64,
     /// Frames that the receiver refused as damaged, and that were sent again.
     pub again: AtomicU64,
+    /// Whether the receiver cannot take it yet, and is asked again.
+    pub waiting: AtomicBool,
 }
 
 /// Why a disk was not sent.
@@ -75,13 +77,22 @@ pub enum Error {
     Connect(#[source] IoError),
     /// There is no TLS with it.
     #[error("no secure connection to the master target")]
-    Handshake(#[from] HandshakeError),
+    Handshake(#[source] HandshakeError),
+    /// Another master target, or something else, answers.
+    #[error(
+        "what answers is not the master target at which this machine was enrolled: check the address, or enrol the \
+         machine again, with a token that was made there"
+    )]
+    Foreign(#[source] HandshakeError),
     /// The connection broke, or the master target gave up.
     #[error("the pass was not acknowledged; run `mt-agent send` again")]
     Wire(#[from] wire::Error),
     /// The master target refused before anything was sent.
     #[error("the master target refused the disk")]
     Refused(#[source] message::Error),
+    /// The source is a target.
+    #[error("the source is a target disk of this host: {0}")]
+    Itself(String),
     /// It did not answer in time.
     #[error("the master target did not answer within {0:?}")]
     Silent(Duration),
@@ -90,6 +101,31 @@ pub enum Error {
         "{0} frames arrived with a bad checksum: suspect the memory of this machine or of the master target"
     )]
     Damaged(u64),
+}
+
+impl Error {
+    /// Whether a rule or the present state refused it, rather than a failure.
+    pub fn is_refusal(&self) -> bool {
+        match self {
+            Error::Source(error) => error.is_refusal(),
+            Error::Refused(_) | Error::Foreign(_) | Error::Itself(_) => true,
+            Error::Handshake(error) | Error::Wire(wire::Error::Tls { source: error, .. }) => {
+                error.is_refusal()
+            }
+            Error::Connect(_) | Error::Wire(_) | Error::Silent(_) | Error::Damaged(_) => false,
+        }
+    }
+}
+
+impl From<HandshakeError> for Error {
+    fn from(error: HandshakeError) -> Error {
+        match error {
+            HandshakeError::ForeignCertificate(_)
+            | HandshakeError::NotTls(_)
+            | HandshakeError::Incompatible(_) => Error::Foreign(error),
+            error => Error::Handshake(error),
+        }
+    }
 }
 
 /// A disk that is ready to be sent.
@@ -114,15 +150,16 @@ pub fn prepare(plan: &Plan) -> Result<Vec<Prepared>, source::Error> {
         .collect()
 }
 
-/// Sends all disks side by side, one initial pass each. One result a disk, in the order of the plan: a disk
-/// that fails does not stop the others.
+/// Sends all disks side by side, one initial pass each. `ended` gets the result of each as soon as it is there, with
+/// its place in the plan: a disk that fails does not stop the others. Dropped before its end, it breaks off those
+/// disks of which nothing was heard.
 pub async fn send(
     plan: &Plan,
     tls: Arc<ClientConfig>,
     disks: Vec<Prepared>,
-) -> Vec<(Name, Result<Committed, Error>)> {
+    mut ended: impl FnMut(usize, Result<Committed, Error>),
+) {
     let limiter = plan.limit.map(|rate| Arc::new(Limiter::new(rate)));
-    let mut names: Vec<Name> = disks.iter().map(|disk| disk.name.clone()).collect();
     let mut tasks = JoinSet::new();
     for (index, disk) in disks.into_iter().enumerate() {
         let job = session::Job {
@@ -136,14 +173,12 @@ pub async fn send(
         let (to, tls) = (plan.to.clone(), tls.clone());
         tasks.spawn(async move { (index, send_one(&to, tls, job).await) });
     }
-    let mut results: Vec<Option<Result<Committed, Error>>> = names.iter().map(|_| None).collect();
     while let Some(joined) = tasks.join_next().await {
         match joined {
-            Ok((index, result)) => results[index] = Some(result),
+            Ok((index, result)) => ended(index, result),
             Err(panic) => std::panic::resume_unwind(panic.into_panic()),
         }
     }
-    names.drain(..).zip(results.into_iter().flatten()).collect()
 }
 
 /// How long the master target may take for each step before data flows.
@@ -160,8 +195,11 @@ async fn send_one(to: &Address, tls: Arc<ClientConfig>, job: session::Job) -> Re
         match session::run(stream, &job).await {
             Err(Error::Refused(refusal)) if refusal.code.retryable() && tries < TRIES => {
                 if tries == 1 {
-                    tracing::warn!(disk = %job.disk, %refusal, "waiting, and trying again");
+                    tracing::warn!(
+                        disk = %job.disk, %refusal, "waiting, and trying again every second, {TRIES} times at most"
+                    );
                 }
+                job.progress.waiting.store(true, Ordering::Relaxed);
                 tries += 1;
                 sleep(Duration::from_secs(1)).await;
             }

@@ -101,14 +101,20 @@ fn certificates_of_another_authority_are_refused_on_both_sides() {
         let state = state.to_str().unwrap();
         run(&["send", "--machine", MACHINE, "--to", &to, "--state-dir", state, "--disk", &disk])
     };
-    by_hand(&stranger).fails(1, &["no secure connection", "was not issued for this connection"]);
+    by_hand(&stranger).fails(
+        3,
+        &[
+            "is not the master target at which this machine was enrolled",
+            "was not issued for this connection",
+        ],
+    );
     // It trusts this target, and this target does not trust it.
     let machine = MACHINE.parse().unwrap();
     let ours = Identity::load(&rig.client(), &machine).unwrap();
     let theirs = Identity::load(&stranger, &machine).unwrap();
     Identity { ca: ours.ca, ..theirs }.save(&stranger).unwrap();
     by_hand(&stranger)
-        .fails(1, &["does not accept the certificate that it was shown: enrol the machine again"]);
+        .fails(3, &["does not accept the certificate that it was shown: enrol the machine again"]);
     let log = rig.service.log();
     assert!(log.contains("the peer's certificate was not issued for this connection"), "{log}");
     // One that was never enrolled is told so before anything is sent.
@@ -175,9 +181,14 @@ fn disks_that_do_not_fit_are_refused_before_anything_is_written() {
         (empty, "is empty"),
         (rig.path("."), "is no block device and no regular file"),
     ] {
-        rig.send(&[("d0", &path)], &[]).fails(1, &[text]);
+        rig.send(&[("d0", &path)], &[]).fails(3, &[text]);
     }
-    rig.send(&[("d0", &source), ("d0", &larger)], &[]).fails(3, &["is named twice"]);
+    // What the command line alone shows to be wrong.
+    rig.send(&[("d0", &source), ("d0", &larger)], &[]).fails(2, &["the disk d0 is named twice"]);
+    rig.send(&[("d0", &source), ("d1", &source)], &[])
+        .fails(2, &["source.img is the source of two disks: d0 and d1"]);
+    let filter = rig.send(&[("d0", &source)], &["--log-level", "mt_agent=loud"]).fails(2, &["mt_agent=loud"]);
+    assert_eq!(filter.stderr.matches("debug").count(), 2, "the advice is given once: {filter:#?}");
 
     // Targets that cannot be written, or are not there.
     rig.targets[0].set_read_only(true);
@@ -622,6 +633,8 @@ fn a_second_sender_waits_for_the_first() {
     let two = two.finish().ok();
     assert!(two.stderr.contains("trying again") && two.stderr.contains("(busy)"), "{two:#?}");
     assert!(two.stderr.contains("has it open"), "{two:#?}");
+    // How long it will wait, before it does.
+    assert!(two.stderr.contains("every second, 20 times at most"), "{two:#?}");
     assert_equal(&second, rig.targets[0].backing());
     rig.synchronized("d0");
 }
@@ -686,7 +699,8 @@ fn a_service_that_is_stopped_in_the_middle_tells_its_senders() {
         assert_eq!((rig.state("d0").as_str(), rig.state("d1").as_str()), ("receiving", "receiving"));
         // Nobody is there now.
         rig.send(&[("d0", &source)], &[]).fails(1, &["no connection to the master target", "refused"]);
-        run(&["status", "--config", &rig.service.config()]).fails(3, &["the service is not running"]);
+        run(&["status", "--config", &rig.service.config()])
+            .fails(3, &["the service is not running", "mt-agent serve"]);
         rig.service.spawn();
         assert_eq!(rig.service.volume(MACHINE, "d0").phase, "interrupted");
         for (index, disk) in ["d0", "d1"].into_iter().enumerate() {
@@ -713,7 +727,8 @@ fn a_service_that_cannot_start_says_why() {
     // A port that is taken.
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let listen = taken.local_addr().unwrap().to_string();
-    run(&[&elsewhere[..], &["--listen", &listen]].concat()).fails(1, &[&listen, "Address already in use"]);
+    run(&[&elsewhere[..], &["--listen", &listen]].concat())
+        .fails(3, &[&listen, "Address already in use", "the port is taken", "ss -ltnp"]);
     // Wrong usage, and a configuration that says what there is not.
     for wrong in [&["--engine", "magic"][..], &["--listen", "here"], &["--no-such-flag"], &["extra"]] {
         run(&[&["serve"], wrong].concat()).fails(2, &["error: "]);
@@ -745,4 +760,114 @@ async fn connections_beyond_the_limit_wait_their_turn() {
     drop(client);
     rig.wait_until_closed("d0");
     goes_on(&rig, "d0");
+}
+
+/// Whatever ends a `send` of several disks: each result is said as soon as it is there, and what was committed stays
+/// so.
+#[test]
+fn an_interrupted_send_says_what_became_of_each_disk() {
+    require_root!();
+    let rig = Rig::new(&[MIB, 64 * MIB]);
+    let (small, large) = (rig.random("small.img", 64 * KIB), rig.random("large.img", 64 * MIB));
+    let disks: [(&str, &Path); 2] = [("d0", &small), ("d1", &large)];
+    let slow = ["--bwlimit", "4M", "--compression", "off"];
+    for (signal, json) in [(Signal::SIGINT, false), (Signal::SIGTERM, false), (Signal::SIGTERM, true)] {
+        let before = rig.service.recorded(MACHINE, "d0")["last_commit"]["pass"].clone();
+        let send = rig.start(&disks, &[&slow[..], if json { &["--json"] } else { &[] }].concat());
+        wait_for("a commit beside a pass", || {
+            let committed = rig.service.recorded(MACHINE, "d0")["last_commit"]["pass"] != before;
+            // Before the others are done.
+            let said = json || send.stdout().contains("d0: 64.0 KiB committed");
+            (committed && said && rig.service.volume(MACHINE, "d1").written_bytes > Some(0)).then_some(())
+        });
+        // With JSON nothing tells when the sender has heard of the commit.
+        std::thread::sleep(Duration::from_millis(if json { 500 } else { 0 }));
+        send.signal(signal);
+        let texts = ["d1: interrupted before its commit was acknowledged", "interrupted: 1 of 2 disks"];
+        let sent = send.finish().fails(1, &texts[usize::from(json)..]);
+        rig.synchronized("d0");
+        assert_equal(&small, rig.targets[0].backing());
+        assert_eq!(rig.wait_until_closed("d1").phase, "interrupted");
+        if json {
+            let [first, second] = [0, 1].map(|index| sent.json()["disks"][index].clone());
+            let pass = rig.service.recorded(MACHINE, "d0")["last_commit"]["pass"].clone();
+            assert_eq!((&first["pass"], &first["error"]), (&pass, &serde_json::Value::Null), "{sent:#?}");
+            assert!(first["seconds"].as_f64() < second["seconds"].as_f64(), "{sent:#?}");
+            assert!(second["error"].as_str().unwrap().contains("interrupted before"), "{sent:#?}");
+            assert_eq!(second["pass"], serde_json::Value::Null, "{sent:#?}");
+        } else {
+            assert!(!sent.stderr.contains("d0:"), "{sent:#?}");
+            assert_eq!(sent.stdout.lines().count(), 1, "{sent:#?}");
+        }
+    }
+}
+
+/// Something else listens where the master target should.
+#[test]
+fn a_server_of_another_kind_is_named() {
+    require_root!();
+    let rig = Rig::new(&[4 * MIB]);
+    let source = rig.random("source.img", MIB);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let to = listener.local_addr().unwrap().to_string();
+    let other = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.write_all(b"SSH-2.0-OpenSSH_9.9\r\n").unwrap();
+        // Until the sender has gone.
+        stream.read_to_end(&mut Vec::new()).ok();
+    });
+    let (state, disk) = (rig.client(), format!("d0={}", source.display()));
+    let state = state.to_str().unwrap();
+    run(&["send", "--machine", MACHINE, "--to", &to, "--state-dir", state, "--disk", &disk])
+        .fails(3, &["what answers is not the master target", "check the address", "does not speak TLS"]);
+    other.join().unwrap();
+}
+
+/// However the source is named: a target does not become its own copy.
+#[test]
+fn a_target_is_not_sent_to_itself() {
+    require_root!();
+    let rig = Rig::new(&[4 * MIB, 4 * MIB]);
+    let target = &rig.targets[0];
+    support::write_random(target.backing(), 0, 4 * MIB);
+    for source in [target.node(), target.backing()] {
+        let sent = rig.send(&[("d0", source)], &[]).fails(3, &["the source is a target disk of this host"]);
+        let holder =
+            format!("mt-agent (pid {}) has {}", rig.service.status().service.pid, target.node().display());
+        assert!(sent.stderr.contains(&holder), "{sent:#?}");
+        rig.wait_until_closed("d0");
+        assert_eq!(rig.state("d0"), "empty", "a pass began");
+    }
+    // As the source of another disk it stands still, and is a disk like any other.
+    rig.send(&[("d1", target.node())], &[]).ok();
+    assert_equal(target.backing(), rig.targets[1].backing());
+}
+
+/// The disk under an identity is not the size that was assigned: cut off, or another one.
+#[test]
+fn a_target_that_has_become_smaller_is_refused() {
+    require_root!();
+    let rig = Rig::new(&[8 * MIB]);
+    let source = rig.random("source.img", MIB);
+    rig.targets[0].resize(6 * MIB);
+    let said = "has 6.0 MiB (6291456 bytes), and had 8.0 MiB (8388608 bytes) when it was assigned";
+    rig.send(&[("d0", &source)], &[]).fails(3, &[said, "size-mismatch"]);
+    assert_eq!(rig.state("d0"), "empty");
+    assert!(rig.service.log().contains(said));
+    rig.targets[0].resize(16 * MIB);
+    rig.send(&[("d0", &source)], &[]).ok();
+    assert_equal(&source, rig.targets[0].backing());
+    rig.service.wait_for_log("target has grown");
+}
+
+#[test]
+fn a_hangup_does_not_end_the_service() {
+    require_root!();
+    let mut rig = Rig::new(&[16 * MIB]);
+    let source = rig.random("source.img", 16 * MIB);
+    let send = rig.start_into_pass(&[("d0", &source)], &["--bwlimit", "16M", "--compression", "off"]);
+    rig.service.process().signal(Signal::SIGHUP);
+    rig.service.wait_for_log("SIGHUP does nothing");
+    send.finish().ok();
+    assert_equal(&source, rig.targets[0].backing());
 }

@@ -231,6 +231,10 @@ fn a_mounted_source_is_sent_and_the_user_is_told() {
     assert!(outcome.stderr.contains("not one point in time"), "{outcome:#?}");
     assert_eq!(rig.service.recorded(MACHINE, "d0")["last_commit"]["point_in_time"], false);
 
+    // The file behind it is as little a point in time.
+    let outcome = rig.send(&[("d0", &image)], &[]).ok();
+    assert!(outcome.stderr.contains("not one point in time"), "{outcome:#?}");
+
     // Once it stands still nothing is said, and what arrives is a file system with the letter in it.
     drop(mount);
     let outcome = rig.send(&[("d0", disk.node())], &[]).ok();
@@ -255,6 +259,13 @@ fn a_second_pass_brings_what_changed() {
     let first = rig.service.recorded(MACHINE, "d0")["last_commit"]["pass"].clone();
     write_random(&source, 3 * MIB + 17, MIB);
     rig.send(&[("d0", &source)], &["--dry-run"]).ok();
+    let planned = rig.send(&[("d0", &source)], &["--dry-run", "--json"]).ok().json();
+    assert_eq!(
+        (&planned["dry_run"], &planned["disks"][0]["size"]),
+        (&true.into(), &(8 * MIB).into()),
+        "{planned}"
+    );
+    assert_eq!(planned["disks"][0]["source"], source.to_str().unwrap());
     assert_eq!(rig.service.recorded(MACHINE, "d0")["last_commit"]["pass"], first);
     // The first random byte may be what it was.
     let differs = support::first_difference(&source, rig.targets[0].backing());

@@ -51,6 +51,7 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
         true => job.compression,
         false => Compression::Off,
     };
+    job.progress.waiting.store(false, Ordering::Relaxed);
     for counter in [&job.progress.read, &job.progress.zero, &job.progress.sent, &job.progress.done] {
         counter.store(0, Ordering::Relaxed);
     }
@@ -117,6 +118,11 @@ async fn begin<S: AsyncRead + AsyncWrite + Unpin>(
     };
     wire::write_message(stream, 0, &open).await?;
     let reply: OpenReply = wire::read_message(stream).await.map_err(refused)?;
+    // The target is open now, so that it can be seen to be the source; and nothing was written to it.
+    let source = job.source.clone();
+    if let Ok(Some(receiver)) = tokio::task::spawn_blocking(move || source.receiver()).await {
+        return Err(Error::Itself(receiver));
+    }
     let mut id = [0; 16];
     getrandom::fill(&mut id)
         .map_err(|error| wire::Error::Io { op: "draw random bits", source: error.into() })?;

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,7 +15,7 @@ use tokio::sync::mpsc::Sender;
 
 use super::encode::{Encoder, Piece};
 use super::{Compression, Progress};
-use crate::disk::discover::{Sysroot, roles};
+use crate::disk::discover::{Sysroot, roles, views};
 use crate::error::IoError;
 use crate::storage::device::{Device, EngineChoice};
 use crate::storage::{Action, Completion, Geometry, Request, Storage};
@@ -44,6 +44,18 @@ pub enum Error {
     /// There is nothing to send.
     #[error("{} is empty", .0.display())]
     Empty(PathBuf),
+}
+
+impl Error {
+    /// Whether what was named cannot be a source, rather than that something failed.
+    pub fn is_refusal(&self) -> bool {
+        match self {
+            Error::NotADisk(_) | Error::Empty(_) => true,
+            Error::Io(error) => {
+                matches!(error.source.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+            }
+        }
+    }
 }
 
 /// An open source disk or image file.
@@ -101,16 +113,15 @@ impl Source {
         self.sector
     }
 
-    /// What of this host's is mounted on the source, one fact a line: while it is, what is read changes.
+    /// What of this host's is mounted on the source, one fact a line: while it is, what is read changes. An image is
+    /// mounted through a loop device.
     pub fn mounts(&self, sysroot: &Sysroot) -> Vec<String> {
-        match self.file.metadata() {
-            Ok(metadata) if metadata.file_type().is_block_device() => {
-                let (major, minor) =
-                    (nix::sys::stat::major(metadata.rdev()), nix::sys::stat::minor(metadata.rdev()));
-                roles::mounted(sysroot, &format!("{major}:{minor}"))
-            }
-            _ => Vec::new(),
-        }
+        views::of(sysroot, &self.file).iter().flat_map(|devno| roles::mounted(sysroot, devno)).collect()
+    }
+
+    /// The agent of this host that receives into the source, if one does: device and process.
+    pub(super) fn receiver(&self) -> Option<String> {
+        views::receiver_into(&Sysroot::default(), &self.file)
     }
 
     /// The whole source.

@@ -524,19 +524,23 @@ async fn the_commands_carry_a_token_from_one_machine_to_the_other() {
         let empty = format!("{there}/none");
         let (none, _) = run(&["token", "list", "--state-dir", &empty], "", 0);
         assert!(none.contains("no tokens"), "{none}");
-        // Without an address: this host's name, and the port that is configured.
+        // The port that is configured, where none is given: with this host's name, and with another.
         let config = format!("{there}/mt-agent.toml");
-        let made = |listen: &str, code: i32| {
+        let made = |listen: &str, more: &[&str], code: i32| {
             std::fs::write(&config, format!("listen = \"{listen}\"\nstate_dir = \"{here}\"\n")).unwrap();
-            run(&["token", "create", "web-01", "--json", "--config", &config], "", code)
+            run(&[&["token", "create", "web-01", "--json", "--config", &config], more].concat(), "", code)
         };
-        let made_at: serde_json::Value = serde_json::from_str(&made("127.0.0.1:12345", 0).0).unwrap();
-        assert!(made_at["address"].as_str().unwrap().ends_with(":12345"), "{made_at}");
-        assert!(made_at["expires"].as_str().unwrap().len() == "2026-01-01T00:00:00Z".len(), "{made_at}");
-        let (_, why) = made("127.0.0.1:0", 3);
-        assert!(why.contains("--address"), "{why}");
-        run(&["token", "create", "../x", "--state-dir", here], "", 2);
-        run(&["token", "create", "a", "--expires", "1y", "--state-dir", here], "", 2);
+        let address = |more: &[&str]| -> String {
+            let made: serde_json::Value = serde_json::from_str(&made("127.0.0.1:12345", more, 0).0).unwrap();
+            assert_eq!(made["expires"].as_str().unwrap().len(), "2026-01-01T00:00:00Z".len(), "{made}");
+            made["address"].as_str().unwrap().to_owned()
+        };
+        assert!(address(&[]).ends_with(":12345"));
+        assert_eq!(address(&["--address", "mt.example.org"]), "mt.example.org:12345");
+        assert_eq!(address(&["--address", "mt.example.org:9443"]), "mt.example.org:9443");
+        let (_, why) = made("127.0.0.1:0", &[], 3);
+        assert!(why.contains("--address HOST:PORT"), "{why}");
+        made("127.0.0.1:0", &["--address", "no address"], 2);
     })
     .await
     .unwrap();

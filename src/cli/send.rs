@@ -305,7 +305,7 @@ impl Screen {
         const PERIOD: Duration = Duration::from_secs(10);
         if let Some((_, bars)) = &self.bars {
             loop {
-                for (bar, disk) in bars.iter().zip(&self.disks) {
+                for (bar, disk) in bars.iter().zip(&self.disks).filter(|(_, disk)| !disk.ended.get()) {
                     let waits = disk.progress.waiting.load(Ordering::Relaxed);
                     bar.set_message(format!("{}{}", disk.name, if waits { " (waits)" } else { "" }));
                     bar.set_position(disk.progress.done.load(Ordering::Relaxed));
@@ -346,8 +346,11 @@ impl Screen {
             }
         };
         match &self.bars {
-            // Between the bars, which come again below it.
-            Some((bars, _)) => bars.suspend(say),
+            // In the place of its bar, above those that go on.
+            Some((bars, each)) => {
+                each[index].finish_and_clear();
+                bars.suspend(say)
+            }
             None => say(),
         }
     }

@@ -30,10 +30,10 @@ enum Command {
     Create {
         /// The machine that may enrol.
         machine: Name,
-        /// Where the source machine reaches this master target [default: this host's name, and the port of the
-        /// configured `listen`]. Without a port in it, 9443
-        #[arg(long, value_name = "HOST[:PORT]")]
-        address: Option<Address>,
+        /// Where the source machine reaches this master target [default: this host's name]. Without a port in it, that
+        /// of the configured `listen`
+        #[arg(long, value_name = "HOST[:PORT]", value_parser = address)]
+        address: Option<String>,
         /// How long the token can be used: a number with s, m, h or d, from one minute to 30 days.
         #[arg(long, value_name = "TIME", default_value = "1h", value_parser = life)]
         expires: Duration,
@@ -59,6 +59,11 @@ enum Command {
         #[command(flatten)]
         places: Places,
     },
+}
+
+/// What stays a text until the configuration has said which port is meant where it has none.
+fn address(text: &str) -> Result<String, String> {
+    text.parse::<Address>().map(|_| text.to_owned()).map_err(|error| error.to_string())
 }
 
 /// `90s`, `15m`, `1h`, `7d`.
@@ -107,14 +112,11 @@ struct Created<'a> {
 fn create(
     config: &Config,
     machine: Name,
-    address: Option<Address>,
+    address: Option<String>,
     life: Duration,
     json: bool,
 ) -> Result<(), Failure> {
-    let address = match address {
-        Some(address) => address,
-        None => own_name(config.listen.port())?,
-    };
+    let address = place(address, config.listen.port())?;
     let state_dir = &config.state_dir;
     if let Err(error @ protection::Error::NoMachine { .. }) =
         Store::open(&config.retention_dir).load(&machine)
@@ -147,16 +149,21 @@ fn create(
     Ok(())
 }
 
-fn own_name(port: u16) -> Result<Address, Failure> {
-    if port == 0 {
-        let open = "the configured `listen` leaves the port to chance: give --address HOST:PORT";
-        return Err(Failure::refused(open));
-    }
-    let path = "/proc/sys/kernel/hostname";
-    let unknown =
-        "this host's name is no address: give --address HOST[:PORT], as the source machine reaches it";
-    let name = std::fs::read_to_string(path).map_err(|_| Failure::refused(unknown))?;
-    format!("{}:{port}", name.trim()).parse().map_err(|_| Failure::refused(unknown))
+/// The address in a token: as it was given, or by this host's name; with `port` where none was given.
+fn place(given: Option<String>, port: u16) -> Result<Address, Failure> {
+    let unknown = if port == 0 {
+        "the configured `listen` leaves the port to chance: give --address HOST:PORT"
+    } else {
+        "this host's name is no address: give --address HOST[:PORT], as the source machine reaches it"
+    };
+    let name = match given {
+        Some(given) => given,
+        None => {
+            let name = std::fs::read_to_string("/proc/sys/kernel/hostname");
+            name.map_err(|_| Failure::refused(unknown))?.trim().to_owned()
+        }
+    };
+    Address::parse(&name, port).map_err(|_| Failure::refused(unknown))
 }
 
 #[derive(Serialize)]

@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Once;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use crate::support::{tool, wait_for};
+use serde_json::Value;
+
+use crate::support::{run, tool, wait_for};
 
 const CONFIG: &str = "/sys/kernel/config/target";
 
@@ -143,4 +145,39 @@ impl Lun {
     pub fn node(&self) -> PathBuf {
         Path::new("/dev").join(self.name())
     }
+
+    /// Takes it away on the side of the target, as an array does that does not show a LUN any more.
+    pub fn detach(self) {
+        fs::remove_file(self.dir.join("store")).unwrap();
+        fs::remove_dir(&self.dir).unwrap();
+        self.wait_until_gone();
+    }
+
+    /// Takes it away on the side of the host. It is found again by a rescan.
+    pub fn delete(&self) {
+        write(self.device().join("delete"), "1");
+        self.wait_until_gone();
+    }
+
+    fn wait_until_gone(&self) {
+        wait_for("the disk to go", || (!self.device().exists()).then_some(()));
+    }
+}
+
+/// What `discover-disks --json` says.
+pub fn discovered() -> Vec<Value> {
+    let found = run(&["discover-disks", "--json"]).ok().json();
+    found["disks"].as_array().unwrap().clone()
+}
+
+/// The disk that discovery calls so.
+#[track_caller]
+pub fn named<'a>(disks: &'a [Value], name: &str) -> &'a Value {
+    let found = disks.iter().find(|disk| disk["name"] == name);
+    found.unwrap_or_else(|| panic!("no {name} in {disks:#?}"))
+}
+
+/// Waits until udevd has done what is to be done.
+pub fn settle() {
+    tool("udevadm", &["settle"]);
 }

@@ -5,5 +5,6 @@
 mod support;
 
 mod harness;
+mod identities;
 mod lio;
 mod small;

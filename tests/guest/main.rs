@@ -4,7 +4,12 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod exchange;
 mod harness;
 mod identities;
 mod lio;
+mod many;
+mod mapped;
+mod receive;
+mod roles;
 mod small;

@@ -75,6 +75,7 @@ fn agrees(disk: &Value, from: From) {
             |key: &str| properties.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
         assert_eq!(property("ID_WWN_WITH_EXTENSION").map(|wwn| &wwn[2..]), naa, "{properties}");
         assert_eq!(property("ID_SCSI_SERIAL"), text("serial"), "{properties}");
+        assert_eq!(trimmed("serial"), text("serial"), "{lsblk:#}");
         assert_eq!(property("ID_VENDOR"), text("vendor"));
         assert_eq!(
             property("ID_MODEL").map(|model| model.replace('_', " ")),

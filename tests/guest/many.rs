@@ -79,11 +79,8 @@ fn sixty_disks_are_discovered_assigned_and_received_at_once() {
             }
         }
         let names: Vec<String> = (0..COUNT).map(|number| format!("d{number}")).collect();
-        let disks: Vec<(&str, &Path)> = names
-            .iter()
-            .zip(sources.iter().cycle())
-            .map(|(name, path)| (name.as_str(), path.as_path()))
-            .collect();
+        let disks: Vec<(&str, &Path)> =
+            names.iter().zip(&sources).map(|(name, path)| (name.as_str(), path.as_path())).collect();
         let start = Instant::now();
         slow.stands_still();
         let send = rig.start(&disks, &["--compression", "off"]);

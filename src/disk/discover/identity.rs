@@ -117,16 +117,6 @@ pub(in crate::disk) fn from_sysfs(sysroot: &Sysroot, name: &str, transport: Tran
     found
 }
 
-/// The identity of the disk under a multipath map by the map's own name, `mpath-` and what `scsi_id` said of a path.
-/// For a map without paths: to ask it would mean to wait for one.
-pub(super) fn of_map(sysroot: &Sysroot, name: &str) -> Identity {
-    let mut found = Identity::default();
-    let uuid = sysroot.text(format!("sys/block/{name}/dm/uuid")).unwrap_or_default();
-    let id = uuid.strip_prefix("mpath-").and_then(|wwid| format!("scsi-{wwid}").parse().ok());
-    found.offer(id, IdSource::Sysfs);
-    found
-}
-
 fn has_page_83(sysroot: &Sysroot, name: &str) -> bool {
     sysroot.path(format!("sys/block/{name}/device/vpd_pg83")).exists()
 }
@@ -150,6 +140,16 @@ pub(in crate::disk) fn backing_file(sysroot: &Sysroot, name: &str) -> Option<Str
     let text = String::from_utf8_lossy(&bytes);
     let path = text.strip_suffix('\n').unwrap_or(&text);
     (!path.is_empty()).then(|| path.to_owned())
+}
+
+/// The identity of the disk under a multipath map by the map's own name, `mpath-` and what `scsi_id` said of a path.
+/// For a map without paths: to ask it would mean to wait for one.
+pub(super) fn of_map(sysroot: &Sysroot, name: &str) -> Identity {
+    let mut found = Identity::default();
+    let uuid = sysroot.text(format!("sys/block/{name}/dm/uuid")).unwrap_or_default();
+    let id = uuid.strip_prefix("mpath-").and_then(|wwid| format!("scsi-{wwid}").parse().ok());
+    found.offer(id, IdSource::Sysfs);
+    found
 }
 
 fn offer_sysfs(sysroot: &Sysroot, name: &str, transport: Transport, found: &mut Identity) {

@@ -144,6 +144,16 @@ pub(in crate::disk) fn backing_file(sysroot: &Sysroot, name: &str) -> Option<Str
     (!path.is_empty()).then(|| path.to_owned())
 }
 
+/// The identity of the disk under a multipath map by the map's own name, `mpath-` and what `scsi_id` said of a path.
+/// For a map without paths: to ask it would mean to wait for one.
+pub(super) fn of_map(sysroot: &Sysroot, name: &str) -> Identity {
+    let mut found = Identity::default();
+    let uuid = sysroot.text(format!("sys/block/{name}/dm/uuid")).unwrap_or_default();
+    let id = uuid.strip_prefix("mpath-").and_then(|wwid| format!("scsi-{wwid}").parse().ok());
+    found.offer(id, IdSource::Sysfs);
+    found
+}
+
 fn offer_sysfs(sysroot: &Sysroot, name: &str, transport: Transport, found: &mut Identity) {
     let device = format!("sys/block/{name}/device");
     match transport {
@@ -222,7 +232,7 @@ pub(in crate::disk) fn offer_inquiry(file: &File, found: &mut Identity) -> bool 
     if let Some(page) = page {
         offer_page_83(&page, IdSource::SgIo, found);
     }
-    if found.id.is_none()
+    if (found.id.is_none() || found.serial.is_none())
         && let Ok(Some(page)) = ioctl::inquiry(file, Some(0x80))
     {
         if found.model.is_none()

@@ -31,20 +31,25 @@ pub const GIB: u64 = 1 << 30;
 /// How long anything may take that should take a moment: the machine may be busy with other tests.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Whether this test can run. Where it cannot, it is said past the capture of test output; with
-/// `MT_AGENT_REQUIRE_ROOT_TESTS` set, as in CI, that is a failure.
+/// Whether this test can run, which is said where it cannot.
 pub fn root(test: &str) -> bool {
     if nix::unistd::geteuid().is_root() {
         return true;
     }
+    skipped(test, "it needs root (loop devices, guests); run it with sudo");
+    false
+}
+
+/// Says, past the capture of test output, that a test cannot run here; with `MT_AGENT_REQUIRE_ROOT_TESTS` set, as in
+/// CI, that is a failure.
+pub fn skipped(test: &str, why: &str) {
     assert!(
         std::env::var_os("MT_AGENT_REQUIRE_ROOT_TESTS").is_none(),
-        "{test} needs root, and MT_AGENT_REQUIRE_ROOT_TESTS is set"
+        "{test} cannot run ({why}), and MT_AGENT_REQUIRE_ROOT_TESTS is set"
     );
     // Not `eprintln!`, which a test that passes swallows.
-    let notice = format!("\n*** SKIPPED: {test} needs root (loop devices); run it with sudo ***\n\n");
+    let notice = format!("\n*** SKIPPED: {test}: {why} ***\n\n");
     std::io::stderr().write_all(notice.as_bytes()).unwrap();
-    false
 }
 
 /// Leaves the test where it cannot run.

@@ -1,0 +1,9 @@
+//! Tests that need what the build machine's kernel has not: SCSI disks, device mapper, md, udevd. Each is a test
+//! like any other, whose body runs as root in a guest that is booted for it. See `harness`.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod harness;
+mod lio;
+mod small;

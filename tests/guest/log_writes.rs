@@ -24,7 +24,7 @@
 //! The kernel logs a write when a flush that was issued *after the write completed* has completed itself, just before
 //! that flush; a write with FUA when it completed; a mark when it was made. So everything before a mark was on stable
 //! storage when it was made, and what was written but not flushed comes behind the mark. The log is complete once the
-//! device is removed, which the kernel notes with a last mark of its own.
+//! target is taken away, which the kernel notes with a last mark of its own.
 //!
 //! # What a power cut leaves
 //! A *barrier* is an entry that made something durable: a flush, or a write with FUA. A crash between two barriers
@@ -56,7 +56,7 @@ const MAGIC: u64 = 0x006a_7366_7773_6872;
 const VERSION: u64 = 1;
 /// Of an entry, without its mark.
 const HEADER: usize = 32;
-/// The mark that the kernel makes when the device is removed.
+/// The mark that the kernel makes when the target is taken away.
 const END: &str = "dm-log-writes-end";
 
 const FLUSH: u64 = 1;
@@ -65,7 +65,7 @@ const DISCARD: u64 = 4;
 const MARK: u64 = 8;
 const METADATA: u64 = 16;
 
-/// A device that passes everything on to a disk and logs it on another one. It is removed when this is dropped.
+/// A device that passes everything on to a disk and logs it on another one. It stays as long as the guest.
 pub struct LogWrites {
     name: String,
     disk: PathBuf,
@@ -81,16 +81,24 @@ impl LogWrites {
         copy(&File::open(disk).unwrap(), before.as_file());
         // An old log there must not pass for this one's.
         File::options().write(true).open(log).unwrap().write_all_at(&[0; 4096], 0).unwrap();
+        forget(log);
         let name = format!("log-writes-{}", before.path().file_name().unwrap().display());
-        let sectors = size(&File::open(disk).unwrap()) / 512;
-        let table = format!("0 {sectors} log-writes {} {}", disk.display(), log.display());
-        tool("dmsetup", &["create", &name, "--table", &table]);
-        LogWrites { name, disk: disk.to_owned(), log: log.to_owned(), before: before.into_file() }
+        let made = LogWrites { name, disk: disk.into(), log: log.into(), before: before.into_file() };
+        tool("modprobe", &["-a", "dm-mod", "dm-log-writes"]);
+        let target = format!("log-writes {} {}", disk.display(), log.display());
+        tool("dmsetup", &["create", &made.name, "--table", &made.table(&target)]);
+        made
+    }
+
+    fn table(&self, target: &str) -> String {
+        format!("0 {} {target}", size(&self.before) / 512)
     }
 
     /// The device that logs.
     pub fn node(&self) -> PathBuf {
-        Path::new("/dev/mapper").join(&self.name)
+        // Not its name in /dev/mapper, which udevd would have to make.
+        let info = ["info", "--columns", "--noheadings", "-o", "blkdevname", &self.name];
+        Path::new("/dev").join(tool("dmsetup", &info))
     }
 
     /// Notes in the log that this moment was passed.
@@ -98,30 +106,31 @@ impl LogWrites {
         tool("dmsetup", &["message", &self.name, "0", "mark", name]);
     }
 
-    /// How many entries the log has by now.
+    /// How many entries the log has by now: what was written is in it once it was flushed.
     pub fn entries(&self) -> u64 {
         let status = tool("dmsetup", &["status", &self.name]);
         assert!(!status.contains("logging_disabled"), "the log is full or broken: {status}");
         status.split(' ').nth(3).unwrap().parse().unwrap()
     }
 
-    /// Ends the recording: removes the device, which nobody may have open any more.
+    /// Ends the recording. The device stays, also for whoever has it open, and logs no more.
     pub fn finish(self) -> Recording {
         self.entries();
-        tool("dmsetup", &["remove", "--retry", &self.name]);
+        let plain = self.table(&format!("linear {} 0", self.disk.display()));
+        tool("dmsetup", &["load", &self.name, "--table", &plain]);
+        // Not what the file system on it still has in memory.
+        tool("dmsetup", &["suspend", "--nolockfs", &self.name]);
+        tool("dmsetup", &["resume", &self.name]);
+        forget(&self.log);
         let log = Log::parse(File::open(&self.log).unwrap(), size(&self.before)).unwrap();
         assert_eq!(log.marks(log.entries.len()).last(), Some(END), "the log does not end as it must");
-        Recording { log, before: self.before.try_clone().unwrap() }
+        Recording { log, before: self.before }
     }
 }
 
-impl Drop for LogWrites {
-    fn drop(&mut self) {
-        // After `finish` there is none.
-        if self.node().exists() {
-            tool("dmsetup", &["remove", "--retry", &self.name]);
-        }
-    }
+/// Device mapper passes by the pages in which the kernel keeps what was read and written through the device's node.
+fn forget(device: &Path) {
+    tool("blockdev", &["--flushbufs", device.to_str().unwrap()]);
 }
 
 /// What happened to a disk.

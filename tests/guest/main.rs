@@ -4,6 +4,8 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod durability;
 mod harness;
 mod lio;
+mod log_writes;
 mod small;

@@ -101,7 +101,7 @@ impl LogWrites {
         Path::new("/dev").join(tool("dmsetup", &info))
     }
 
-    /// Notes in the log that this moment was passed.
+    /// Notes in the log that this moment was passed. The name is one word.
     pub fn mark(&self, name: &str) {
         tool("dmsetup", &["message", &self.name, "0", "mark", name]);
     }
@@ -478,7 +478,7 @@ fn size(mut file: &File) -> u64 {
 }
 
 /// Makes `to` a copy of `from`, with holes where there are zeros.
-fn copy(from: &File, to: &File) {
+pub fn copy(from: &File, to: &File) {
     const STEP: usize = 64 << 10;
     let (size, mut bytes) = (size(from), vec![0; STEP]);
     to.set_len(0).unwrap();

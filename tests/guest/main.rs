@@ -8,4 +8,5 @@ mod durability;
 mod harness;
 mod lio;
 mod log_writes;
+mod reiserfs;
 mod small;

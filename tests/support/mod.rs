@@ -219,11 +219,23 @@ pub struct Mount {
 
 impl Mount {
     pub fn new(node: &Path, path: &Path) -> Mount {
+        Mount::with(node, path, "defaults")
+    }
+
+    /// With these options, separated by commas.
+    pub fn with(node: &Path, path: &Path, options: &str) -> Mount {
         fs::create_dir_all(path).unwrap();
         // Whoever lists disks holds each for a moment.
         wait_for("a mount", || {
             let mut mount = Command::new("mount");
-            mount.args([node, path]).stderr(Stdio::null()).status().unwrap().success().then_some(())
+            mount
+                .args(["-o", options])
+                .args([node, path])
+                .stderr(Stdio::null())
+                .status()
+                .unwrap()
+                .success()
+                .then_some(())
         });
         Mount { path: path.to_owned() }
     }

@@ -136,6 +136,18 @@ fn paths_under_multipath_are_one_disk_and_without_it_clones() {
     assert!(found[0].problems[0].contains("start multipathd"));
 }
 
+/// Until the map is loaded anew, the path that went stays a slave, of which nothing is left but the link.
+#[test]
+fn a_map_whose_first_path_went_is_still_the_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = tree::multipath(dir.path());
+    std::fs::remove_file(dir.path().join("sys/block/sdb")).unwrap();
+    let found = disks(&tree);
+    assert_eq!(found.len(), 1);
+    assert_eq!((found[0].name.as_str(), id(&found[0])), ("dm-0", Some(format!("naa.{}", tree::SAN))));
+    assert_eq!((&found[0].paths, found[0].role), (&vec!["sdc".to_owned()], Role::Free));
+}
+
 #[test]
 fn a_third_path_outside_the_map_is_a_clone() {
     let dir = tempfile::tempdir().unwrap();

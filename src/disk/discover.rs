@@ -204,7 +204,10 @@ fn multipath(sysroot: &Sysroot, name: &str) -> Option<Map> {
     if !name.starts_with("dm-") || !sysroot.text(format!("sys/block/{name}/dm/uuid"))?.starts_with("mpath-") {
         return None;
     }
-    Some(Map { name: name.to_owned(), paths: sysroot.names(format!("sys/block/{name}/slaves")) })
+    // A path that went stays a slave until the map is loaded anew.
+    let mut paths = sysroot.names(format!("sys/block/{name}/slaves"));
+    paths.retain(|path| sysroot.path(format!("sys/block/{path}")).exists());
+    Some(Map { name: name.to_owned(), paths })
 }
 
 /// A disk whose role is not decided yet.

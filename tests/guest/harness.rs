@@ -11,11 +11,11 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Condvar, Mutex, OnceLock};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::support;
 
@@ -43,7 +43,7 @@ pub struct Guest {
 
 /// User-mode Linux: one processor, no PCI; SCSI disks are made in it, see `lio`.
 pub fn small() -> Guest {
-    Guest { kind: Kind::Small, memory: 768, udev: true, limit: Duration::from_secs(120) }
+    Guest { kind: Kind::Small, memory: 768, udev: true, limit: Duration::from_secs(240) }
 }
 
 /// What a body in the guest is given.
@@ -182,7 +182,7 @@ impl Kind {
 
 /// What a guest says, and when it ends.
 struct Console {
-    machine: std::process::Child,
+    machine: Child,
     lines: mpsc::Receiver<String>,
 }
 
@@ -209,10 +209,10 @@ impl Console {
 
     /// Prints what it says, into the output of this test, until it ends.
     fn follow(&mut self, limit: Duration) {
-        let end = std::time::Instant::now() + limit;
+        let start = Instant::now();
         loop {
-            match self.lines.recv_timeout(end.saturating_duration_since(std::time::Instant::now())) {
-                Ok(line) => println!("| {line}"),
+            match self.lines.recv_timeout(limit.saturating_sub(start.elapsed())) {
+                Ok(line) => println!("{:6.2} | {line}", start.elapsed().as_secs_f64()),
                 Err(RecvTimeoutError::Disconnected) => break,
                 Err(RecvTimeoutError::Timeout) => panic!("the guest runs after {limit:?}"),
             }

@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Once;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use crate::support::{tool, wait_for};
+use serde_json::Value;
+
+use crate::support::{run, tool, wait_for};
 
 const CONFIG: &str = "/sys/kernel/config/target";
 
@@ -64,6 +66,12 @@ impl Store {
     /// On a new, empty, sparse file.
     pub fn file(path: &Path, size: u64, identity: &Identity) -> Store {
         fs::File::create_new(path).unwrap().set_len(size).unwrap();
+        Store::existing(path, identity)
+    }
+
+    /// On a file that is there.
+    pub fn existing(path: &Path, identity: &Identity) -> Store {
+        let size = path.metadata().unwrap().len();
         Store::new("fileio", &format!("fd_dev_name={},fd_dev_size={size}", path.display()), identity)
     }
 
@@ -126,7 +134,7 @@ pub struct Lun {
 }
 
 impl Lun {
-    fn device(&self) -> PathBuf {
+    pub fn device(&self) -> PathBuf {
         Path::new("/sys/bus/scsi/devices").join(&self.hctl)
     }
 
@@ -143,4 +151,51 @@ impl Lun {
     pub fn node(&self) -> PathBuf {
         Path::new("/dev").join(self.name())
     }
+
+    /// Takes it away on the side of the target, as an array does that does not show a LUN any more.
+    pub fn detach(&self) {
+        fs::remove_file(self.dir.join("store")).unwrap();
+        fs::remove_dir(&self.dir).unwrap();
+        self.wait_until_gone();
+    }
+
+    /// Takes it away on the side of the host. It is found again by a rescan.
+    pub fn delete(&self) {
+        write(self.device().join("delete"), "1");
+        self.wait_until_gone();
+    }
+
+    fn wait_until_gone(&self) {
+        wait_for("the disk to go", || (!self.device().exists()).then_some(()));
+    }
+}
+
+/// What `discover-disks --json` says.
+pub fn discovered() -> Vec<Value> {
+    let found = run(&["discover-disks", "--json"]).ok().json();
+    found["disks"].as_array().unwrap().clone()
+}
+
+/// The disk that discovery calls so.
+#[track_caller]
+pub fn named<'a>(disks: &'a [Value], name: &str) -> &'a Value {
+    let found = disks.iter().find(|disk| disk["name"] == name);
+    found.unwrap_or_else(|| panic!("no {name} in {disks:#?}"))
+}
+
+/// Waits until udevd has done what is to be done.
+pub fn settle() {
+    tool("udevadm", &["settle"]);
+}
+
+/// Rules of udev that run several processes for each event, and find nothing where there are no paths.
+pub const FOR_MULTIPATH: [&str; 5] =
+    ["55-scsi-sg3_id", "58-scsi-sg3_symlink", "56-dm-mpath", "60-multipath", "60-kpartx"];
+
+/// Makes udevd do without these rules from now on.
+pub fn without_rules(rules: &[&str]) {
+    for rules in rules {
+        symlink("/dev/null", format!("/etc/udev/rules.d/{rules}.rules")).unwrap();
+    }
+    tool("udevadm", &["control", "--reload"]);
 }

@@ -5,8 +5,14 @@
 mod support;
 
 mod durability;
+mod exchange;
 mod harness;
+mod identities;
 mod lio;
 mod log_writes;
+mod many;
+mod mapped;
+mod receive;
 mod reiserfs;
+mod roles;
 mod small;

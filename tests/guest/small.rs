@@ -1,10 +1,8 @@
 //! That the small guest is what the tests take it for.
 
-use serde_json::Value;
-
 use crate::harness::small;
-use crate::lio::{Identity, Store, Target};
-use crate::support::{MIB, directory, run};
+use crate::lio::{Identity, Store, Target, discovered};
+use crate::support::{MIB, directory};
 
 #[test]
 fn a_guest_has_a_disk_with_an_identity_of_its_own() {
@@ -13,8 +11,7 @@ fn a_guest_has_a_disk_with_an_identity_of_its_own() {
         let identity = Identity::vmware(1);
         let store = Store::file(&dir.path().join("disk"), 64 * MIB, &identity);
         let lun = Target::new().attach(0, &store);
-        let found = run(&["discover-disks", "--json"]).ok().json();
-        let disks: &Vec<Value> = found["disks"].as_array().unwrap();
+        let disks = discovered();
         assert_eq!(disks.len(), 1, "{disks:#?}");
         let text = |key: &str| disks[0][key].as_str().unwrap_or_default().to_owned();
         assert_eq!(text("id"), identity.canonical());

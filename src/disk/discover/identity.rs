@@ -216,7 +216,7 @@ pub(in crate::disk) fn offer_inquiry(file: &File, found: &mut Identity) -> bool 
     if let Some(page) = page {
         offer_page_83(&page, IdSource::SgIo, found);
     }
-    if found.id.is_none()
+    if (found.id.is_none() || found.serial.is_none())
         && let Ok(Some(page)) = ioctl::inquiry(file, Some(0x80))
     {
         if found.model.is_none()

@@ -1,0 +1,274 @@
+//! Discovery held against the system's own tools, disk by disk, on real SCSI devices.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use serde_json::Value;
+
+use crate::harness::small;
+use crate::lio::{Identity, Lun, Store, Target, discovered, named, settle};
+use crate::support::{
+    MACHINE, MIB, Outcome, Rig, Service, assert_equal, directory, run, tool, wait_for, write_random,
+};
+
+/// What a tool prints, whether it succeeds or not.
+fn said(program: &str, args: &[&str]) -> String {
+    let output = Command::new(program).args(args).stdin(Stdio::null()).output().unwrap();
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+}
+
+/// Holds one disk of `discover-disks --json` against what every other tool says of it.
+fn agrees(disk: &Value, from: From) {
+    let udev = from == From::Udev;
+    let text = |key: &str| disk[key].as_str();
+    let (name, node) = (text("name").unwrap(), text("node").unwrap());
+    let naa = text("id").map(|id| id.strip_prefix("naa.").unwrap_or_else(|| panic!("{name}: {id}")));
+
+    // scsi_id and sg_vpd ask the device; type 3 is NAA.
+    let expected = naa.map(|digits| format!("3{digits}")).unwrap_or_default();
+    assert_eq!(said("/lib/udev/scsi_id", &["-g", "-u", "-d", node]), expected, "{name}: scsi_id");
+    let page = said("sg_vpd", &["-p", "di", node]);
+    let unit = page.split("Target port:").next().unwrap();
+    let designators: Vec<&str> = unit.lines().filter_map(|line| line.trim().strip_prefix("0x")).collect();
+    assert_eq!(designators, naa.into_iter().collect::<Vec<_>>(), "{name}: sg_vpd: {page}");
+    let page = said("sg_vpd", &["-p", "sn", node]);
+    let serial = page.lines().find_map(|line| line.trim().strip_prefix("Unit serial number: "));
+    assert_eq!(text("serial"), serial, "{name}: {page}");
+
+    let lsblk: Value = serde_json::from_str(&tool("lsblk", &["-J", "-O", "-b", "-d", node])).unwrap();
+    let lsblk = &lsblk["blockdevices"][0];
+    let trimmed = |key: &str| lsblk[key].as_str().map(str::trim).filter(|value| !value.is_empty());
+    assert_eq!((trimmed("kname"), trimmed("path")), (Some(name), Some(node)));
+    assert_eq!((trimmed("hctl"), trimmed("maj:min")), (text("hctl"), text("devno")));
+    assert_eq!((trimmed("vendor"), trimmed("model")), (text("vendor"), text("model")), "{lsblk:#}");
+    assert_eq!((&lsblk["size"], &lsblk["ro"]), (&disk["size"], &disk["read_only"]));
+    assert_eq!((&lsblk["log-sec"], &lsblk["phy-sec"]), (&disk["logical_sector"], &disk["physical_sector"]));
+    let wwn = trimmed("wwn").map(|wwn| wwn.strip_prefix("0x").unwrap());
+    assert_eq!(wwn, naa.filter(|_| udev), "{name}: lsblk");
+
+    let hctl = text("hctl").unwrap();
+    let line = |text: String| {
+        let line =
+            text.lines().find(|line| line.starts_with(&format!("[{hctl}]"))).unwrap_or_default().to_owned();
+        line.split_whitespace().map(str::to_owned).collect::<Vec<String>>()
+    };
+    let lsscsi = line(said("lsscsi", &["-u"]));
+    let known = naa.filter(|_| from != From::Device).unwrap_or("none");
+    assert_eq!((lsscsi[2].as_str(), lsscsi[3].as_str()), (known, node), "{lsscsi:?}");
+    let lsscsi = line(said("lsscsi", &["-i"]));
+    let [.., listed, id] = lsscsi.as_slice() else { panic!("{lsscsi:?}") };
+    assert_eq!(listed, node);
+    match naa.filter(|_| udev) {
+        // It takes any one of the names that udev gave.
+        Some(_) => {
+            let link = format!("/dev/disk/by-id/scsi-{id}");
+            assert_eq!(fs::canonicalize(&link).unwrap(), Path::new(node), "{link}");
+            assert!(Path::new(&format!("/dev/disk/by-id/scsi-{expected}")).exists(), "{expected}");
+        }
+        None => assert_eq!(id, "-", "{lsscsi:?}"),
+    }
+
+    if udev {
+        let properties = tool("udevadm", &["info", "--query=property", "--name", node]);
+        let property =
+            |key: &str| properties.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
+        assert_eq!(property("ID_WWN_WITH_EXTENSION").map(|wwn| &wwn[2..]), naa, "{properties}");
+        assert_eq!(property("ID_SCSI_SERIAL"), text("serial"), "{properties}");
+        assert_eq!(trimmed("serial"), text("serial"), "{lsblk:#}");
+        assert_eq!(property("ID_VENDOR"), text("vendor"));
+        assert_eq!(
+            property("ID_MODEL").map(|model| model.replace('_', " ")),
+            text("model").map(|model| model.replace('_', " "))
+        );
+    }
+}
+
+/// Where identities come from, and so what is there besides the disk itself.
+#[derive(Clone, Copy, PartialEq)]
+enum From {
+    Udev,
+    Sysfs,
+    Device,
+}
+
+/// All kinds of disks, which have the same identities wherever these are read.
+fn disks_agree(from: From) {
+    if from == From::Device {
+        // As on kernels before 3.13: sysfs has no pages (BLIST_SKIP_VPD_PAGES).
+        tool("modprobe", &["scsi_mod", "default_dev_flags=0x4000000"]);
+    }
+    let dir = directory();
+    let target = Target::new();
+    let mut expected = Vec::new();
+    let identities = [
+        Identity::vmware(1),
+        Identity::vmware(2),
+        Identity::vmware(0xfffffff3),
+        Identity::Bare,
+        Identity::Bare,
+    ];
+    for (lun, identity) in identities.iter().enumerate() {
+        let size = (lun as u64 + 1) * 8 * MIB;
+        let store = Store::file(&dir.path().join(format!("disk{lun}")), size, identity);
+        let lun = target.attach(u32::try_from(lun).unwrap(), &store);
+        let id = matches!(identity, Identity::VmWare(_)).then(|| identity.canonical());
+        expected.push((lun.name(), id));
+    }
+    let before: Vec<String> = expected.iter().map(|(name, _)| name.clone()).collect();
+    // Host 1, and so not the first of its numbers; large sectors.
+    tool("modprobe", &["scsi_debug", "num_tgts=2", "max_luns=2", "sector_size=4096", "physblk_exp=1"]);
+    wait_for("the disks of scsi_debug", || (discovered().len() == expected.len() + 4).then_some(()));
+    if from == From::Udev {
+        settle();
+    }
+    let disks = discovered();
+    let (target, debug): (Vec<&Value>, Vec<&Value>) =
+        disks.iter().partition(|disk| before.iter().any(|name| disk["name"] == **name));
+    for (name, id) in &expected {
+        let disk = named(&disks, name);
+        assert_eq!(disk["id"].as_str(), id.as_deref(), "{disk:#}");
+        assert_eq!(disk["role"], if id.is_some() { "free" } else { "no-uuid" });
+    }
+    assert_eq!(target.len(), expected.len());
+    let mut naa3: Vec<&str> = debug.iter().map(|disk| disk["id"].as_str().unwrap()).collect();
+    naa3.sort_unstable();
+    assert_eq!(
+        naa3,
+        ["naa.3333333000000fa0", "naa.3333333000000fa1", "naa.3333333000001388", "naa.3333333000001389"]
+    );
+    assert!(debug.iter().all(|disk| disk["logical_sector"] == 4096 && disk["physical_sector"] == 8192));
+    for disk in &disks {
+        agrees(disk, from);
+        let source = match from {
+            From::Udev => "udev",
+            From::Sysfs => "sysfs",
+            From::Device => "sg-io",
+        };
+        assert_eq!(disk["id_source"].as_str(), disk["id"].as_str().map(|_| source), "{disk:#}");
+        let page = format!("/sys/block/{}/device/vpd_pg83", disk["name"].as_str().unwrap());
+        assert_eq!(Path::new(&page).exists(), !disk["id"].is_null() && from != From::Device, "{page}");
+    }
+}
+
+#[test]
+fn disks_are_what_the_tools_say() {
+    small().run(|_| disks_agree(From::Udev));
+}
+
+#[test]
+fn disks_are_what_the_tools_say_without_udevd() {
+    small().without_udev().run(|_| disks_agree(From::Sysfs));
+}
+
+#[test]
+fn disks_are_what_the_tools_say_where_only_the_device_knows() {
+    small().without_udev().run(|_| disks_agree(From::Device));
+}
+
+/// One LUN that is there by two ways.
+struct TwoPaths {
+    store: Store,
+    paths: Vec<Lun>,
+}
+
+impl TwoPaths {
+    fn new(backing: &Path) -> TwoPaths {
+        let store = Store::file(backing, 64 * MIB, &Identity::vmware(7));
+        let paths = (0..2).map(|_| Target::new().attach(3, &store)).collect();
+        TwoPaths { store, paths }
+    }
+
+    fn names(&self) -> Vec<String> {
+        let mut names: Vec<String> = self.paths.iter().map(Lun::name).collect();
+        names.sort_unstable();
+        names
+    }
+
+    /// Both are seen, as copies of each other.
+    fn are_clones(&self) {
+        let disks = discovered();
+        let id = Identity::vmware(7).canonical();
+        let seen: Vec<&Value> = disks.iter().filter(|disk| disk["id"] == id).collect();
+        assert_eq!(seen.len(), 2, "{disks:#?}");
+        for disk in seen {
+            assert_eq!(disk["role"], "clone", "{disk:#}");
+            assert!(disk["problems"][0].as_str().unwrap().contains("start multipathd"), "{disk:#}");
+            let other = self.names().into_iter().find(|name| disk["name"] != **name).unwrap();
+            assert!(disk["evidence"][0].as_str().unwrap().ends_with(&format!("identity as {other}")));
+        }
+    }
+}
+
+fn protect_add(service: &Service, disk: &str) -> Outcome {
+    run(&["protect", "add", MACHINE, "--config", &service.config(), "--disk", disk])
+}
+
+#[test]
+fn two_paths_are_clones_without_multipath() {
+    small().without_udev().run(|_| {
+        let rig = Rig::new(&[]);
+        let disk = TwoPaths::new(&rig.path("disk"));
+        disk.are_clones();
+        for disk in [Identity::vmware(7).canonical(), format!("/dev/{}", disk.names()[0])] {
+            protect_add(&rig.service, &format!("root={disk}"))
+                .fails(3, &["another disk has the same identity"]);
+        }
+    });
+}
+
+#[test]
+fn two_paths_are_one_disk_with_multipath_and_one_may_fail_while_it_is_written() {
+    small().run(|_| {
+        let rig = Rig::new(&[]);
+        let disk = TwoPaths::new(&rig.path("disk"));
+        settle();
+        disk.are_clones();
+        fs::write("/etc/multipath.conf", "defaults {\n find_multipaths no\n user_friendly_names no\n}\n")
+            .unwrap();
+        tool("modprobe", &["-a", "dm-multipath", "dm-service-time", "dm-round-robin"]);
+        tool("multipath", &["-v2"]);
+        settle();
+        let id = Identity::vmware(7).canonical();
+        let disks = discovered();
+        let [map] = disks.as_slice() else { panic!("{disks:#?}") };
+        assert_eq!(
+            (&map["name"], &map["id"], &map["role"]),
+            (&"dm-0".into(), &id.as_str().into(), &"free".into())
+        );
+        assert_eq!(map["paths"], serde_json::json!(disk.names()));
+        assert_eq!(map["problems"], serde_json::json!([]));
+        let uuid = tool("dmsetup", &["info", "-c", "--noheadings", "-o", "uuid,blkdevname"]);
+        assert_eq!(uuid, format!("mpath-3{}:dm-0", &id[4..]));
+        let lsblk = tool("lsblk", &["-J", "-O", "-b", "-d", "/dev/dm-0"]);
+        let lsblk: Value = serde_json::from_str(&lsblk).unwrap();
+        let lsblk = &lsblk["blockdevices"][0];
+        assert_eq!(
+            (&lsblk["type"], &lsblk["size"], &lsblk["maj:min"]),
+            (&"mpath".into(), &map["size"], &map["devno"])
+        );
+
+        // By any of its names, it is the map that is written; a path that fails takes nothing with it.
+        let path = format!("root=/dev/{}", disk.names()[0]);
+        let planned = protect_add(&rig.service, &path).ok();
+        assert!(planned.stdout.contains("/dev/dm-0"), "{planned:#?}");
+        let source = rig.random("source", 64 * MIB);
+        let send = rig.start_into_pass(&[("root", &source)], &["--bwlimit", "24M"]);
+        disk.paths[0].delete();
+        send.finish().ok();
+        rig.synchronized("root");
+        assert_equal(&source, &rig.path("disk"));
+        rig.service.wait_until_idle();
+
+        // A path that joins later and is not in the map is another disk with this identity.
+        let third = Target::new().attach(0, &disk.store);
+        settle();
+        let disks = discovered();
+        assert_eq!(
+            (&named(&disks, "dm-0")["role"], &named(&disks, &third.name())["role"]),
+            (&"clone".into(), &"clone".into())
+        );
+        write_random(&source, 0, MIB);
+        rig.send(&[("root", &source)], &[]).fails(3, &["its role is clone", &third.name()]);
+    });
+}

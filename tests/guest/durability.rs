@@ -18,7 +18,17 @@ use crate::support::{
 
 #[test]
 fn what_was_acknowledged_survives_a_power_cut_at_any_moment() {
-    small().without_udev().run(|_| {
+    survives("io-uring", 1);
+}
+
+#[test]
+fn what_threads_wrote_survives_it_as_well() {
+    survives("threads", 0);
+}
+
+/// A pass with this engine, and `samples` of the states of the records between each two flushes.
+fn survives(engine: &str, samples: usize) {
+    small().without_udev().limit(Duration::from_secs(300)).run(|_| {
         let dir = directory();
         let disk = |name: &str, size, sector| {
             File::create_new(dir.path().join(name)).unwrap().set_len(size).unwrap();
@@ -39,7 +49,7 @@ fn what_was_acknowledged_survives_a_power_cut_at_any_moment() {
         let mount = Mount::new(&records.node(), &retention);
         let mark = |name: &str| [&volume, &records].map(|log| log.mark(name));
 
-        let service = Service::start(dir.path(), &[]);
+        let service = Service::start(dir.path(), &["--engine", engine]);
         let mut rig = Rig::assemble(dir, service, Vec::new());
         rig.mounts = vec![Box::new(mount)];
         let assigned = format!("d0={}", Identity::vmware(1).canonical());
@@ -85,7 +95,7 @@ fn what_was_acknowledged_survives_a_power_cut_at_any_moment() {
         let (place, machine) = (rig.path("after"), MACHINE.parse::<Name>().unwrap());
         let marks = ["acknowledged", "flushed", "receiving", "assigned"];
         let mut seen = BTreeSet::new();
-        let states = records.each_crash(2, |image, point| {
+        let states = records.each_crash(samples, |image, point| {
             if !point.after("assigned") {
                 return;
             }

@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 use std::fs;
 
 use super::*;
+use crate::harness::small;
+use crate::support::{Loop, directory};
 
 const DISK: u64 = 16;
 const SECTOR: usize = 512;
@@ -289,4 +291,52 @@ fn any_changed_byte_is_survived() {
         }
     }
     assert!(refused > 500, "{refused} of the changes were found");
+}
+
+/// What is said of the log above holds for what the kernel writes.
+#[test]
+fn the_kernel_logs_like_this() {
+    small().without_udev().run(|_| {
+        let dir = directory();
+        let disk = Loop::create(&dir.path().join("disk"), 8 * MIB);
+        let log_disk = Loop::create(&dir.path().join("log"), 8 * MIB);
+        let data = dir.path().join("data");
+        let log = LogWrites::on(disk.node(), log_disk.node());
+        let node = log.node();
+        let node = node.to_str().unwrap();
+        let write = |letter: u8, block: u64, flags: &str| {
+            fs::write(&data, [letter; 4096]).unwrap();
+            let (from, to) = (format!("if={}", data.display()), format!("of={node}"));
+            tool("dd", &[&from, &to, "bs=4096", &format!("seek={block}"), "conv=notrunc", flags]);
+        };
+        write(b'a', 0, "oflag=direct");
+        log.mark("written");
+        tool("sync", &[node]);
+        log.mark("flushed");
+        write(b'b', 1, "oflag=direct,dsync");
+        log.mark("through");
+        tool("blkdiscard", &["--offset", "4096", "--length", "4096", node]);
+        write(b'c', 2, "oflag=direct");
+        log.mark("discarded");
+        tool("sync", &[node]);
+        log.mark("all");
+        write(b'd', 3, "oflag=direct");
+        let log = log.finish();
+        let blocks = |image: NamedTempFile| {
+            let block = |index: u64| {
+                let mut block = [0; 4096];
+                image.as_file().read_exact_at(&mut block, index * 4096).unwrap();
+                assert!(block.iter().all(|byte| *byte == block[0]));
+                block[0]
+            };
+            [0, 1, 2, 3].map(block)
+        };
+        assert_eq!(blocks(log.at("written")), [0, 0, 0, 0]);
+        assert_eq!(blocks(log.at("flushed")), [b'a', 0, 0, 0]);
+        assert_eq!(blocks(log.at("through")), [b'a', b'b', 0, 0]);
+        assert_eq!(blocks(log.at("discarded")), [b'a', b'b', 0, 0]);
+        assert_eq!(blocks(log.at("all")), [b'a', DISCARDED, b'c', 0]);
+        assert_eq!(blocks(log.at(END)), [b'a', DISCARDED, b'c', 0]);
+        assert_eq!(blocks(log.whole()), [b'a', DISCARDED, b'c', b'd']);
+    });
 }

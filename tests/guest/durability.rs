@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use mt_agent::name::Name;
 use mt_agent::protection;
+use nix::sys::signal::Signal;
 
 use crate::harness::small;
 use crate::lio::{Identity, Store, Target};
@@ -59,11 +60,14 @@ fn survives(engine: &str, samples: usize) {
 
         let source = rig.mixed("source.img", 16 * MIB);
         let mut send = rig.start_into_pass(&[("d0", &source)], &["--bwlimit", "3M"]);
+        // However busy this machine is, the pass is not over before what follows.
+        send.signal(Signal::SIGSTOP);
         assert_eq!(rig.state("d0"), "receiving");
         mark("receiving");
         // From here on nothing can be recorded: the flush of the disk must come before that.
         let frozen = Frozen::new(&retention);
         let before = volume.entries();
+        send.signal(Signal::SIGCONT);
         wait_for("a flush of the disk", || {
             let committing = rig.service.volume(MACHINE, "d0").phase == "committing";
             (committing && volume.entries() > before).then_some(())

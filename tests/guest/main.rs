@@ -4,12 +4,15 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod durability;
 mod exchange;
 mod harness;
 mod identities;
 mod lio;
+mod log_writes;
 mod many;
 mod mapped;
 mod receive;
+mod reiserfs;
 mod roles;
 mod small;

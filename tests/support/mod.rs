@@ -22,7 +22,7 @@ use mt_agent::agent::status::{Report, VolumeReport};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, Whence, lseek};
 use serde_json::Value;
-use tempfile::TempDir;
+use tempfile::{NamedTempFile, TempDir};
 
 pub const KIB: u64 = 1 << 10;
 pub const MIB: u64 = 1 << 20;
@@ -65,9 +65,17 @@ macro_rules! require_root {
 
 /// A directory in memory where there is one: the tests are about the program and not about this disk.
 pub fn directory() -> TempDir {
+    tempfile::Builder::new().prefix("mt-agent-test-").tempdir_in(memory()).unwrap()
+}
+
+/// An empty file in the same place.
+pub fn scratch() -> NamedTempFile {
+    tempfile::Builder::new().prefix("mt-agent-test-").tempfile_in(memory()).unwrap()
+}
+
+fn memory() -> PathBuf {
     let shm = Path::new("/dev/shm");
-    let base = if shm.is_dir() { shm.to_owned() } else { std::env::temp_dir() };
-    tempfile::Builder::new().prefix("mt-agent-test-").tempdir_in(base).unwrap()
+    if shm.is_dir() { shm.to_owned() } else { std::env::temp_dir() }
 }
 
 /// Runs a tool that must succeed, and returns what it printed.
@@ -216,11 +224,23 @@ pub struct Mount {
 
 impl Mount {
     pub fn new(node: &Path, path: &Path) -> Mount {
+        Mount::with(node, path, "defaults")
+    }
+
+    /// With these options, separated by commas.
+    pub fn with(node: &Path, path: &Path, options: &str) -> Mount {
         fs::create_dir_all(path).unwrap();
         // Whoever lists disks holds each for a moment.
         wait_for("a mount", || {
             let mut mount = Command::new("mount");
-            mount.args([node, path]).stderr(Stdio::null()).status().unwrap().success().then_some(())
+            mount
+                .args(["-o", options])
+                .args([node, path])
+                .stderr(Stdio::null())
+                .status()
+                .unwrap()
+                .success()
+                .then_some(())
         });
         Mount { path: path.to_owned() }
     }

@@ -322,13 +322,20 @@ fn an_administrator_finds_a_disk_by_any_spelling_and_by_its_dev_name() {
 }
 
 #[test]
-fn rescan_asks_every_host() {
+fn rescan_asks_every_disk_and_every_host() {
     let dir = tempfile::tempdir().unwrap();
     let tree = tree::multipath(dir.path());
     assert_eq!(Sysroot::new(&tree.root).rescan().unwrap(), 2);
     for host in ["host1", "host2"] {
         let path = tree.root.join(format!("sys/class/scsi_host/{host}/scan"));
         assert_eq!(std::fs::read_to_string(path).unwrap(), "- - -");
+    }
+    for disk in ["sdb", "sdc"] {
+        let path = tree.root.join(format!("sys/block/{disk}/device/rescan"));
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "1");
+        // One that went meanwhile does no harm.
+        std::fs::remove_file(path).unwrap();
+        assert_eq!(Sysroot::new(&tree.root).rescan().unwrap(), 2);
     }
 }
 

@@ -351,6 +351,18 @@ fn an_administrator_finds_a_disk_by_any_spelling_and_by_its_dev_name() {
 }
 
 #[test]
+fn a_disk_that_is_going_is_left_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = tree::vmware(dir.path(), PVSCSI, true);
+    // Its size is taken first, and would be seen as a change.
+    tree.write("sys/block/sdb/size", "0\n");
+    for (state, listed) in [("running", 2), ("offline", 2), ("cancel", 1), ("deleted", 1)] {
+        tree.write("sys/block/sdb/device/state", format!("{state}\n"));
+        assert_eq!(disks(&tree).len(), listed, "{state}");
+    }
+}
+
+#[test]
 fn rescan_asks_every_disk_and_every_host() {
     let dir = tempfile::tempdir().unwrap();
     let tree = tree::multipath(dir.path());

@@ -30,6 +30,8 @@ const AT_ONCE: usize = 2;
 enum Kind {
     /// User-mode Linux.
     Small,
+    /// QEMU.
+    Full,
 }
 
 /// A guest that is not booted yet.
@@ -44,6 +46,12 @@ pub struct Guest {
 /// User-mode Linux: one processor, no PCI; SCSI disks are made in it, see `lio`.
 pub fn small() -> Guest {
     Guest { kind: Kind::Small, memory: 768, udev: true, limit: Duration::from_secs(120) }
+}
+
+/// QEMU with an adapter of each kind, into which disks are plugged while it runs, see `hypervisor`. It emulates the
+/// processor, and so is slow.
+pub fn full() -> Guest {
+    Guest { kind: Kind::Full, memory: 768, udev: true, limit: Duration::from_secs(180) }
 }
 
 /// What a body in the guest is given.
@@ -106,9 +114,6 @@ impl Guest {
     /// What the guest's init is told: variables of a shell.
     fn environment(&self, test: &str) -> Vec<u8> {
         let program = std::env::current_exe().unwrap();
-        let tree = Path::new(env!("CARGO_MANIFEST_DIR"));
-        // target/debug, with the programs under test beside `deps`; wherever the target directory is.
-        let built = Path::new(env!("CARGO_BIN_EXE_mt-agent")).parent().unwrap();
         let mut text = Vec::new();
         let mut variable = |name: &str, values: &[&[u8]]| {
             text.extend_from_slice(name.as_bytes());
@@ -124,8 +129,9 @@ impl Guest {
             text.extend_from_slice(b")\n");
         };
         let bytes = |path: &Path| path.as_os_str().as_bytes().to_vec();
-        variable("MT_AGENT_GUEST_READS", &[&bytes(tree), &bytes(built)]);
-        variable("MT_AGENT_GUEST_DIRECTORY", &[&bytes(tree)]);
+        let [tree, built] = read_directories().map(bytes);
+        variable("MT_AGENT_GUEST_READS", &[&tree, &built]);
+        variable("MT_AGENT_GUEST_DIRECTORY", &[&tree]);
         variable("MT_AGENT_GUEST_UDEV", &[self.udev.to_string().as_bytes()]);
         let arguments = ["--exact", test, "--nocapture", "--test-threads=1", "--include-ignored"];
         let mut words = vec![bytes(&program)];
@@ -136,12 +142,21 @@ impl Guest {
     }
 }
 
+/// The directories of the host that a guest reads: the sources, and target/debug, wherever that is, which has the
+/// programs under test beside `deps`.
+fn read_directories() -> [&'static Path; 2] {
+    let program = Path::new(env!("CARGO_BIN_EXE_mt-agent"));
+    [Path::new(env!("CARGO_MANIFEST_DIR")), program.parent().unwrap()]
+}
+
 impl Kind {
     /// The directory that `assemble` made for this kind, or why there is none.
     fn assembled(self) -> Result<&'static Path, &'static str> {
         static SMALL: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+        static FULL: OnceLock<Result<PathBuf, String>> = OnceLock::new();
         let (made, name) = match self {
             Kind::Small => (&SMALL, "small"),
+            Kind::Full => (&FULL, "full"),
         };
         let made = made.get_or_init(|| {
             let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/guest/assemble");
@@ -174,6 +189,38 @@ impl Kind {
                 command.arg(format!("uml_dir={}/", share.display()));
                 command.args(["con=null", "con0=null,fd:1", "ssl=null", "quiet", "panic=-1"]);
                 command.arg(share_variable);
+            }
+            Kind::Full => {
+                // With its own libraries, whatever the host has.
+                let libraries = root.join("usr/lib/x86_64-linux-gnu");
+                command.env("QEMU_MODULE_DIR", libraries.join("qemu"));
+                command.arg(root.join("lib64/ld-linux-x86-64.so.2")).arg("--library-path").arg(&libraries);
+                command.arg(root.join("usr/bin/qemu-system-x86_64"));
+                for firmware in ["qemu", "seabios"] {
+                    command.arg("-L").arg(root.join("usr/share").join(firmware));
+                }
+                command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]);
+                command.args(["-machine", "pc,accel=tcg", "-cpu", "max", "-m", &guest.memory.to_string()]);
+                command.arg("-kernel").arg(root.join("vmlinux"));
+                command.arg("-initrd").arg(root.join("initramfs"));
+                // Much that a kernel checks and tunes at boot is slow where the processor is emulated.
+                let quick = "mitigations=off tsc=reliable no_timer_check nokaslr rcupdate.rcu_expedited=1 \
+                    cryptomgr.notests";
+                let words = format!("console=ttyS0 quiet panic=-1 {quick} {share_variable}");
+                command.args(["-append", &words, "-serial", "stdio"]);
+                let mut directory = |tag: &str, path: &Path, more: &str| {
+                    let path = path.display().to_string().replace(',', ",,");
+                    command.arg("-fsdev");
+                    command
+                        .arg(format!("local,id={tag},path={path},security_model=none,multidevs=remap{more}"));
+                    command.args(["-device", &format!("virtio-9p-pci,fsdev={tag},mount_tag={tag}")]);
+                };
+                directory("root", root, ",readonly=on");
+                directory("host0", share, "");
+                for (index, path) in read_directories().iter().enumerate() {
+                    directory(&format!("host{}", index + 1), path, ",readonly=on");
+                }
+                super::hypervisor::devices(&mut command, share);
             }
         }
         command

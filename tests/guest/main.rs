@@ -4,7 +4,9 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod full;
 mod harness;
+mod hypervisor;
 mod identities;
 mod lio;
 mod small;

@@ -11,12 +11,13 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Condvar, Mutex, OnceLock};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use crate::hypervisor;
 use crate::support;
 
 /// Where the guest finds what passes between it and the host. That it is set says that this is the guest.
@@ -45,7 +46,7 @@ pub struct Guest {
 
 /// User-mode Linux: one processor, no PCI; SCSI disks are made in it, see `lio`.
 pub fn small() -> Guest {
-    Guest { kind: Kind::Small, memory: 768, udev: true, limit: Duration::from_secs(120) }
+    Guest { kind: Kind::Small, memory: 768, udev: true, limit: Duration::from_secs(240) }
 }
 
 /// QEMU with an adapter of each kind, into which disks are plugged while it runs, see `hypervisor`. It emulates the
@@ -144,7 +145,7 @@ impl Guest {
 
 /// The directories of the host that a guest reads: the sources, and target/debug, wherever that is, which has the
 /// programs under test beside `deps`.
-fn read_directories() -> [&'static Path; 2] {
+pub fn read_directories() -> [&'static Path; 2] {
     let program = Path::new(env!("CARGO_BIN_EXE_mt-agent"));
     [Path::new(env!("CARGO_MANIFEST_DIR")), program.parent().unwrap()]
 }
@@ -190,38 +191,7 @@ impl Kind {
                 command.args(["con=null", "con0=null,fd:1", "ssl=null", "quiet", "panic=-1"]);
                 command.arg(share_variable);
             }
-            Kind::Full => {
-                // With its own libraries, whatever the host has.
-                let libraries = root.join("usr/lib/x86_64-linux-gnu");
-                command.env("QEMU_MODULE_DIR", libraries.join("qemu"));
-                command.arg(root.join("lib64/ld-linux-x86-64.so.2")).arg("--library-path").arg(&libraries);
-                command.arg(root.join("usr/bin/qemu-system-x86_64"));
-                for firmware in ["qemu", "seabios"] {
-                    command.arg("-L").arg(root.join("usr/share").join(firmware));
-                }
-                command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]);
-                command.args(["-machine", "pc,accel=tcg", "-cpu", "max", "-m", &guest.memory.to_string()]);
-                command.arg("-kernel").arg(root.join("vmlinux"));
-                command.arg("-initrd").arg(root.join("initramfs"));
-                // Much that a kernel checks and tunes at boot is slow where the processor is emulated.
-                let quick = "mitigations=off tsc=reliable no_timer_check nokaslr rcupdate.rcu_expedited=1 \
-                    cryptomgr.notests";
-                let words = format!("console=ttyS0 quiet panic=-1 {quick} {share_variable}");
-                command.args(["-append", &words, "-serial", "stdio"]);
-                let mut directory = |tag: &str, path: &Path, more: &str| {
-                    let path = path.display().to_string().replace(',', ",,");
-                    command.arg("-fsdev");
-                    command
-                        .arg(format!("local,id={tag},path={path},security_model=none,multidevs=remap{more}"));
-                    command.args(["-device", &format!("virtio-9p-pci,fsdev={tag},mount_tag={tag}")]);
-                };
-                directory("root", root, ",readonly=on");
-                directory("host0", share, "");
-                for (index, path) in read_directories().iter().enumerate() {
-                    directory(&format!("host{}", index + 1), path, ",readonly=on");
-                }
-                super::hypervisor::devices(&mut command, share);
-            }
+            Kind::Full => hypervisor::machine(&mut command, root, share, guest.memory, &share_variable),
         }
         command
     }
@@ -229,7 +199,7 @@ impl Kind {
 
 /// What a guest says, and when it ends.
 struct Console {
-    machine: std::process::Child,
+    machine: Child,
     lines: mpsc::Receiver<String>,
 }
 
@@ -256,10 +226,10 @@ impl Console {
 
     /// Prints what it says, into the output of this test, until it ends.
     fn follow(&mut self, limit: Duration) {
-        let end = std::time::Instant::now() + limit;
+        let start = Instant::now();
         loop {
-            match self.lines.recv_timeout(end.saturating_duration_since(std::time::Instant::now())) {
-                Ok(line) => println!("| {line}"),
+            match self.lines.recv_timeout(limit.saturating_sub(start.elapsed())) {
+                Ok(line) => println!("{:6.2} | {line}", start.elapsed().as_secs_f64()),
                 Err(RecvTimeoutError::Disconnected) => break,
                 Err(RecvTimeoutError::Timeout) => panic!("the guest runs after {limit:?}"),
             }

@@ -8,25 +8,50 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
+use crate::harness::read_directories;
 use crate::support::{tool, wait_for};
 
-/// QEMU's arguments for the adapters, which have no disks yet, and for the port.
-pub fn devices(command: &mut Command, directory: &Path) {
+/// QEMU, whose kernel is given `words`.
+pub fn machine(command: &mut Command, root: &Path, share: &Path, memory: u64, words: &str) {
+    // With its own libraries, whatever the host has.
+    let libraries = root.join("usr/lib/x86_64-linux-gnu");
+    command.env("QEMU_MODULE_DIR", libraries.join("qemu"));
+    command.arg(root.join("lib64/ld-linux-x86-64.so.2")).arg("--library-path").arg(&libraries);
+    command.arg(root.join("usr/bin/qemu-system-x86_64"));
+    for firmware in ["qemu", "seabios"] {
+        command.arg("-L").arg(root.join("usr/share").join(firmware));
+    }
+    command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio"]);
+    command.args(["-machine", "pc,accel=tcg", "-cpu", "max", "-m", &memory.to_string()]);
+    command.arg("-kernel").arg(root.join("vmlinux")).arg("-initrd").arg(root.join("initramfs"));
+    // Much that a kernel checks and tunes at boot is slow where the processor is emulated.
+    let quick =
+        "mitigations=off tsc=reliable no_timer_check nokaslr rcupdate.rcu_expedited=1 cryptomgr.notests";
+    command.args(["-append", &format!("console=ttyS0 quiet panic=-1 {quick} {words}")]);
+
+    // QEMU takes a comma for the end of a path.
+    let escaped = |path: &Path| path.display().to_string().replace(',', ",,");
+    let mut directory = |tag: &str, path: &Path, access: &str| {
+        let path = escaped(path);
+        let shown = format!("local,id={tag},path={path},security_model=none,multidevs=remap{access}");
+        command.args(["-fsdev", &shown, "-device", &format!("virtio-9p-pci,fsdev={tag},mount_tag={tag}")]);
+    };
+    directory("root", root, ",readonly=on");
+    directory("host0", share, "");
+    for (path, tag) in read_directories().iter().zip(["host1", "host2"]) {
+        directory(tag, path, ",readonly=on");
+    }
+
     for adapter in
         ["virtio-scsi-pci,id=virtio", "pvscsi,id=pvscsi", "am53c974,id=parallel", "mptsas1068,id=mptsas"]
     {
         command.args(["-device", adapter]);
     }
     // The monitor listens, and the port, which is in the same process, calls.
-    let socket = directory.join("qmp").display().to_string().replace(',', ",,");
-    command.args([
-        "-chardev",
-        &format!("socket,id=qmp,path={socket},server=on,wait=off"),
-        "-mon",
-        "chardev=qmp,mode=control",
-    ]);
-    command.args(["-chardev", &format!("socket,id=port,path={socket}"), "-device", "virtio-serial-pci"]);
-    command.args(["-device", "virtserialport,chardev=port,name=qmp"]);
+    let socket = escaped(&share.join("qmp"));
+    command.args(["-chardev", &format!("socket,id=qmp,path={socket},server=on,wait=off")]);
+    command.args(["-mon", "chardev=qmp,mode=control", "-chardev", &format!("socket,id=port,path={socket}")]);
+    command.args(["-device", "virtio-serial-pci", "-device", "virtserialport,chardev=port,name=qmp"]);
 }
 
 /// A disk that can be plugged in, over a sparse file in the directory that guest and host share.

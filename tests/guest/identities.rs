@@ -82,6 +82,7 @@ pub fn agrees(disk: &Value, from: From) {
         // Where names are made of it, it has no blanks.
         let serial = text("serial").map(|serial| serial.replace(' ', "_"));
         assert_eq!(property("ID_SCSI_SERIAL"), serial.as_deref(), "{properties}");
+        assert_eq!(trimmed("serial"), serial.as_deref(), "{lsblk:#}");
         assert_eq!(property("ID_VENDOR"), text("vendor"));
         assert_eq!(
             property("ID_MODEL").map(|model| model.replace('_', " ")),

@@ -66,6 +66,12 @@ impl Store {
     /// On a new, empty, sparse file.
     pub fn file(path: &Path, size: u64, identity: &Identity) -> Store {
         fs::File::create_new(path).unwrap().set_len(size).unwrap();
+        Store::existing(path, identity)
+    }
+
+    /// On a file that is there.
+    pub fn existing(path: &Path, identity: &Identity) -> Store {
+        let size = path.metadata().unwrap().len();
         Store::new("fileio", &format!("fd_dev_name={},fd_dev_size={size}", path.display()), identity)
     }
 
@@ -128,7 +134,7 @@ pub struct Lun {
 }
 
 impl Lun {
-    fn device(&self) -> PathBuf {
+    pub fn device(&self) -> PathBuf {
         Path::new("/sys/bus/scsi/devices").join(&self.hctl)
     }
 
@@ -147,7 +153,7 @@ impl Lun {
     }
 
     /// Takes it away on the side of the target, as an array does that does not show a LUN any more.
-    pub fn detach(self) {
+    pub fn detach(&self) {
         fs::remove_file(self.dir.join("store")).unwrap();
         fs::remove_dir(&self.dir).unwrap();
         self.wait_until_gone();
@@ -180,4 +186,16 @@ pub fn named<'a>(disks: &'a [Value], name: &str) -> &'a Value {
 /// Waits until udevd has done what is to be done.
 pub fn settle() {
     tool("udevadm", &["settle"]);
+}
+
+/// Rules of udev that run several processes for each event, and find nothing where there are no paths.
+pub const FOR_MULTIPATH: [&str; 5] =
+    ["55-scsi-sg3_id", "58-scsi-sg3_symlink", "56-dm-mpath", "60-multipath", "60-kpartx"];
+
+/// Makes udevd do without these rules from now on.
+pub fn without_rules(rules: &[&str]) {
+    for rules in rules {
+        symlink("/dev/null", format!("/etc/udev/rules.d/{rules}.rules")).unwrap();
+    }
+    tool("udevadm", &["control", "--reload"]);
 }

@@ -4,9 +4,14 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod exchange;
 mod full;
 mod harness;
 mod hypervisor;
 mod identities;
 mod lio;
+mod many;
+mod mapped;
+mod receive;
+mod roles;
 mod small;

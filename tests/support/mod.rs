@@ -82,6 +82,11 @@ pub fn tool(program: &str, args: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap().trim().to_owned()
 }
 
+/// How long is waited here: a guest has one processor, and system calls take ten times as long in it.
+fn patience() -> Duration {
+    if std::env::var_os("MT_AGENT_GUEST_SHARE").is_some() { 4 * PATIENCE } else { PATIENCE }
+}
+
 /// Waits until `look` gives something.
 pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     let start = Instant::now();
@@ -89,7 +94,7 @@ pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
         if let Some(found) = look() {
             return found;
         }
-        assert!(start.elapsed() < PATIENCE, "waited in vain for: {what}");
+        assert!(start.elapsed() < patience(), "waited in vain for: {what}");
         std::thread::sleep(Duration::from_millis(10));
     }
 }

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use assert_cmd::Command;
+use mt_agent::disk::discover::watch::compare;
 use mt_agent::disk::discover::{self, Disk, FindError, IdSource, Options, Role, Sysroot};
 use tree::{GIB, LSI, PVSCSI, Scsi, Tree, VMWARE_A, VMWARE_B};
 
@@ -360,6 +361,24 @@ fn a_disk_that_is_going_is_left_out() {
         tree.write("sys/block/sdb/device/state", format!("{state}\n"));
         assert_eq!(disks(&tree).len(), listed, "{state}");
     }
+}
+
+#[test]
+fn a_disk_that_lost_its_size_is_not_a_smaller_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = tree::vmware(dir.path(), PVSCSI, true);
+    let sized = |sectors: &str| {
+        tree.write("sys/block/sdb/size", sectors);
+        disks(&tree)
+    };
+    let (small, large, none) = (sized("2048\n"), sized("4096\n"), sized("0\n"));
+    let event = |before: &[Disk], after: &[Disk]| {
+        let changes = serde_json::to_value(compare(before, after)).unwrap();
+        assert_eq!(changes.as_array().unwrap().len(), 1);
+        changes[0]["event"].as_str().unwrap().to_owned()
+    };
+    assert_eq!((event(&small, &large), event(&large, &small)), ("resized".to_owned(), "resized".to_owned()));
+    assert_eq!((event(&large, &none), event(&none, &large)), ("changed".to_owned(), "changed".to_owned()));
 }
 
 #[test]

@@ -60,7 +60,8 @@ pub fn compare(before: &[Disk], after: &[Disk]) -> Vec<Change> {
     for new in after {
         match before.iter().find(|old| same(old, new)) {
             None => changes.push(Change::Attached { disk: new.clone() }),
-            Some(old) if old.size != new.size => {
+            // One that lost its medium or its last path is no smaller disk.
+            Some(old) if old.size != new.size && old.size.0 > 0 && new.size.0 > 0 => {
                 changes.push(Change::Resized { disk: new.clone(), from: old.size });
             }
             Some(old) if old != new => changes.push(Change::Changed { disk: new.clone() }),

@@ -18,8 +18,8 @@ use crate::units::ByteLen;
 
 /// Events come in bursts: looking waits until there was none for this long…
 const QUIET: Duration = Duration::from_millis(150);
-/// …but no longer than this.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// …but no longer than this: where there is no end of events, too, a disk is told of within two seconds.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// What no event tells (a new mount, an opener) is seen at the latest after this long.
 const LOOK_ANYWAY: Duration = Duration::from_secs(30);
 

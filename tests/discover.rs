@@ -178,6 +178,19 @@ fn a_map_whose_first_path_went_is_still_the_disk() {
 }
 
 #[test]
+fn a_map_without_paths_still_owns_its_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = tree::multipath(dir.path());
+    std::fs::remove_file(dir.path().join("sys/block/sdb")).unwrap();
+    std::fs::remove_file(dir.path().join("sys/block/sdc")).unwrap();
+    let found = disks(&tree);
+    assert_eq!(found.len(), 1);
+    assert_eq!((found[0].name.as_str(), id(&found[0])), ("dm-0", Some(format!("naa.{}", tree::SAN))));
+    assert_eq!((found[0].role, found[0].paths.len()), (Role::InUse, 0));
+    assert_eq!(found[0].evidence, ["dm-0 is a multipath map that has no path left"]);
+}
+
+#[test]
 fn a_third_path_outside_the_map_is_a_clone() {
     let dir = tempfile::tempdir().unwrap();
     let tree = tree::multipath(dir.path());

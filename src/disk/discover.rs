@@ -176,6 +176,9 @@ pub fn discover(sysroot: &Sysroot, options: &Options) -> Result<Vec<Disk>, Error
         }
         disks.extend(describe(sysroot, options, &usage, name, transport, map));
     }
+    for map in maps.iter().filter(|map| map.paths.is_empty()) {
+        disks.extend(describe(sysroot, options, &usage, &map.name, Transport::Scsi, Some(map)));
+    }
     look_again(sysroot, &mut disks);
     mark_clones(&mut disks);
     Ok(disks.into_iter().map(|sketch| sketch.finish(options)).collect())
@@ -230,8 +233,12 @@ fn describe(
     if transport == Transport::Loop {
         identity::backing_file(sysroot, name)?;
     }
-    let Identity { id, serial, vendor, model, notes } =
-        identity::discover(sysroot, name, &path_devno, transport);
+    let pathless = map.is_some_and(|map| map.paths.is_empty());
+    let Identity { id, serial, vendor, model, notes } = if pathless {
+        identity::of_map(sysroot, name)
+    } else {
+        identity::discover(sysroot, name, &path_devno, transport)
+    };
     let mut problems = notes;
     let own = map.map_or(name, |map| map.name.as_str());
     let paths = map.map_or_else(|| vec![name.to_owned()], |map| map.paths.clone());
@@ -248,6 +255,11 @@ fn describe(
     if map.is_some() {
         // What has hold of a single path, past the map.
         paths.iter().for_each(|path| found.add(usage.of(sysroot, path, Some(own))));
+    }
+    if pathless {
+        // What used it does so still, and goes on once a path comes back, under whatever name.
+        found.held = true;
+        found.evidence.push(format!("{own} is a multipath map that has no path left"));
     }
     let attribute = |attribute: &str| sysroot.number(format!("sys/block/{own}/{attribute}"));
     let sectors = attribute("size").unwrap_or(0);

@@ -191,6 +191,19 @@ impl TwoPaths {
         names
     }
 
+    /// Makes one disk of both, as multipathd does, with a map that waits where no path is left.
+    fn map(&self) {
+        tool("modprobe", &["-a", "dm-multipath", "dm-round-robin"]);
+        let names = self.names();
+        let (one, two) = (&names[0], &names[1]);
+        let sectors = 64 * MIB / 512;
+        let table = format!(
+            "0 {sectors} multipath 1 queue_if_no_path 0 1 1 round-robin 0 2 1 /dev/{one} 1 /dev/{two} 1"
+        );
+        let uuid = format!("mpath-3{}", &Identity::vmware(7).canonical()[4..]);
+        tool("dmsetup", &["create", "lun", "--uuid", &uuid, "--table", &table]);
+    }
+
     /// Both are seen, as copies of each other.
     fn are_clones(&self) {
         let disks = discovered();
@@ -211,15 +224,51 @@ fn protect_add(service: &Service, disk: &str) -> Outcome {
 }
 
 #[test]
-fn two_paths_are_clones_without_multipath() {
+fn two_paths_are_clones_until_a_map_makes_them_one_without_udevd() {
     small().without_udev().run(|_| {
         let rig = Rig::new(&[]);
-        let disk = TwoPaths::new(&rig.path("disk"));
-        disk.are_clones();
-        for disk in [Identity::vmware(7).canonical(), format!("/dev/{}", disk.names()[0])] {
+        let paths = TwoPaths::new(&rig.path("disk"));
+        paths.are_clones();
+        let id = Identity::vmware(7).canonical();
+        for disk in [id.clone(), format!("/dev/{}", paths.names()[0])] {
             protect_add(&rig.service, &format!("root={disk}"))
                 .fails(3, &["another disk has the same identity"]);
         }
+        paths.map();
+        let disks = discovered();
+        let [map] = disks.as_slice() else { panic!("{disks:#?}") };
+        assert_eq!((&map["name"], &map["id"]), (&"dm-0".into(), &id.as_str().into()));
+        assert_eq!((&map["id_source"], &map["role"]), (&"sysfs".into(), &"free".into()));
+        assert_eq!(map["paths"], serde_json::json!(paths.names()));
+        tool("dmsetup", &["remove", "lun"]);
+        paths.are_clones();
+    });
+}
+
+/// Its LUN comes back under another name, and nobody tells the map: what uses the map would go on with it.
+#[test]
+fn a_map_that_lost_its_paths_still_owns_its_disk() {
+    small().without_udev().run(|_| {
+        let rig = Rig::new(&[]);
+        let paths = TwoPaths::new(&rig.path("disk"));
+        paths.map();
+        paths.paths.iter().for_each(Lun::delete);
+        let again = Target::new().attach(0, &paths.store);
+        let id = Identity::vmware(7).canonical();
+        let disks = discovered();
+        assert_eq!(disks.len(), 2, "{disks:#?}");
+        let map = named(&disks, "dm-0");
+        assert_eq!((&map["id"], &map["role"]), (&id.as_str().into(), &"in-use".into()), "{map:#}");
+        let said = [
+            "dm-0 is a multipath map that has no path left",
+            &format!("dm-0 has the same identity as {}", again.name()),
+        ];
+        assert_eq!(map["evidence"], serde_json::json!(said));
+        assert_eq!(named(&disks, &again.name())["role"], "clone", "{disks:#?}");
+        protect_add(&rig.service, &format!("root=/dev/{}", again.name()))
+            .fails(3, &["another disk has the same identity", "as dm-0"]);
+        protect_add(&rig.service, &format!("root={id}")).fails(3, &["another disk has the same identity"]);
+        protect_add(&rig.service, "root=/dev/dm-0").fails(3, &["no path left"]);
     });
 }
 

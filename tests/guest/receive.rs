@@ -138,12 +138,13 @@ fn writes_fail_with(engine: &str) {
     let array = Array::on(rig, &stores);
     let rig = &array.rig;
     let (source, other) = (rig.random("source", 32 * MIB), rig.random("other", 24 * MIB));
-    let beside = rig.start_into_pass(&[("d1", &other)], &["--bwlimit", "4M", "--compression", "off"]);
+    let beside = rig.start_into_pass(&[("d1", &other)], &["--bwlimit", "3M", "--compression", "off"]);
     let slow = ["--bwlimit", "12M", "--compression", "off"];
     let send = rig.start_into_pass(&[("d0", &source)], &slow);
     failing.becomes("flakey", "0 3600 1 error_writes");
     let reason = format!("write {}", array.id(0));
     send.finish().fails(1, &["the target disk failed: ", &reason, "(io)"]);
+    assert_eq!(rig.service.volume(MACHINE, "d1").phase, "receiving", "the other one goes on");
     array.is_faulted("d0", &reason);
     // As long as it fails it stays so; the other one knows nothing of it.
     rig.send(&[("d0", &source)], &[]).fails(1, &["the target disk failed: "]);
@@ -211,11 +212,12 @@ fn vanishes_with(engine: &str) {
     let array = Array::new(&[32 * MIB, 24 * MIB], &["--engine", engine]);
     let rig = &array.rig;
     let (source, other) = (rig.random("source", 32 * MIB), rig.random("other", 24 * MIB));
-    let beside = rig.start_into_pass(&[("d1", &other)], &["--bwlimit", "6M", "--compression", "off"]);
+    let beside = rig.start_into_pass(&[("d1", &other)], &["--bwlimit", "3M", "--compression", "off"]);
     let send = rig.start_into_pass(&[("d0", &source)], &["--bwlimit", "12M", "--compression", "off"]);
     array.luns[0].delete();
     let reason = format!("write {}", array.id(0));
     send.finish().fails(1, &["the target disk failed: ", &reason, "(io)"]);
+    assert_eq!(rig.service.volume(MACHINE, "d1").phase, "receiving", "the other one goes on");
     array.is_faulted("d0", &reason);
     assert!(discovered().iter().all(|disk| disk["id"] != array.id(0).as_str()));
     rig.send(&[("d0", &source)], &[]).fails(3, &[&format!("no disk here is {}", array.id(0))]);

@@ -1,8 +1,9 @@
 //! What real disks are used for, with the evidence, and that none of these becomes a target.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use serde_json::Value;
 
@@ -92,6 +93,34 @@ fn partitioned(lun: &Lun) -> PathBuf {
     node
 }
 
+/// For whoever lives on /sysroot, that is /, on the logical volume that is called so.
+fn the_root_is_refused(house: &House, volume: &str) {
+    let built = Path::new(env!("CARGO_BIN_EXE_mt-agent")).parent().unwrap();
+    for dir in [Path::new("/dev"), Path::new("/proc"), Path::new("/sys"), Path::new("/usr"), built] {
+        let inside = Path::new("/sysroot").join(dir.strip_prefix("/").unwrap());
+        fs::create_dir_all(&inside).unwrap();
+        tool("mount", &["--rbind", text(dir), text(&inside)]);
+    }
+    for link in ["lib", "lib64"] {
+        symlink(format!("usr/{link}"), Path::new("/sysroot").join(link)).unwrap();
+    }
+    let inside = |args: &[&str]| {
+        let mut command = Command::new("chroot");
+        command.arg("/sysroot").arg(env!("CARGO_BIN_EXE_mt-agent")).args(args);
+        house.rig.spawn(command).finish()
+    };
+    let said = format!("{volume} is mounted on /");
+    let used = &house.used[0];
+    let disks = inside(&["discover-disks", "--json"]).ok().json();
+    let disk = named(disks["disks"].as_array().unwrap(), &used.lun.name());
+    assert_eq!(disk["role"], "system", "{disk:#}");
+    assert!(disk["evidence"].as_array().unwrap().contains(&said.as_str().into()), "{disk:#}");
+    let (config, disk) = (house.rig.service.config(), format!("root={}", used.id));
+    inside(&["protect", "add", MACHINE, "--config", &config, "--overwrite", "--disk", &disk])
+        .fails(3, &["it carries this system", &said]);
+    tool("umount", &["--recursive", "/sysroot"]);
+}
+
 fn used_disks(udev: bool) {
     if udev {
         // The last one would assemble again what this test takes apart.
@@ -113,14 +142,16 @@ fn used_disks(udev: bool) {
     tool("mkfs.ext4", &["-q", "/dev/system/root"]);
     fs::create_dir_all("/sysroot").unwrap();
     tool("mount", &["/dev/system/root", "/sysroot"]);
-    let dm = kernel_name("/dev/system/root");
+    let dm_of_root = kernel_name("/dev/system/root");
     house.used(
         disk,
         "system",
         &[
             "DISK1 is mounted on /boot",
-            &format!("DISK2 is a physical volume of an active volume group: it carries {dm} (system-root)"),
-            &format!("{dm} (system-root) on DISK2 is mounted on /sysroot"),
+            &format!(
+                "DISK2 is a physical volume of an active volume group: it carries {dm_of_root} (system-root)"
+            ),
+            &format!("{dm_of_root} (system-root) on DISK2 is mounted on /sysroot"),
         ],
     );
 
@@ -189,9 +220,9 @@ fn used_disks(udev: bool) {
     house.used(original, "clone", &[&first]);
     house.used((copy, identity.canonical()), "clone", &[&second]);
 
-    // What was made on it goes with it when the rest is as it was.
     house.is_refused(udev);
-    for args in [["umount", "/boot"], ["umount", "/sysroot"], ["umount", "/srv/with space"]] {
+    the_root_is_refused(&house, &format!("{dm_of_root} (system-root) on {}2", house.used[0].lun.name()));
+    for args in [["umount", "/boot"], ["umount", "/srv/with space"]] {
         tool(args[0], &args[1..]);
     }
     tool("swapoff", &["-a"]);

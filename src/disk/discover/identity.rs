@@ -124,6 +124,16 @@ pub(in crate::disk) fn from_sysfs(sysroot: &Sysroot, name: &str, transport: Tran
     found
 }
 
+/// The identity of the disk under a multipath map by the map's own name, `mpath-` and what `scsi_id` said of a path.
+/// For a map without paths: to ask it would mean to wait for one.
+pub(super) fn of_map(sysroot: &Sysroot, name: &str) -> Identity {
+    let mut found = Identity::default();
+    let uuid = sysroot.text(format!("sys/block/{name}/dm/uuid")).unwrap_or_default();
+    let id = uuid.strip_prefix("mpath-").and_then(|wwid| format!("scsi-{wwid}").parse().ok());
+    found.offer(id, IdSource::Sysfs);
+    found
+}
+
 fn offer_loop(sysroot: &Sysroot, name: &str, found: &mut Identity) {
     let Some(path) = backing_file(sysroot, name) else { return };
     if path.ends_with(" (deleted)") && !Path::new(&path).exists() {

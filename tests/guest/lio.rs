@@ -1,7 +1,5 @@
 //! SCSI disks, made in a guest by the kernel's own target: files or block devices behind `tcm_loop`, each with the
 //! identity that it is given. They stay as long as the guest.
-// Each test uses a part of this.
-#![allow(dead_code)]
 
 use std::fs;
 use std::os::unix::fs::symlink;

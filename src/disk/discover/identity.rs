@@ -124,16 +124,6 @@ pub(in crate::disk) fn from_sysfs(sysroot: &Sysroot, name: &str, transport: Tran
     found
 }
 
-/// The identity of the disk under a multipath map by the map's own name, `mpath-` and what `scsi_id` said of a path.
-/// For a map without paths: to ask it would mean to wait for one.
-pub(super) fn of_map(sysroot: &Sysroot, name: &str) -> Identity {
-    let mut found = Identity::default();
-    let uuid = sysroot.text(format!("sys/block/{name}/dm/uuid")).unwrap_or_default();
-    let id = uuid.strip_prefix("mpath-").and_then(|wwid| format!("scsi-{wwid}").parse().ok());
-    found.offer(id, IdSource::Sysfs);
-    found
-}
-
 fn offer_loop(sysroot: &Sysroot, name: &str, found: &mut Identity) {
     let Some(path) = backing_file(sysroot, name) else { return };
     if path.ends_with(" (deleted)") && !Path::new(&path).exists() {
@@ -153,6 +143,16 @@ pub(in crate::disk) fn backing_file(sysroot: &Sysroot, name: &str) -> Option<Str
     let text = String::from_utf8_lossy(&bytes);
     let path = text.strip_suffix('\n').unwrap_or(&text);
     (!path.is_empty()).then(|| path.to_owned())
+}
+
+/// The identity of the disk under a multipath map by the map's own name, `mpath-` and what `scsi_id` said of a path.
+/// For a map without paths: to ask it would mean to wait for one.
+pub(super) fn of_map(sysroot: &Sysroot, name: &str) -> Identity {
+    let mut found = Identity::default();
+    let uuid = sysroot.text(format!("sys/block/{name}/dm/uuid")).unwrap_or_default();
+    let id = uuid.strip_prefix("mpath-").and_then(|wwid| format!("scsi-{wwid}").parse().ok());
+    found.offer(id, IdSource::Sysfs);
+    found
 }
 
 /// Gives whether the kernel knows what the device says of itself, so that nobody else need be asked.

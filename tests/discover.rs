@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use assert_cmd::Command;
+use mt_agent::disk::discover::watch::compare;
 use mt_agent::disk::discover::{self, Disk, FindError, IdSource, Options, Role, Sysroot};
 use tree::{GIB, LSI, PVSCSI, Scsi, Tree, VMWARE_A, VMWARE_B};
 
@@ -54,10 +55,19 @@ fn a_vmware_vm_shows_its_uuids_on_either_adapter() {
     }
 }
 
+/// As on a kernel that does not read them.
+fn without_pages(root: &Path, name: &str) {
+    let device = std::fs::canonicalize(root.join(format!("sys/block/{name}/device"))).unwrap();
+    for page in ["vpd_pg83", "vpd_pg80"] {
+        std::fs::remove_file(device.join(page)).unwrap();
+    }
+}
+
 #[test]
-fn udev_s_database_is_asked_first_and_the_cut_wwn_is_not_believed() {
+fn udev_s_database_is_asked_where_the_kernel_has_no_pages_and_the_cut_wwn_is_not_believed() {
     let dir = tempfile::tempdir().unwrap();
     let tree = tree::vmware(dir.path(), PVSCSI, true);
+    without_pages(dir.path(), "sdb");
     tree.udev_vmware("8:16", VMWARE_B);
     // What a minimal VM may have: an entry without an identity.
     tree.udev("8:0", &[("ID_SCSI", "1"), ("ID_WWN", &format!("0x{}", &VMWARE_A[..16]))]);
@@ -68,6 +78,24 @@ fn udev_s_database_is_asked_first_and_the_cut_wwn_is_not_believed() {
     );
     assert_eq!(id(named(&found, "sda")), Some(format!("naa.{VMWARE_A}")));
     assert_eq!(id(named(&found, "sdb")), Some(format!("naa.{VMWARE_B}")));
+    assert_eq!(named(&found, "sdb").serial.as_deref(), Some(VMWARE_B));
+}
+
+#[test]
+fn the_kernel_is_believed_where_udev_still_has_the_disk_that_had_the_number_before() {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = tree::vmware(dir.path(), PVSCSI, true);
+    let before = disks(&tree);
+    tree.udev_vmware("8:16", tree::SAN);
+    assert_eq!(disks(&tree), before);
+    // One that has only a serial is not the one either that has a better identity.
+    let dir = tempfile::tempdir().unwrap();
+    let tree = tree::qemu_virtio_scsi(dir.path());
+    let before = disks(&tree);
+    for disk in &before {
+        tree.udev_vmware(&disk.devno, tree::SAN);
+    }
+    assert_eq!(disks(&tree), before);
 }
 
 #[test]
@@ -86,13 +114,14 @@ fn what_is_found_does_not_depend_on_where_it_was_found() {
         revision: "1",
         size: GIB,
         page_83: Some(tree::page_83(&[(2, 1, b"ACME    lun 7"), (1, 0xa, &uuid)])),
-        page_80: None,
+        page_80: Some("lun 7"),
         wwid: None,
     });
-    let without = id(&disks(&tree)[0]);
-    tree.udev("8:0", &[("ID_SCSI", "1"), ("ID_SERIAL", "1ACME_lun_7")]);
-    assert_eq!(without.as_deref(), Some("uuid.1efe0ec1-6b2e-4b77-9d61-2d2f4a4a9b01"));
-    assert_eq!(id(&disks(&tree)[0]), without);
+    let without = disks(&tree);
+    tree.udev("8:0", &[("ID_SCSI", "1"), ("ID_SERIAL", "1ACME_lun_7"), ("ID_SCSI_SERIAL", "lun_7")]);
+    assert_eq!(id(&without[0]).as_deref(), Some("uuid.1efe0ec1-6b2e-4b77-9d61-2d2f4a4a9b01"));
+    assert_eq!(without[0].serial.as_deref(), Some("lun 7"));
+    assert_eq!(disks(&tree), without);
 }
 
 #[test]
@@ -208,6 +237,7 @@ fn qemu_sata_and_nvme_disks_have_their_identities() {
     assert_eq!(id(&found[1]).as_deref(), Some("t10.ATA_QEMU_HARDDISK_QM00003"));
     // ata_id stores it without the vendor, and udev's entry gives the same disk.
     tree.udev("8:16", &[("ID_ATA", "1"), ("ID_BUS", "ata"), ("ID_SERIAL", "QEMU_HARDDISK_QM00003")]);
+    without_pages(dir.path(), "sdb");
     let again = disks(&tree);
     assert_eq!((&again[1].id, again[1].id_source), (&found[1].id, Some(IdSource::Udev)));
 
@@ -352,13 +382,50 @@ fn an_administrator_finds_a_disk_by_any_spelling_and_by_its_dev_name() {
 }
 
 #[test]
-fn rescan_asks_every_host() {
+fn a_disk_that_is_going_is_left_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = tree::vmware(dir.path(), PVSCSI, true);
+    // Its size is taken first, and would be seen as a change.
+    tree.write("sys/block/sdb/size", "0\n");
+    for (state, listed) in [("running", 2), ("offline", 2), ("cancel", 1), ("deleted", 1)] {
+        tree.write("sys/block/sdb/device/state", format!("{state}\n"));
+        assert_eq!(disks(&tree).len(), listed, "{state}");
+    }
+}
+
+#[test]
+fn a_disk_that_lost_its_size_is_not_a_smaller_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = tree::vmware(dir.path(), PVSCSI, true);
+    let sized = |sectors: &str| {
+        tree.write("sys/block/sdb/size", sectors);
+        disks(&tree)
+    };
+    let (small, large, none) = (sized("2048\n"), sized("4096\n"), sized("0\n"));
+    let event = |before: &[Disk], after: &[Disk]| {
+        let changes = serde_json::to_value(compare(before, after)).unwrap();
+        assert_eq!(changes.as_array().unwrap().len(), 1);
+        changes[0]["event"].as_str().unwrap().to_owned()
+    };
+    assert_eq!((event(&small, &large), event(&large, &small)), ("resized".to_owned(), "resized".to_owned()));
+    assert_eq!((event(&large, &none), event(&none, &large)), ("changed".to_owned(), "changed".to_owned()));
+}
+
+#[test]
+fn rescan_asks_every_disk_and_every_host() {
     let dir = tempfile::tempdir().unwrap();
     let tree = tree::multipath(dir.path());
     assert_eq!(Sysroot::new(&tree.root).rescan().unwrap(), 2);
     for host in ["host1", "host2"] {
         let path = tree.root.join(format!("sys/class/scsi_host/{host}/scan"));
         assert_eq!(std::fs::read_to_string(path).unwrap(), "- - -");
+    }
+    for disk in ["sdb", "sdc"] {
+        let path = tree.root.join(format!("sys/block/{disk}/device/rescan"));
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "1");
+        // One that went meanwhile does no harm.
+        std::fs::remove_file(path).unwrap();
+        assert_eq!(Sysroot::new(&tree.root).rescan().unwrap(), 2);
     }
 }
 
@@ -432,7 +499,7 @@ fn disks_of_a_big_target_are_listed_quickly() {
     let found = list(dir.path(), &Options::default());
     let spent = cpu() - before;
     assert_eq!(found.len(), 256);
-    assert!(found.iter().all(|disk| disk.role == Role::Free && disk.id_source == Some(IdSource::Udev)));
+    assert!(found.iter().all(|disk| disk.role == Role::Free && disk.id_source == Some(IdSource::Sysfs)));
     // 100 ms are asked of the release build; this bound only catches what is out of proportion.
     assert!(spent < 500, "{spent} ms of CPU for 256 disks");
     eprintln!("{spent} ms of CPU for 256 disks");

@@ -37,7 +37,7 @@ pub struct Args {
     /// Stay, and print what changes as disks come, go and are resized
     #[arg(long)]
     watch: bool,
-    /// First ask every SCSI host to look for new disks (needs root)
+    /// First ask every SCSI disk for its size again, and every SCSI host for new disks (needs root)
     #[arg(long, conflicts_with = "sysroot")]
     rescan: bool,
     /// Exit with 3 if a disk has no UUID

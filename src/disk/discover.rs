@@ -286,6 +286,11 @@ fn describe(
     };
     let sector = |name: &str| attribute(name).and_then(|bytes| u32::try_from(bytes).ok());
     let logical_sector = sector("queue/logical_block_size").unwrap_or(512);
+    let devno = if map.is_some() { sysroot.text(format!("sys/block/{own}/dev"))? } else { path_devno };
+    let hctl = (transport == Transport::Scsi).then(|| hctl(sysroot, name)).flatten();
+    if is_gone(sysroot, own, &devno) {
+        return None;
+    }
     let (id, id_source) = id.unzip();
     let filled = |text: Option<String>| text.filter(|text| !text.is_empty());
     let disk = Disk {
@@ -293,8 +298,8 @@ fn describe(
         id_source,
         name: own.to_owned(),
         node,
-        devno: if map.is_some() { sysroot.text(format!("sys/block/{own}/dev"))? } else { path_devno },
-        hctl: (transport == Transport::Scsi).then(|| hctl(sysroot, name)).flatten(),
+        devno,
+        hctl,
         // sysfs counts in units of 512 bytes, whatever the sector size.
         size: ByteLen(sectors.saturating_mul(512)),
         logical_sector,
@@ -309,6 +314,14 @@ fn describe(
         problems,
     };
     Some(Sketch { disk, found, claim, clone: false, damaged })
+}
+
+/// Whether a disk went, or is going, so that what was read of it may be half of the truth: the kernel takes its size
+/// before its number, and that before its name.
+fn is_gone(sysroot: &Sysroot, name: &str, devno: &str) -> bool {
+    let state = sysroot.text(format!("sys/block/{name}/device/state")).unwrap_or_default();
+    matches!(state.as_str(), "cancel" | "deleted")
+        || sysroot.text(format!("sys/block/{name}/dev")).as_deref() != Some(devno)
 }
 
 /// Host, channel, target and LUN: the last part of the way to the SCSI device.

@@ -17,6 +17,7 @@ use std::sync::{Condvar, Mutex, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::hypervisor;
 use crate::support;
 
 /// Where the guest finds what passes between it and the host. That it is set says that this is the guest.
@@ -30,6 +31,8 @@ const AT_ONCE: usize = 2;
 enum Kind {
     /// User-mode Linux.
     Small,
+    /// QEMU.
+    Full,
 }
 
 /// A guest that is not booted yet.
@@ -44,6 +47,12 @@ pub struct Guest {
 /// User-mode Linux: one processor, no PCI; SCSI disks are made in it, see `lio`.
 pub fn small() -> Guest {
     Guest { kind: Kind::Small, memory: 768, udev: true, limit: Duration::from_secs(240) }
+}
+
+/// QEMU with an adapter of each kind, into which disks are plugged while it runs, see `hypervisor`. It emulates the
+/// processor, and so is slow.
+pub fn full() -> Guest {
+    Guest { kind: Kind::Full, memory: 768, udev: true, limit: Duration::from_secs(180) }
 }
 
 /// What a body in the guest is given.
@@ -106,9 +115,6 @@ impl Guest {
     /// What the guest's init is told: variables of a shell.
     fn environment(&self, test: &str) -> Vec<u8> {
         let program = std::env::current_exe().unwrap();
-        let tree = Path::new(env!("CARGO_MANIFEST_DIR"));
-        // target/debug, with the programs under test beside `deps`; wherever the target directory is.
-        let built = Path::new(env!("CARGO_BIN_EXE_mt-agent")).parent().unwrap();
         let mut text = Vec::new();
         let mut variable = |name: &str, values: &[&[u8]]| {
             text.extend_from_slice(name.as_bytes());
@@ -124,8 +130,9 @@ impl Guest {
             text.extend_from_slice(b")\n");
         };
         let bytes = |path: &Path| path.as_os_str().as_bytes().to_vec();
-        variable("MT_AGENT_GUEST_READS", &[&bytes(tree), &bytes(built)]);
-        variable("MT_AGENT_GUEST_DIRECTORY", &[&bytes(tree)]);
+        let [tree, built] = read_directories().map(bytes);
+        variable("MT_AGENT_GUEST_READS", &[&tree, &built]);
+        variable("MT_AGENT_GUEST_DIRECTORY", &[&tree]);
         variable("MT_AGENT_GUEST_UDEV", &[self.udev.to_string().as_bytes()]);
         let arguments = ["--exact", test, "--nocapture", "--test-threads=1", "--include-ignored"];
         let mut words = vec![bytes(&program)];
@@ -136,12 +143,21 @@ impl Guest {
     }
 }
 
+/// The directories of the host that a guest reads: the sources, and target/debug, wherever that is, which has the
+/// programs under test beside `deps`.
+pub fn read_directories() -> [&'static Path; 2] {
+    let program = Path::new(env!("CARGO_BIN_EXE_mt-agent"));
+    [Path::new(env!("CARGO_MANIFEST_DIR")), program.parent().unwrap()]
+}
+
 impl Kind {
     /// The directory that `assemble` made for this kind, or why there is none.
     fn assembled(self) -> Result<&'static Path, &'static str> {
         static SMALL: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+        static FULL: OnceLock<Result<PathBuf, String>> = OnceLock::new();
         let (made, name) = match self {
             Kind::Small => (&SMALL, "small"),
+            Kind::Full => (&FULL, "full"),
         };
         let made = made.get_or_init(|| {
             let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/guest/assemble");
@@ -175,6 +191,7 @@ impl Kind {
                 command.args(["con=null", "con0=null,fd:1", "ssl=null", "quiet", "panic=-1"]);
                 command.arg(share_variable);
             }
+            Kind::Full => hypervisor::machine(&mut command, root, share, guest.memory, &share_variable),
         }
         command
     }

@@ -19,14 +19,19 @@ fn said(program: &str, args: &[&str]) -> String {
 }
 
 /// Holds one disk of `discover-disks --json` against what every other tool says of it.
-fn agrees(disk: &Value, from: From) {
+pub fn agrees(disk: &Value, from: From) {
     let udev = from == From::Udev;
     let text = |key: &str| disk[key].as_str();
     let (name, node) = (text("name").unwrap(), text("node").unwrap());
-    let naa = text("id").map(|id| id.strip_prefix("naa.").unwrap_or_else(|| panic!("{name}: {id}")));
+    let naa = text("id").and_then(|id| id.strip_prefix("naa."));
 
-    // scsi_id and sg_vpd ask the device; type 3 is NAA.
-    let expected = naa.map(|digits| format!("3{digits}")).unwrap_or_default();
+    // scsi_id and sg_vpd ask the device; type 3 is NAA, and type 0 what the vendor likes, such as a serial.
+    let expected = match text("id").map(|id| id.split_once('.').unwrap()) {
+        None => String::new(),
+        Some(("naa", digits)) => format!("3{digits}"),
+        Some(("serial", value)) => format!("0{value}"),
+        Some(other) => panic!("{name}: {other:?}"),
+    };
     assert_eq!(said("/lib/udev/scsi_id", &["-g", "-u", "-d", node]), expected, "{name}: scsi_id");
     let page = said("sg_vpd", &["-p", "di", node]);
     let unit = page.split("Target port:").next().unwrap();
@@ -59,7 +64,7 @@ fn agrees(disk: &Value, from: From) {
     let lsscsi = line(said("lsscsi", &["-i"]));
     let [.., listed, id] = lsscsi.as_slice() else { panic!("{lsscsi:?}") };
     assert_eq!(listed, node);
-    match naa.filter(|_| udev) {
+    match text("id").filter(|_| udev) {
         // It takes any one of the names that udev gave.
         Some(_) => {
             let link = format!("/dev/disk/by-id/scsi-{id}");
@@ -74,8 +79,10 @@ fn agrees(disk: &Value, from: From) {
         let property =
             |key: &str| properties.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
         assert_eq!(property("ID_WWN_WITH_EXTENSION").map(|wwn| &wwn[2..]), naa, "{properties}");
-        assert_eq!(property("ID_SCSI_SERIAL"), text("serial"), "{properties}");
-        assert_eq!(trimmed("serial"), text("serial"), "{lsblk:#}");
+        // Where names are made of it, it has no blanks.
+        let serial = text("serial").map(|serial| serial.replace(' ', "_"));
+        assert_eq!(property("ID_SCSI_SERIAL"), serial.as_deref(), "{properties}");
+        assert_eq!(trimmed("serial"), serial.as_deref(), "{lsblk:#}");
         assert_eq!(property("ID_VENDOR"), text("vendor"));
         assert_eq!(
             property("ID_MODEL").map(|model| model.replace('_', " ")),
@@ -86,7 +93,7 @@ fn agrees(disk: &Value, from: From) {
 
 /// Where identities come from, and so what is there besides the disk itself.
 #[derive(Clone, Copy, PartialEq)]
-enum From {
+pub enum From {
     Udev,
     Sysfs,
     Device,
@@ -141,8 +148,7 @@ fn disks_agree(from: From) {
     for disk in &disks {
         agrees(disk, from);
         let source = match from {
-            From::Udev => "udev",
-            From::Sysfs => "sysfs",
+            From::Udev | From::Sysfs => "sysfs",
             From::Device => "sg-io",
         };
         assert_eq!(disk["id_source"].as_str(), disk["id"].as_str().map(|_| source), "{disk:#}");

@@ -6,7 +6,9 @@ mod support;
 
 mod durability;
 mod exchange;
+mod full;
 mod harness;
+mod hypervisor;
 mod identities;
 mod lio;
 mod log_writes;

@@ -77,23 +77,34 @@ impl Sysroot {
         Ok(self.names("sys/block"))
     }
 
-    /// Asks every SCSI host to look for new disks, and gives how many were asked. Needs root.
+    /// Asks every SCSI disk for its size and its identification again, then every SCSI host to look for new disks,
+    /// and gives how many hosts were asked: not every bus tells when a disk comes or grows. Needs root.
     pub fn rescan(&self) -> Result<usize, Error> {
+        let disks = self.names("sys/block").into_iter().filter(|name| name.starts_with("sd"));
+        for path in disks.map(|name| format!("sys/block/{name}/device/rescan")) {
+            // One that went, or does not answer, does not keep the others from being asked.
+            if let Err(refused @ Error::Refused(_)) = self.order(&path, b"1") {
+                return Err(refused);
+            }
+        }
         let hosts = self.names("sys/class/scsi_host");
         for host in &hosts {
-            let path = self.path(format!("sys/class/scsi_host/{host}/scan"));
-            // Not created where it is missing: sysfs has it, and another tree shall not gain files.
-            let file = fs::OpenOptions::new().write(true).open(&path);
-            file.and_then(|mut file| io::Write::write_all(&mut file, b"- - -")).map_err(
-                |error| match error.kind() {
-                    io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => Error::Refused(
-                        format!("{host} may be asked to look again by root only; run this with sudo"),
-                    ),
-                    _ => Error::Io(IoError::new("write", path.display().to_string(), error)),
-                },
-            )?;
+            self.order(&format!("sys/class/scsi_host/{host}/scan"), b"- - -")?;
         }
         Ok(hosts.len())
+    }
+
+    /// Writes into an attribute by which the kernel takes orders.
+    fn order(&self, path: &str, order: &[u8]) -> Result<(), Error> {
+        let path = self.path(path);
+        // Not created where it is missing: sysfs has it, and another tree shall not gain files.
+        let file = fs::OpenOptions::new().write(true).open(&path);
+        file.and_then(|mut file| io::Write::write_all(&mut file, order)).map_err(|error| match error.kind() {
+            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => Error::Refused(
+                "SCSI hosts may be asked to look again by root only; run this with sudo".to_owned(),
+            ),
+            _ => Error::Io(IoError::new("write", path.display().to_string(), error)),
+        })
     }
 
     /// Whether every SCSI disk that the kernel knows has its block device, which comes a moment after it.

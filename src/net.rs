@@ -120,8 +120,10 @@
 //! TCP reset, its sender SHOULD go on reading, and discard, for a moment; a client MUST read while it writes.
 //!
 //! How long silence is borne is each side's own affair. Before Begin a server MAY close a connection that is
-//! silent for 20 seconds. In a pass silence is normal (a slow disk, a source that is all holes): dead peers
-//! are found with TCP keepalive.
+//! silent for 20 seconds. In a pass silence is normal (a slow disk, a source that is read slowly), and dead
+//! peers are found with TCP keepalive. A server MAY close a pass's connection after a long silence all the same,
+//! but only one in which it had carried out, and given back, everything that came; a client that limits its own
+//! rate SHOULD therefore send the bytes of a frame bit by bit, and something every few seconds.
 //!
 //! ### Hello, HelloReply
 //!

@@ -471,6 +471,44 @@ async fn more_than_the_window_is_refused() {
     goes_on(&rig, "d0");
 }
 
+/// The sender that waits for a disk which does not move is not the one that is silent; one that has nothing to wait
+/// for is.
+#[tokio::test]
+async fn a_sender_is_silent_only_while_the_disk_is_not_at_work() {
+    require_root!();
+    let dir = directory();
+    let under = Loop::create(&dir.path().join("under.img"), 64 * MIB);
+    tool("mkfs.ext4", &["-q", under.node().to_str().unwrap()]);
+    let mount = support::Mount::new(under.node(), &dir.path().join("slow"));
+    let service = Service::start(dir.path(), &[]);
+    let disk = Loop::create(&dir.path().join("slow/d0.img"), 24 * MIB);
+    let mut rig = Rig::assemble(dir, service, vec![disk]);
+    rig.mounts = vec![Box::new(mount), Box::new(under)];
+    let config = fs::read_to_string(rig.service.config()).unwrap();
+    rig.service.restart_with_config(&(config + "idle_timeout = \"1s\"\n"));
+
+    let source = rig.random("source.img", 24 * MIB);
+    let frozen = Frozen::new(&rig.path("slow"));
+    let send = rig.start(&[("d0", &source)], &["--compression", "off"]);
+    wait_for("a full window", || {
+        (rig.service.volume(MACHINE, "d0").received_bytes == Some(8 * MIB)).then_some(())
+    });
+    // Four times its patience, and so twice what it may take to lose it.
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    drop(frozen);
+    send.finish().ok();
+    assert_equal(&source, rig.targets[0].backing());
+    rig.synchronized("d0");
+
+    let (mut client, _) = Client::begun(&rig, "d0", 16 * MIB).await;
+    client.data(0, 0, &[7; 4096]).await;
+    let start = Instant::now();
+    client.refused(Code::Protocol, "the peer sent nothing for 1s").await;
+    assert!(start.elapsed() >= Duration::from_secs(1), "{:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+    assert_eq!(rig.wait_until_closed("d0").phase, "interrupted");
+}
+
 /// A disk that fails in the middle is faulted, with its reason, everywhere; the others go on; and once the cause is
 /// gone the next pass makes it whole.
 fn fails_in_the_middle(engine: &str) {

@@ -6,14 +6,16 @@
 //! is answered after the volume's flush succeeded and the host's record of it is durable.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::net::SocketAddr;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use time::OffsetDateTime;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf, ReadHalf, WriteHalf};
 use tokio::sync::{Mutex, Notify, oneshot, watch};
 use tokio::time::timeout;
 
@@ -75,7 +77,7 @@ pub trait Passes: Send {
 pub struct Patience {
     /// For a message that the protocol's state demands.
     pub handshake: Duration,
-    /// For the next frame of an open pass.
+    /// For a sign of life in an open pass, while the server has nothing left to carry out.
     pub idle: Duration,
 }
 
@@ -163,6 +165,43 @@ async fn within<T>(limit: Duration, next: impl Future<Output = Result<T, wire::E
     match timeout(limit, next).await {
         Ok(result) => Ok(result?),
         Err(_) => Err(Error::Silent(limit)),
+    }
+}
+
+/// Waits in a pass, where silence is normal: a peer that waits for window has nothing to say. It is given up after
+/// `idle`, and at most twice that, in which nothing was under way to the disk, no byte came and no window went back.
+async fn patiently<T>(
+    report: &Report,
+    idle: Duration,
+    next: impl Future<Output = Result<T, wire::Error>>,
+) -> Result<T, Error> {
+    let mut next = pin!(next);
+    loop {
+        let before = report.signs();
+        match timeout(idle, &mut next).await {
+            Ok(result) => return Ok(result?),
+            Err(_) if report.is_busy() || report.signs() != before => {}
+            Err(_) => return Err(Error::Silent(idle)),
+        }
+    }
+}
+
+/// A peer's bytes, each of them a sign of life.
+struct Heard<'a, R> {
+    reader: &'a mut R,
+    report: Arc<Report>,
+}
+
+impl<R: AsyncRead + Unpin> AsyncRead for Heard<'_, R> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        let poll = Pin::new(&mut *self.reader).poll_read(cx, buf);
+        self.report.heard.fetch_add((buf.filled().len() - before) as u64, Ordering::Relaxed);
+        poll
     }
 }
 
@@ -286,6 +325,10 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
 struct Report {
     frames: AtomicU64,
     cost: AtomicU64,
+    /// What was taken on of the same costs: as long as it is more, the volume is at work.
+    taken: AtomicU64,
+    /// Bytes that came from the peer.
+    heard: AtomicU64,
     /// Progress to report, or `closing`.
     news: Notify,
     flushed: Notify,
@@ -313,6 +356,16 @@ impl Report {
                 }
             }
         })
+    }
+
+    /// Grows with every byte that comes and every bit of window that goes back.
+    fn signs(&self) -> (u64, u64) {
+        (self.heard.load(Ordering::Relaxed), self.cost.load(Ordering::Acquire))
+    }
+
+    /// Whether the volume has something to carry out. Called by the task that hands it over, and no other.
+    fn is_busy(&self) -> bool {
+        self.taken.load(Ordering::Relaxed) != self.cost.load(Ordering::Acquire)
     }
 
     fn give_back(&self, frames: u64, cost: u64) {
@@ -431,8 +484,10 @@ impl Receiving {
         reader: &mut ReadHalf<S>,
         writer: &Mutex<WriteHalf<S>>,
     ) -> Result<(), Error> {
+        let (report, idle) = (self.report.clone(), self.patience.idle);
+        let reader = &mut Heard { reader, report: report.clone() };
         loop {
-            let header = match within(self.patience.idle, wire::read_header(reader)).await {
+            let header = match patiently(&report, idle, wire::read_header(reader)).await {
                 Err(Error::Wire(wire::Error::Closed))
                     if !self.pass.as_ref().is_some_and(|pass| pass.open) =>
                 {
@@ -452,7 +507,7 @@ impl Receiving {
                     // This is where a slow disk slows its sender down, for as long as it takes: the window is
                     // the arena, so the wait is for a gap that is large enough. At most one data frame long.
                     let buffer = self.volume.arena().alloc(extent.len() as usize).await;
-                    if within(self.patience.idle, self.data(reader, &header, extent, buffer)).await? {
+                    if patiently(&report, idle, self.data(reader, &header, extent, buffer)).await? {
                         if let Some(pass) = &mut self.pass {
                             pass.covered.add(extent)?;
                         }
@@ -466,6 +521,7 @@ impl Receiving {
                         pass.zeroed += extent.len();
                         pass.covered.add(extent)?;
                     }
+                    report.taken.fetch_add(header.window_cost(), Ordering::Relaxed);
                     self.volume.zero(extent, header.window_cost()).map_err(out_of_range)?;
                 }
                 Kind::Commit => {
@@ -554,6 +610,7 @@ impl Receiving {
                 self.counters.refused_frames.fetch_add(1, Ordering::Relaxed);
                 self.counters.received_bytes.fetch_sub(extent.len(), Ordering::Relaxed);
                 tracing::warn!(frame = header.sequence, %extent, "refused a payload whose checksum does not hold");
+                self.report.taken.fetch_add(cost, Ordering::Relaxed);
                 self.report.give_back(1, cost);
                 return Ok(false);
             }
@@ -566,6 +623,7 @@ impl Receiving {
         if let Some(pass) = &mut self.pass {
             pass.written += extent.len();
         }
+        self.report.taken.fetch_add(cost, Ordering::Relaxed);
         if self.volume.write(extent.offset(), buffer, cost).is_err() {
             unreachable!("the range was checked before its payload was read");
         }

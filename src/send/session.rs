@@ -229,11 +229,18 @@ impl Shared {
                             self.news.notified().await;
                         }
                     }
-                    if let Some(limiter) = &job.limiter {
-                        sleep(limiter.take(payload.bytes().len() as u64)).await;
-                    }
                     wire::write_header(writer, &header).await?;
-                    writer.write_all(payload.bytes()).await.map_err(lost)?;
+                    match &job.limiter {
+                        None => writer.write_all(payload.bytes()).await.map_err(lost)?,
+                        // Bit by bit: the peer must not take the wait for silence.
+                        Some(limiter) => {
+                            for part in payload.bytes().chunks(limiter.part()) {
+                                sleep(limiter.take(part.len() as u64)).await;
+                                writer.write_all(part).await.map_err(lost)?;
+                                writer.flush().await.map_err(lost)?;
+                            }
+                        }
+                    }
                     if pieces.is_empty() {
                         writer.flush().await.map_err(lost)?;
                     }

@@ -766,6 +766,71 @@ fn a_service_that_cannot_start_says_why() {
     goes_on(&rig, "d0");
 }
 
+/// A limit above the number of strangers that are borne: who has a place is a stranger no more.
+#[tokio::test]
+async fn many_sessions_are_open_at_once_where_that_is_allowed() {
+    require_root!();
+    let mut rig = Rig::new(&[4 * MIB]);
+    let config = fs::read_to_string(rig.service.config()).unwrap();
+    rig.service.restart_with_config(&(config + "max_sessions = 75\n"));
+    let mut clients = Vec::new();
+    for _ in 0..75 {
+        clients.push(Client::connect(&rig).await);
+    }
+    assert_eq!(rig.service.status().service.sessions, 75);
+    // The first one, too, is still served.
+    clients[0].open("d0", MIB).await.unwrap();
+    let mut over = Client::connect_raw(&rig).await;
+    assert_eq!(over.ask::<HelloReply>(&Hello::ours()).await.unwrap_err().code, Code::Busy);
+}
+
+/// Connections that say nothing, as many as anyone likes to open, lock nobody out.
+#[test]
+fn silent_strangers_lock_nobody_out() {
+    require_root!();
+    let rig = Rig::new(&[4 * MIB]);
+    let strangers: Vec<TcpStream> =
+        (0..300).map(|_| TcpStream::connect(rig.service.address()).unwrap()).collect();
+    let start = Instant::now();
+    goes_on(&rig, "d0");
+    rig.service.enroll("other", &rig.path("other"));
+    // Strangers are given up after 15 seconds.
+    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+    rig.service.wait_for_log("too many newer connections");
+    wait_for("most of them to be gone", || (rig.service.status().service.sessions <= 64).then_some(()));
+    drop(strangers);
+}
+
+/// Whoever was dropped before the first word, as the oldest stranger is, tries again.
+#[test]
+fn a_connection_that_is_dropped_unanswered_is_tried_again() {
+    require_root!();
+    let rig = Rig::new(&[4 * MIB]);
+    let between = TcpListener::bind("127.0.0.1:0").unwrap();
+    let (address, service) = (between.local_addr().unwrap().to_string(), rig.service.address());
+    let pass_on = std::thread::spawn(move || {
+        drop(between.accept().unwrap());
+        let (near, far) = (between.accept().unwrap().0, TcpStream::connect(service).unwrap());
+        std::thread::scope(|scope| {
+            for (mut from, mut to) in [(&near, &far), (&far, &near)] {
+                scope.spawn(move || {
+                    std::io::copy(&mut from, &mut to).ok();
+                    to.shutdown(std::net::Shutdown::Write).ok();
+                });
+            }
+        });
+    });
+    let source = rig.random("source.img", MIB);
+    let disk = format!("d0={}", source.display());
+    let state = rig.client();
+    let mut command = support::mt_agent();
+    command.args(["send", "--machine", MACHINE, "--to", &address, "--disk", &disk, "--state-dir"]).arg(state);
+    let outcome = rig.spawn(command).finish().ok();
+    assert!(outcome.stderr.contains("trying again"), "{outcome:#?}");
+    assert_equal(&source, rig.targets[0].backing());
+    pass_on.join().unwrap();
+}
+
 /// More connections than are allowed: those that are open are served, and the others are told to try again.
 #[tokio::test]
 async fn connections_beyond_the_limit_wait_their_turn() {

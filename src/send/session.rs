@@ -105,9 +105,12 @@ async fn begin<S: AsyncRead + AsyncWrite + Unpin>(
     // Nothing was sent yet: a refusal here is an answer, not a broken pass.
     let refused = |error| match error {
         wire::Error::Peer(refusal) => Error::Refused(refusal),
+        broken @ (wire::Error::Closed | wire::Error::Truncated | wire::Error::Io { .. }) => {
+            Error::BrokenOff(broken)
+        }
         other => Error::Wire(other),
     };
-    wire::write_message(stream, 0, &Hello::ours()).await?;
+    wire::write_message(stream, 0, &Hello::ours()).await.map_err(refused)?;
     let _: HelloReply = wire::read_message(stream).await.map_err(refused)?;
     let open = Open {
         disk: job.disk.clone(),
@@ -115,13 +118,13 @@ async fn begin<S: AsyncRead + AsyncWrite + Unpin>(
         sector: job.source.sector(),
         compression: job.compression.encodings(),
     };
-    wire::write_message(stream, 0, &open).await?;
+    wire::write_message(stream, 0, &open).await.map_err(refused)?;
     let reply: OpenReply = wire::read_message(stream).await.map_err(refused)?;
     let mut id = [0; 16];
     getrandom::fill(&mut id)
         .map_err(|error| wire::Error::Io { op: "draw random bits", source: error.into() })?;
     let pass = PassId(u128::from_le_bytes(id));
-    wire::write_message(stream, 0, &Begin { pass, kind: PassKind::Initial }).await?;
+    wire::write_message(stream, 0, &Begin { pass, kind: PassKind::Initial }).await.map_err(refused)?;
     let BeginReply {} = wire::read_message(stream).await.map_err(refused)?;
     Ok((pass, reply))
 }

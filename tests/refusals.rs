@@ -282,6 +282,56 @@ async fn frames_that_break_a_rule_end_the_session() {
     goes_on(&rig, "d0");
 }
 
+/// Nobody agreed to lose what came onto a disk after it was assigned, nor to write to one that shrank.
+#[test]
+fn a_disk_that_is_not_what_was_assigned_is_refused() {
+    require_root!();
+    let dir = directory();
+    let service = Service::start(dir.path(), &[]);
+    let backing = dir.path().join("d0.img");
+    let mut rig = Rig::assemble(dir, service, Vec::new());
+    let target = Loop::create(&backing, 8 * MIB);
+    let (config, disk) = (rig.service.config(), format!("d0={}", target.id()));
+    let add = |args: &[&str]| {
+        run(&[&["protect", "add", MACHINE, "--config", &config, "--disk", &disk], args].concat()).ok();
+    };
+    let remove = || run(&["protect", "remove", MACHINE, "--config", &config, "--disk", "d0"]).ok();
+    add(&[]);
+    let source = rig.random("source.img", MIB);
+    let old = rig.path("old.img");
+    File::create(&old).unwrap().set_len(8 * MIB).unwrap();
+    tool("mkfs.ext4", &["-q", old.to_str().unwrap()]);
+    let old = fs::read(&old).unwrap();
+    let node = File::options().write(true).open(target.node()).unwrap();
+    node.write_all_at(&old, 0).unwrap();
+    node.sync_all().unwrap();
+    drop(node);
+    rig.send(&[("d0", &source)], &[]).fails(3, &["is not any more", "ext4", "--overwrite"]);
+    assert!(fs::read(&backing).unwrap() == old, "the disk was written");
+    assert_eq!(rig.state("d0"), "empty");
+
+    remove();
+    add(&["--overwrite"]);
+    rig.send(&[("d0", &source)], &[]).ok();
+    assert_equal(&source, &backing);
+    rig.wait_until_closed("d0");
+
+    target.resize(6 * MIB);
+    let had = "had 8388608 bytes in sectors of 512 when it was assigned, and has 6291456";
+    rig.send(&[("d0", &source)], &[]).fails(3, &[had, "assign it again"]);
+    target.resize(9 * MIB);
+    rig.send(&[("d0", &source)], &[]).ok();
+    rig.service.wait_for_log("has grown since it was assigned");
+    rig.wait_until_closed("d0");
+    target.resize(8 * MIB);
+    drop(target);
+    wait_for("the device to be detached", || {
+        tool("losetup", &["--associated", backing.to_str().unwrap()]).is_empty().then_some(())
+    });
+    rig.targets.push(Loop::attach(&backing, 4096));
+    rig.send(&[("d0", &source)], &[]).fails(3, &["in sectors of 4096 now"]);
+}
+
 /// Invariant: bytes that fail their checksum never reach a volume; they are refused, counted and sent again.
 #[tokio::test]
 async fn a_damaged_payload_is_refused_and_sent_again() {

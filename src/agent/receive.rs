@@ -9,7 +9,7 @@ use time::OffsetDateTime;
 
 use super::config::Config;
 use super::status::{Live, Shown};
-use crate::disk::device::{self, Refusal, TargetOptions, open_target};
+use crate::disk::device::{self, OpenDisk, Refusal, TargetOptions, open_target};
 use crate::disk::discover::Options;
 use crate::disk::id::DiskId;
 use crate::error::{IoError, chain};
@@ -20,7 +20,7 @@ use crate::net::session::{Host, Opened, Passes};
 use crate::net::token::TokenStore;
 use crate::net::{enrolment, tls};
 use crate::pass::PassId;
-use crate::protection::{self, Store};
+use crate::protection::{self, Assignment, State, Store};
 use crate::storage::Geometry;
 use crate::storage::device::Device;
 use crate::sys::aligned::Arena;
@@ -70,6 +70,7 @@ impl Host for Receiver {
         for note in &disk.notes {
             tracing::warn!(%machine, disk = %open.disk, id = %disk.id, note);
         }
+        still_as_assigned(&disk, assignment)?;
         let failed = |error: IoError| message::Error::new(Code::Internal, chain(&error));
         let arena = usize::try_from(self.config.window.0)
             .map_err(io::Error::other)
@@ -166,6 +167,39 @@ impl Passes for Ledger {
             None => Ok(()),
         }
     }
+}
+
+/// Refuses a disk that is not what was assigned: one that was empty then must not have got anything since that
+/// nobody agreed to lose, and none may have shrunk or changed its sectors.
+fn still_as_assigned(disk: &OpenDisk, assignment: &Assignment) -> Result<(), message::Error> {
+    let again = "take it away on the master target with `mt-agent protect remove` and assign it again";
+    let refused = |text: String| {
+        tracing::warn!(disk = %assignment.name, id = %disk.id, text, "target refused");
+        Err(message::Error::new(Code::Refused, text))
+    };
+    if disk.size < assignment.size || disk.logical_block != assignment.logical_sector {
+        return refused(format!(
+            "the target disk had {} bytes in sectors of {} when it was assigned, and has {} in sectors of {} now; if \
+             that is right, {again}",
+            assignment.size.0, assignment.logical_sector, disk.size.0, disk.logical_block
+        ));
+    }
+    if disk.size > assignment.size {
+        tracing::warn!(
+            disk = %assignment.name, id = %disk.id, assigned = %assignment.size, size = %disk.size,
+            "the target disk has grown since it was assigned"
+        );
+    }
+    if assignment.state == State::Empty && !assignment.overwrite {
+        let content = disk.content().map_err(|error| not_opened(&error))?;
+        if !content.is_blank() {
+            return refused(format!(
+                "the target disk was empty when it was assigned, and is not any more ({content}); if that may be lost, \
+                 {again}, with --overwrite"
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// What the peer is told of a protection that cannot be used.

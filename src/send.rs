@@ -85,6 +85,9 @@ pub enum Error {
     /// The connection broke off before anything was sent.
     #[error("the master target broke the connection off before it answered")]
     BrokenOff(#[source] wire::Error),
+    /// It says what cannot be.
+    #[error("the master target does not keep to the protocol: {0}; install the same version on both sides")]
+    Broken(&'static str),
     /// It did not answer in time.
     #[error("the master target did not answer within {0:?}")]
     Silent(Duration),

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::Error;
@@ -44,7 +45,10 @@ impl Sysroot {
     pub(super) fn bytes(&self, path: impl AsRef<Path>) -> Option<Vec<u8>> {
         use io::Read;
         let mut bytes = Vec::new();
-        fs::File::open(self.path(path)).ok()?.take(LONGEST_ATTRIBUTE).read_to_end(&mut bytes).ok()?;
+        // A pipe in a tree that was made would be waited for.
+        let file =
+            fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(self.path(path)).ok()?;
+        file.take(LONGEST_ATTRIBUTE).read_to_end(&mut bytes).ok()?;
         Some(bytes)
     }
 

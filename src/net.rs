@@ -127,7 +127,7 @@
 //!
 //! ### Hello, HelloReply
 //!
-//! - Hello: `protocol`, an array of all versions that the client speaks; `features`, an optional array of
+//! - Hello: `protocol`, an array of all versions (below 2^64) that the client speaks; `features`, an optional array of
 //!   names of optional features that it would use; `required`, an optional array of those that it cannot do
 //!   without; `agent`, an optional text for the log, program and version.
 //! - HelloReply: `protocol`, the one version that both speak from here on; `features`, optional, those of the
@@ -146,7 +146,7 @@
 //! - OpenReply: `window`, section 5, at least `max_payload` rounded up to 4096; `max_payload`, the most that
 //!   a Data frame may cover, at most 1 MiB; `volume_size`, that of the target, at least `size`; `block`, the
 //!   alignment at which the server writes without reading first; `compression`, the offered ones that the
-//!   server takes.
+//!   server takes. Data in another encoding is an error (`protocol`).
 //!
 //! The server opens the target (and checks its identity) before it answers. From OpenReply on, the volume is
 //! this connection's alone; a second one is refused with `busy`.
@@ -217,7 +217,7 @@
 //! | code | meaning | again |
 //! |---|---|---|
 //! | `unsupported-version` | no version in common | |
-//! | `unsupported-feature` | a feature, compression or kind of pass that the peer lacks; the message names it | |
+//! | `unsupported-feature` | a feature or kind of pass that the peer lacks; the message says which it lacks or has | |
 //! | `bad-frame` | a header, message or encoding that breaks a rule of its own | |
 //! | `bad-checksum` | a control payload arrived damaged | yes |
 //! | `protocol` | a sound frame out of order, out of number or past the window | |

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use mt_agent::net::frame::{Encoding, Header, Kind, MAX_DATA};
-use mt_agent::net::message::{Code, Hello, HelloReply};
+use mt_agent::net::message::{Code, Hello, HelloReply, Open, OpenReply};
 use mt_agent::net::tls::client::{Identity, pinning_config};
 use nix::sys::signal::Signal;
 use support::client::{Client, LENGTH_AT, PAYLOAD_LEN_AT, patched};
@@ -381,6 +381,47 @@ async fn a_damaged_payload_is_refused_and_sent_again() {
         .refused(Code::Protocol, "the commit counts 1 frames and 4096 bytes, and 1 and 0 were accepted")
         .await;
     assert_eq!(rig.wait_until_closed("d0").phase, "interrupted");
+    goes_on(&rig, "d0");
+}
+
+/// What is sound by itself and was not agreed on, or only looks like what it should be.
+#[tokio::test]
+async fn what_was_not_agreed_on_ends_the_session() {
+    require_root!();
+    let rig = Rig::new(&[4 * MIB]);
+    let raw = |kind, json: &str| {
+        let header = Header::control(kind, 0, json.as_bytes()).unwrap();
+        [&header.encode()[..], json.as_bytes()].concat()
+    };
+
+    let mut client = Client::connect_raw(&rig).await;
+    client.raw(&raw(Kind::Hello, r#"{"protocol":[70000,1]}"#)).await;
+    assert_eq!(client.answer::<HelloReply>().await.unwrap().protocol, 1);
+    let mut client = Client::connect_raw(&rig).await;
+    client.raw(&raw(Kind::Hello, r#"[[1],[],[],""]"#)).await;
+    client.refused(Code::BadFrame, "not a JSON object").await;
+
+    let mut client = Client::connect(&rig).await;
+    client.open("d0", MIB).await.unwrap();
+    let begin = format!(r#"{{"pass":"{}","kind":"sideways"}}"#, client.pass);
+    client.raw(&raw(Kind::Begin, &begin)).await;
+    client.refused(Code::UnsupportedFeature, "it has `initial`").await;
+
+    rig.wait_until_closed("d0");
+    let mut client = Client::connect(&rig).await;
+    let open = Open { disk: "d0".parse().unwrap(), size: MIB, sector: 512, compression: vec![Encoding::Lz4] };
+    client.ask::<OpenReply>(&open).await.unwrap();
+    client.begin().await.unwrap();
+    let payload = [7; 100];
+    client.frame(&Header::data(Encoding::Zstd, 0, 0, 4096, &payload).unwrap(), &payload).await;
+    client.refused(Code::Protocol, "a payload in zstd, which was not agreed on").await;
+
+    rig.wait_until_closed("d0");
+    let (mut client, _) = Client::begun(&rig, "d0", 4096).await;
+    client.data(0, 0, &[7; 4096]).await;
+    client.tell(0, &client.commit_message(1, 4096)).await;
+    client.refused(Code::Protocol, "frame 0 came where 1 was due").await;
+    rig.wait_until_closed("d0");
     goes_on(&rig, "d0");
 }
 

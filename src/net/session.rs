@@ -22,7 +22,8 @@ use tokio::time::timeout;
 use super::compress;
 use super::frame::{COST_UNIT, Encoding, Header, Kind, MAX_DATA};
 use super::message::{
-    self, Begin, BeginReply, Code, Commit, Committed, Enroll, EnrollReply, Hello, HelloReply, Open, OpenReply,
+    self, Begin, BeginReply, Code, Commit, Committed, Enroll, EnrollReply, Hello, HelloReply, Open,
+    OpenReply, PassKind,
 };
 use super::wire;
 use crate::error::chain;
@@ -286,6 +287,7 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
         report: report.clone(),
         window,
         source_size,
+        encodings: reply.compression.clone(),
         patience,
         pass: None,
         compressed: Vec::new(),
@@ -395,6 +397,8 @@ struct Receiving {
     report: Arc<Report>,
     window: u64,
     source_size: u64,
+    /// How payloads may be encoded, besides raw.
+    encodings: Vec<Encoding>,
     patience: Patience,
     pass: Option<Pass>,
     /// Holds a compressed payload; at most one data frame long.
@@ -414,6 +418,16 @@ struct Pass {
     written: u64,
     zeroed: u64,
     covered: Coverage,
+}
+
+impl Pass {
+    /// Whether this is the number of the next frame.
+    fn expect(&self, sequence: u64) -> Result<(), Error> {
+        if sequence == self.sequence {
+            return Ok(());
+        }
+        Err(protocol(format!("frame {sequence} came where {} was due", self.sequence)))
+    }
 }
 
 /// Which bytes of the volume a pass has brought: runs that do not touch, by their starts. A sender that goes
@@ -527,7 +541,7 @@ impl Receiving {
                 Kind::Commit => {
                     let commit =
                         within(self.patience.handshake, wire::read_message_body(reader, &header)).await?;
-                    let committed = self.commit(commit).await?;
+                    let committed = self.commit(header.sequence, commit).await?;
                     wire::write_message(&mut *writer.lock().await, header.sequence, &committed).await?;
                 }
                 Kind::Error => {
@@ -543,6 +557,10 @@ impl Receiving {
     async fn begin(&mut self, begin: Begin) -> Result<(), Error> {
         if self.pass.is_some() {
             return Err(protocol("a connection carries one pass"));
+        }
+        if begin.kind == PassKind::Unknown {
+            let text = "the client asks for a kind of pass that this agent does not have; it has `initial`";
+            return Err(message::Error::new(Code::UnsupportedFeature, text).into());
         }
         let id = begin.pass;
         self.record(move |passes| passes.begin(&begin)).await?;
@@ -564,9 +582,12 @@ impl Receiving {
         let Some(pass) = self.pass.as_mut().filter(|pass| pass.open) else {
             return Err(protocol("data outside of a pass"));
         };
-        if header.sequence != pass.sequence {
-            let text = format!("frame {} came where {} was due", header.sequence, pass.sequence);
-            return Err(protocol(text));
+        pass.expect(header.sequence)?;
+        if header.encoding != Encoding::Raw && !self.encodings.contains(&header.encoding) {
+            return Err(protocol(format!(
+                "a payload in {}, which was not agreed on",
+                header.encoding.name()
+            )));
         }
         let returned = self.report.cost.load(Ordering::Acquire);
         let outstanding = pass.cost + header.window_cost() - returned;
@@ -630,7 +651,7 @@ impl Receiving {
         Ok(true)
     }
 
-    async fn commit(&mut self, commit: Commit) -> Result<Committed, Error> {
+    async fn commit(&mut self, sequence: u64, commit: Commit) -> Result<Committed, Error> {
         let Some(pass) = self.pass.as_mut().filter(|pass| pass.open && pass.id == commit.pass) else {
             return Err(protocol("a commit of a pass that is not open"));
         };
@@ -642,6 +663,7 @@ impl Receiving {
             );
             return Err(protocol(text));
         }
+        pass.expect(sequence)?;
         // An initial pass leaves nothing out: what it does not send it makes zero.
         if commit.bytes != self.source_size {
             let text = format!("the pass covers {} of the source's {} bytes", commit.bytes, self.source_size);

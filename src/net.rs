@@ -186,7 +186,8 @@
 //! **Damage.** A data frame whose payload does not have the checksum that its header states is thrown away and
 //! answered with Refused; its cost is given back. The client sends the range again, in a frame with a number
 //! of its own. Commit's `frames` counts every frame, its `bytes` only those that were not refused, so a range
-//! that was refused and not sent again makes the commit an error (`protocol`). A damaged header, or a payload
+//! that was refused and not sent again makes the commit an error (`protocol`). After 64 refused frames a server
+//! MAY give the pass up (`bad-checksum`). A damaged header, or a payload
 //! that has its checksum and does not decode, ends the connection (`bad-frame`).
 //!
 //! A connection carries one pass.
@@ -219,7 +220,7 @@
 //! | `unsupported-version` | no version in common | |
 //! | `unsupported-feature` | a feature or kind of pass that the peer lacks; the message says which it lacks or has | |
 //! | `bad-frame` | a header, message or encoding that breaks a rule of its own | |
-//! | `bad-checksum` | a control payload arrived damaged | yes |
+//! | `bad-checksum` | a control payload arrived damaged, or too many of data | yes |
 //! | `protocol` | a sound frame out of order, out of number or past the window | |
 //! | `not-authorized` | no certificate that allows this: enrol | |
 //! | `unknown-machine` | the machine has no disks assigned | |

@@ -384,6 +384,30 @@ async fn a_damaged_payload_is_refused_and_sent_again() {
     goes_on(&rig, "d0");
 }
 
+/// A sender that goes on whatever is refused, and so would fill the log.
+#[tokio::test]
+async fn damage_without_end_is_given_up() {
+    require_root!();
+    let rig = Rig::new(&[4 * MIB]);
+    let (mut client, _) = Client::begun(&rig, "d0", MIB).await;
+    let header = |frame| Header::data(Encoding::Raw, frame, 0, 4096, &[7; 4096]).unwrap();
+    for frame in 0..65 {
+        client.frame(&header(frame), &[8; 4096]).await;
+    }
+    let mut refused = 0;
+    let last = loop {
+        match client.header().await.unwrap() {
+            header if header.kind == Kind::Refused => refused += 1,
+            header if header.kind == Kind::Progress => {}
+            header => break header,
+        }
+    };
+    assert_eq!((refused, last.kind), (64, Kind::Error));
+    rig.service.wait_for_log("over 64 frames of the pass arrived damaged");
+    assert_eq!(rig.wait_until_closed("d0").phase, "interrupted");
+    goes_on(&rig, "d0");
+}
+
 /// What is sound by itself and was not agreed on, or only looks like what it should be.
 #[tokio::test]
 async fn what_was_not_agreed_on_ends_the_session() {

@@ -435,6 +435,9 @@ impl Pass {
 #[derive(Debug, Default)]
 struct Coverage(BTreeMap<u64, u64>);
 
+/// How many frames of a pass may arrive damaged: more are no accident, and each leaves a line in the log.
+const MOST_DAMAGED: u32 = 64;
+
 /// How scattered the frames of a pass may be: bounds what is remembered of it.
 const MOST_RUNS: usize = 4096;
 
@@ -500,6 +503,7 @@ impl Receiving {
     ) -> Result<(), Error> {
         let (report, idle) = (self.report.clone(), self.patience.idle);
         let reader = &mut Heard { reader, report: report.clone() };
+        let mut damaged = 0;
         loop {
             let header = match patiently(&report, idle, wire::read_header(reader)).await {
                 Err(Error::Wire(wire::Error::Closed))
@@ -526,6 +530,13 @@ impl Receiving {
                             pass.covered.add(extent)?;
                         }
                     } else {
+                        damaged += 1;
+                        if damaged > MOST_DAMAGED {
+                            let text = format!(
+                                "over {MOST_DAMAGED} frames of the pass arrived damaged: it is given up"
+                            );
+                            return Err(message::Error::new(Code::BadChecksum, text).into());
+                        }
                         wire::write_header(&mut *writer.lock().await, &Header::refused(&header)).await?;
                     }
                 }

@@ -24,6 +24,9 @@ impl Default for Sysroot {
 /// The longest attribute that is read: a VPD page has no more than 4 + 65535 bytes.
 const LONGEST_ATTRIBUTE: u64 = 128 << 10;
 
+/// The longest table that is read: tens of thousands of mounts.
+const LONGEST_TABLE: u64 = 16 << 20;
+
 impl Sysroot {
     /// The tree under `root`.
     pub fn new(root: impl Into<PathBuf>) -> Sysroot {
@@ -50,6 +53,20 @@ impl Sysroot {
             fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(self.path(path)).ok()?;
         file.take(LONGEST_ATTRIBUTE).read_to_end(&mut bytes).ok()?;
         Some(bytes)
+    }
+
+    /// A table that the kernel always has, whole: without it nothing is known.
+    pub(super) fn table(&self, path: impl AsRef<Path>) -> Result<String, IoError> {
+        use io::Read;
+        let path = self.path(path);
+        let failed = |error| IoError::new("read", path.display().to_string(), error);
+        let file = fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path);
+        let mut bytes = Vec::new();
+        file.and_then(|file| file.take(LONGEST_TABLE + 1).read_to_end(&mut bytes)).map_err(failed)?;
+        if bytes.len() as u64 > LONGEST_TABLE {
+            return Err(failed(io::ErrorKind::FileTooLarge.into()));
+        }
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
 
     /// The text of an attribute without the white space around it, or `None` where there is none.

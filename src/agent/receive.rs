@@ -214,7 +214,20 @@ fn refuse(error: &protection::Error) -> message::Error {
     if code == Code::Internal || code == Code::NoSpace {
         tracing::error!(error = chain(error), "the protection cannot be read or written");
     }
-    message::Error::new(code, chain(error))
+    // Paths of this host are for its log.
+    let text = match error {
+        protection::Error::Io(io) => {
+            format!(
+                "the master target's record of the machine cannot be read or written: {}; see its log",
+                io.source
+            )
+        }
+        _ if code == Code::Internal => {
+            "the master target cannot use its record of the machine; see its log".to_owned()
+        }
+        _ => chain(error),
+    };
+    message::Error::new(code, text)
 }
 
 fn out_of_space(error: &io::Error) -> bool {
@@ -230,5 +243,16 @@ fn not_opened(error: &device::Error) -> message::Error {
         _ => Code::Refused,
     };
     tracing::warn!(error = chain(error), "target refused");
-    message::Error::new(code, chain(error))
+    let text = match error {
+        device::Error::Refused { reason: Refusal::Busy(_), .. } => {
+            "the target disk is held by something else; the log of the master target says by what".to_owned()
+        }
+        device::Error::Refused { reason, .. } => format!("the target disk is refused: {reason}"),
+        device::Error::Io(io) => {
+            format!("the target disk cannot be opened: {}; see the log there", io.source)
+        }
+        device::Error::Discover(_) => "the master target cannot list its disks; see its log".to_owned(),
+        _ => chain(error),
+    };
+    message::Error::new(code, text)
 }

@@ -887,6 +887,21 @@ fn a_service_that_cannot_start_says_why() {
     goes_on(&rig, "d0");
 }
 
+/// A token is not spent on an identity that there is no room for.
+#[test]
+fn a_full_disk_of_the_source_spends_no_token() {
+    require_root!();
+    let mut rig = Rig::new(&[]);
+    let state = Tmpfs::mount(&rig.path("small"), MIB);
+    rig.mounts = vec![Box::new(state)];
+    let filler = Tmpfs::fill(&rig.path("small"));
+    let (token, dir) = (rig.service.token("db01"), rig.path("small"));
+    let enroll = ["enroll", &token, "--state-dir", dir.to_str().unwrap()];
+    run(&enroll).fails(1, &["No space left on device"]);
+    fs::remove_file(filler).unwrap();
+    run(&enroll).ok();
+}
+
 /// A limit above the number of strangers that are borne: who has a place is a stranger no more.
 #[tokio::test]
 async fn many_sessions_are_open_at_once_where_that_is_allowed() {

@@ -9,17 +9,18 @@ pub mod metrics;
 mod receive;
 pub mod status;
 
+use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use sd_notify::NotifyState;
 use tokio::io::BufReader;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
@@ -64,8 +65,8 @@ pub enum Error {
 /// its own buffer is short: every one of those would be a system call.
 const READ_BUFFER: usize = 64 << 10;
 
-/// How many connections may be open at once that did not show a certificate (yet): a flood of them takes nothing
-/// from the machines that are being received.
+/// How many connections may be open at once that have no place as a session (yet): a flood of them takes nothing from
+/// the machines that are being received.
 const STRANGERS: usize = 64;
 
 /// How long connections get to say goodbye when the service stops.
@@ -116,7 +117,7 @@ async fn run(config: Config) -> Result<(), Error> {
     let tokens = TokenStore::new(directory);
     let front = Front {
         acceptor,
-        strangers: Arc::new(Semaphore::new(STRANGERS)),
+        strangers: Arc::default(),
         places: Arc::new(Semaphore::new(config.max_sessions as usize)),
         patience: Patience { idle: config.idle_timeout, ..Patience::default() },
         service,
@@ -152,7 +153,7 @@ fn tell_systemd(states: &[NotifyState<'_>]) {
 #[derive(Clone)]
 struct Front {
     acceptor: TlsAcceptor,
-    strangers: Arc<Semaphore>,
+    strangers: Arc<Strangers>,
     places: Arc<Semaphore>,
     patience: Patience,
     service: Arc<Service>,
@@ -169,14 +170,8 @@ impl Front {
         let mut hangup = signal(SignalKind::hangup()).map_err(failed)?;
         let mut sessions = JoinSet::new();
         loop {
-            // Without a place for one more stranger nobody is taken: who comes waits in the kernel's queue, for as
-            // long as a handshake may take at most.
-            let next = async {
-                let strange = self.strangers.clone().acquire_owned().await;
-                (strange, listener.accept().await)
-            };
-            let (strange, accepted) = tokio::select! {
-                next = next => next,
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
                 // Ends of sessions are collected as they come.
                 Some(_) = sessions.join_next() => continue,
                 _ = terminate.recv() => return Ok(sessions),
@@ -189,9 +184,8 @@ impl Front {
             };
             match accepted {
                 Ok((stream, peer)) => {
-                    let Ok(strange) = strange else { unreachable!("the semaphore is never closed") };
-                    let front = self.clone();
-                    sessions.spawn(async move { front.talk(stream, peer, strange).await });
+                    let (front, stranger) = (self.clone(), Stranger::admit(&self.strangers));
+                    sessions.spawn(async move { front.talk(stream, peer, stranger).await });
                 }
                 Err(error) => {
                     // Out of descriptors, or the peer was gone already: the next try may do.
@@ -202,10 +196,15 @@ impl Front {
         }
     }
 
-    async fn talk(&self, stream: TcpStream, peer: SocketAddr, strange: OwnedSemaphorePermit) {
+    async fn talk(&self, stream: TcpStream, peer: SocketAddr, stranger: Stranger) {
         self.service.sessions.fetch_add(1, Ordering::Relaxed);
         self.service.sessions_total.fetch_add(1, Ordering::Relaxed);
-        match self.session(stream, peer, strange).await {
+        let crowded_out = stranger.crowded_out.clone();
+        let result = tokio::select! {
+            result = self.session(stream, peer, stranger) => result,
+            () = crowded_out.notified() => Err(SessionError::CrowdedOut),
+        };
+        match result {
             Ok(()) => tracing::debug!(%peer, "connection ended"),
             Err(error) => {
                 if error.is_refusal() {
@@ -224,7 +223,7 @@ impl Front {
         &self,
         stream: TcpStream,
         peer: SocketAddr,
-        strange: OwnedSemaphorePermit,
+        stranger: Stranger,
     ) -> Result<(), SessionError> {
         keepalive::set(&stream).map_err(HandshakeError::Io)?;
         let buffered = BufReader::with_capacity(READ_BUFFER, stream);
@@ -237,13 +236,15 @@ impl Front {
         };
         let machine = tls::machine_of(stream.get_ref().1.peer_certificates())?;
         // Whoever showed a certificate of ours counts as a session; who did not may only enrol, and goes on
-        // counting as a stranger.
+        // counting as a stranger, as does who is turned away.
         let _place = match machine {
-            None => strange,
+            None => (Some(stranger), None),
             Some(_) => match self.places.clone().try_acquire_owned() {
-                Ok(place) => place,
+                Ok(place) => {
+                    drop(stranger);
+                    (None, Some(place))
+                }
                 Err(_) => {
-                    drop(strange);
                     let text = "`max_sessions` connections are open on the master target";
                     session::turn_away(stream, message::Error::new(Code::Busy, text)).await;
                     return Err(SessionError::Full);
@@ -252,6 +253,39 @@ impl Front {
         };
         let (host, stopping) = (self.host.clone(), self.stopping.clone());
         Ok(session::serve(stream, peer, machine, host, self.patience, stopping).await?)
+    }
+}
+
+/// The connections that have no place as a session, the oldest first. Where there are too many, the oldest must go:
+/// one that means it is done with its handshake long before, and waiting for those that say nothing would lock out
+/// the others.
+#[derive(Default)]
+struct Strangers(Mutex<VecDeque<Arc<Notify>>>);
+
+/// One of them, until this is dropped.
+struct Stranger {
+    strangers: Arc<Strangers>,
+    crowded_out: Arc<Notify>,
+}
+
+impl Stranger {
+    fn admit(strangers: &Arc<Strangers>) -> Stranger {
+        let crowded_out = Arc::new(Notify::new());
+        let mut queue = strangers.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if queue.len() >= STRANGERS
+            && let Some(oldest) = queue.pop_front()
+        {
+            oldest.notify_one();
+        }
+        queue.push_back(crowded_out.clone());
+        Stranger { strangers: strangers.clone(), crowded_out }
+    }
+}
+
+impl Drop for Stranger {
+    fn drop(&mut self) {
+        let mut queue = self.strangers.0.lock().unwrap_or_else(PoisonError::into_inner);
+        queue.retain(|other| !Arc::ptr_eq(other, &self.crowded_out));
     }
 }
 
@@ -264,6 +298,8 @@ enum SessionError {
     Slow,
     #[error("refused: `max_sessions` connections are open")]
     Full,
+    #[error("too many newer connections came that showed no certificate either")]
+    CrowdedOut,
     #[error("the client's certificate names no machine")]
     Name(#[from] tls::NameError),
     #[error(transparent)]
@@ -274,7 +310,10 @@ impl SessionError {
     /// Whether the peer was not let in.
     fn is_refusal(&self) -> bool {
         match self {
-            SessionError::Handshake(_) | SessionError::Name(_) | SessionError::Full => true,
+            SessionError::Handshake(_)
+            | SessionError::Name(_)
+            | SessionError::Full
+            | SessionError::CrowdedOut => true,
             SessionError::Slow | SessionError::Session(_) => false,
         }
     }

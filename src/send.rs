@@ -21,7 +21,7 @@ use tokio_rustls::TlsConnector;
 
 pub use encode::Compression;
 
-use crate::error::IoError;
+use crate::error::{IoError, chain};
 use crate::name::Name;
 use crate::net::address::Address;
 use crate::net::message::{self, Committed};
@@ -93,6 +93,12 @@ pub enum Error {
     /// The source is a target.
     #[error("the source is a target disk of this host: {0}")]
     Itself(String),
+    /// The connection broke off before anything was sent.
+    #[error("the master target broke the connection off before it answered")]
+    BrokenOff(#[source] wire::Error),
+    /// It says what cannot be.
+    #[error("the master target does not keep to the protocol: {0}; install the same version on both sides")]
+    Broken(&'static str),
     /// It did not answer in time.
     #[error("the master target did not answer within {0:?}")]
     Silent(Duration),
@@ -112,7 +118,12 @@ impl Error {
             Error::Handshake(error) | Error::Wire(wire::Error::Tls { source: error, .. }) => {
                 error.is_refusal()
             }
-            Error::Connect(_) | Error::Wire(_) | Error::Silent(_) | Error::Damaged(_) => false,
+            Error::Connect(_)
+            | Error::Wire(_)
+            | Error::BrokenOff(_)
+            | Error::Broken(_)
+            | Error::Silent(_)
+            | Error::Damaged(_) => false,
         }
     }
 }
@@ -188,19 +199,36 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// volume may still be held by a connection that just broke.
 const TRIES: u32 = 20;
 
+/// The same where the peer said nothing at all: it may have had to make room among connections that nobody knew yet.
+const TRIES_UNANSWERED: u32 = 3;
+
+/// How often to try in all, where a try ends like this. What happens once data flows is not tried again.
+fn tries(error: &Error) -> u32 {
+    match error {
+        Error::Refused(refusal) if refusal.code.retryable() => TRIES,
+        Error::Silent(_) | Error::BrokenOff(_) | Error::Handshake(HandshakeError::Io(_)) => TRIES_UNANSWERED,
+        _ => 1,
+    }
+}
+
 async fn send_one(to: &Address, tls: Arc<ClientConfig>, job: session::Job) -> Result<Committed, Error> {
-    let mut tries = 1;
+    let mut tried = 1;
     loop {
-        let stream = connect(to, tls.clone()).await?;
-        match session::run(stream, &job).await {
-            Err(Error::Refused(refusal)) if refusal.code.retryable() && tries < TRIES => {
-                if tries == 1 {
+        let result = match connect(to, tls.clone()).await {
+            Ok(stream) => session::run(stream, &job).await,
+            Err(error) => Err(error),
+        };
+        match result {
+            Err(error) if tried < tries(&error) => {
+                if tried == 1 {
+                    let most = tries(&error);
                     tracing::warn!(
-                        disk = %job.disk, %refusal, "waiting, and trying again every second, {TRIES} times at most"
+                        disk = %job.disk, error = chain(&error),
+                        "waiting, and trying again every second, {most} times at most"
                     );
                 }
                 job.progress.waiting.store(true, Ordering::Relaxed);
-                tries += 1;
+                tried += 1;
                 sleep(Duration::from_secs(1)).await;
             }
             other => return other,

@@ -63,6 +63,45 @@ fn without_pages(root: &Path, name: &str) {
     }
 }
 
+/// What cannot be known does not speak for a disk.
+#[test]
+fn without_the_tables_of_mounts_and_swaps_no_disk_is_free() {
+    for table in ["proc/self/mountinfo", "proc/swaps"] {
+        let damages: [fn(&Tree, &str); 5] = [
+            |tree, table| std::fs::remove_file(tree.root.join(table)).unwrap(),
+            |tree, table| tree.write(table, ""),
+            |tree, table| tree.write(table, "a line of something else\n"),
+            |tree, table| tree.write(table, vec![b'x'; 17 << 20]),
+            |tree, table| {
+                // A pipe, which nobody ever writes to.
+                std::fs::remove_file(tree.root.join(table)).unwrap();
+                let mode = nix::sys::stat::Mode::S_IRWXU;
+                nix::unistd::mkfifo(&tree.root.join(table), mode).unwrap();
+            },
+        ];
+        for damage in damages {
+            let dir = tempfile::tempdir().unwrap();
+            let tree = tree::vmware(dir.path(), PVSCSI, true);
+            damage(&tree, table);
+            let found = disks(&tree);
+            let sdb = named(&found, "sdb");
+            assert_eq!(sdb.role, Role::InUse, "{table}");
+            assert!(sdb.problems[0].contains(table) && sdb.evidence == sdb.problems, "{sdb:?}");
+            assert!(mt_agent::disk::device::check_role(sdb).is_err());
+        }
+    }
+    // A host with very many mounts is known all the same.
+    let dir = tempfile::tempdir().unwrap();
+    let tree = tree::vmware(dir.path(), PVSCSI, true);
+    let table = tree.root.join("proc/self/mountinfo");
+    let text = std::fs::read_to_string(&table).unwrap();
+    let many = "40 1 0:50 / /run/many rw - tmpfs tmpfs rw\n".repeat(10_000);
+    std::fs::write(&table, format!("{many}{text}")).unwrap();
+    let found = disks(&tree);
+    assert_eq!((named(&found, "sda").role, named(&found, "sdb").role), (Role::System, Role::Free));
+    assert!(named(&found, "sda").evidence[0].contains("/boot"));
+}
+
 #[test]
 fn udev_s_database_is_asked_where_the_kernel_has_no_pages_and_the_cut_wwn_is_not_believed() {
     let dir = tempfile::tempdir().unwrap();

@@ -215,6 +215,25 @@ fn the_limit_on_bandwidth_holds() {
     assert_equal(&sources[1], rig.targets[1].backing());
 }
 
+/// Disks that share a narrow limit wait for each other: longer than the receiver bears silence, if each sent whole
+/// frames.
+#[test]
+fn a_sender_that_limits_itself_is_not_cut_for_its_silence() {
+    require_root!();
+    let sizes = [MIB + MIB / 2; 4];
+    let mut rig = Rig::new(&sizes);
+    let config = fs::read_to_string(rig.service.config()).unwrap();
+    rig.service.restart_with_config(&(config + "idle_timeout = \"1s\"\n"));
+    let names = ["d0", "d1", "d2", "d3"];
+    let sources = names.map(|name| rig.random(&format!("{name}.source"), sizes[0]));
+    let disks: Vec<(&str, &Path)> =
+        names.iter().copied().zip(sources.iter().map(|path| path.as_path())).collect();
+    rig.send(&disks, &["--compression", "off", "--bwlimit", "1M"]).ok();
+    for (index, source) in sources.iter().enumerate() {
+        assert_equal(source, rig.targets[index].backing());
+    }
+}
+
 #[test]
 fn a_mounted_source_is_sent_and_the_user_is_told() {
     require_root!();

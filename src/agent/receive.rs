@@ -9,7 +9,7 @@ use time::OffsetDateTime;
 
 use super::config::Config;
 use super::status::{Live, Shown};
-use crate::disk::device::{self, Refusal, TargetOptions, open_target};
+use crate::disk::device::{self, OpenDisk, Refusal, TargetOptions, open_target};
 use crate::disk::discover::Options;
 use crate::disk::id::DiskId;
 use crate::error::{IoError, chain};
@@ -20,7 +20,7 @@ use crate::net::session::{Host, Opened, Passes};
 use crate::net::token::TokenStore;
 use crate::net::{enrolment, tls};
 use crate::pass::PassId;
-use crate::protection::{self, Store};
+use crate::protection::{self, Assignment, State, Store};
 use crate::storage::Geometry;
 use crate::storage::device::Device;
 use crate::sys::aligned::Arena;
@@ -70,20 +70,7 @@ impl Host for Receiver {
         for note in &disk.notes {
             tracing::warn!(%machine, disk = %open.disk, id = %disk.id, note);
         }
-        // Large enough for this source, and yet not what was assigned: cut off, or attached with the wrong file or LUN.
-        if disk.size < assignment.size {
-            let text = format!(
-                "{} has {} ({} bytes), and had {} ({} bytes) when it was assigned: attach all of it, or take it away \
-                 with `mt-agent protect remove` and assign it anew",
-                disk.id, disk.size, disk.size.0, assignment.size, assignment.size.0
-            );
-            tracing::warn!(%machine, disk = %open.disk, text, "target refused");
-            return Err(message::Error::new(Code::SizeMismatch, text));
-        }
-        if disk.size > assignment.size {
-            let (size, assigned) = (disk.size, assignment.size);
-            tracing::warn!(%machine, disk = %open.disk, id = %disk.id, %size, %assigned, "target has grown");
-        }
+        still_as_assigned(&disk, assignment)?;
         let failed = |error: IoError| message::Error::new(Code::Internal, chain(&error));
         let arena = usize::try_from(self.config.window.0)
             .map_err(io::Error::other)
@@ -182,6 +169,39 @@ impl Passes for Ledger {
     }
 }
 
+/// Refuses a disk that is not what was assigned: one that was empty then must not have got anything since that
+/// nobody agreed to lose, and none may have shrunk or changed its sectors.
+fn still_as_assigned(disk: &OpenDisk, assignment: &Assignment) -> Result<(), message::Error> {
+    let again = "take it away on the master target with `mt-agent protect remove` and assign it again";
+    let refused = |text: String| {
+        tracing::warn!(disk = %assignment.name, id = %disk.id, text, "target refused");
+        Err(message::Error::new(Code::Refused, text))
+    };
+    if disk.size < assignment.size || disk.logical_block != assignment.logical_sector {
+        return refused(format!(
+            "the target disk had {} bytes in sectors of {} when it was assigned, and has {} in sectors of {} now; if \
+             that is right, {again}",
+            assignment.size.0, assignment.logical_sector, disk.size.0, disk.logical_block
+        ));
+    }
+    if disk.size > assignment.size {
+        tracing::warn!(
+            disk = %assignment.name, id = %disk.id, assigned = %assignment.size, size = %disk.size,
+            "the target disk has grown since it was assigned"
+        );
+    }
+    if assignment.state == State::Empty && !assignment.overwrite {
+        let content = disk.content().map_err(|error| not_opened(&error))?;
+        if !content.is_blank() {
+            return refused(format!(
+                "the target disk was empty when it was assigned, and is not any more ({content}); if that may be lost, \
+                 {again}, with --overwrite"
+            ));
+        }
+    }
+    Ok(())
+}
+
 /// What the peer is told of a protection that cannot be used.
 fn refuse(error: &protection::Error) -> message::Error {
     let code = match error {
@@ -194,7 +214,20 @@ fn refuse(error: &protection::Error) -> message::Error {
     if code == Code::Internal || code == Code::NoSpace {
         tracing::error!(error = chain(error), "the protection cannot be read or written");
     }
-    message::Error::new(code, chain(error))
+    // Paths of this host are for its log.
+    let text = match error {
+        protection::Error::Io(io) => {
+            format!(
+                "the master target's record of the machine cannot be read or written: {}; see its log",
+                io.source
+            )
+        }
+        _ if code == Code::Internal => {
+            "the master target cannot use its record of the machine; see its log".to_owned()
+        }
+        _ => chain(error),
+    };
+    message::Error::new(code, text)
 }
 
 fn out_of_space(error: &io::Error) -> bool {
@@ -210,5 +243,16 @@ fn not_opened(error: &device::Error) -> message::Error {
         _ => Code::Refused,
     };
     tracing::warn!(error = chain(error), "target refused");
-    message::Error::new(code, chain(error))
+    let text = match error {
+        device::Error::Refused { reason: Refusal::Busy(_), .. } => {
+            "the target disk is held by something else; the log of the master target says by what".to_owned()
+        }
+        device::Error::Refused { reason, .. } => format!("the target disk is refused: {reason}"),
+        device::Error::Io(io) => {
+            format!("the target disk cannot be opened: {}; see the log there", io.source)
+        }
+        device::Error::Discover(_) => "the master target cannot list its disks; see its log".to_owned(),
+        _ => chain(error),
+    };
+    message::Error::new(code, text)
 }

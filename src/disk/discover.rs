@@ -254,6 +254,7 @@ fn describe(
         identity::discover(sysroot, name, &path_devno, transport)
     };
     let mut problems = notes;
+    problems.extend_from_slice(usage.unknown());
     let own = map.map_or(name, |map| map.name.as_str());
     let paths = map.map_or_else(|| vec![name.to_owned()], |map| map.paths.clone());
     for path in paths.iter().filter(|path| path.as_str() != name) {

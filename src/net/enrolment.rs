@@ -72,6 +72,7 @@ pub async fn enroll(token: &Token, state_dir: &Path, patience: Duration) -> Resu
     if OffsetDateTime::now_utc() >= token.expires {
         return Err(Error::Expired { at: token.expires });
     }
+    client::Identity::rehearse(state_dir, &token.machine)?;
     let key = KeyPair::generate().map_err(Error::Key)?;
     let mut params = CertificateParams::default();
     // The server passes over all names in a request, so that none is put in.

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::Error;
@@ -22,6 +23,9 @@ impl Default for Sysroot {
 
 /// The longest attribute that is read: a VPD page has no more than 4 + 65535 bytes.
 const LONGEST_ATTRIBUTE: u64 = 128 << 10;
+
+/// The longest table that is read: tens of thousands of mounts.
+const LONGEST_TABLE: u64 = 16 << 20;
 
 impl Sysroot {
     /// The tree under `root`.
@@ -44,8 +48,25 @@ impl Sysroot {
     pub(super) fn bytes(&self, path: impl AsRef<Path>) -> Option<Vec<u8>> {
         use io::Read;
         let mut bytes = Vec::new();
-        fs::File::open(self.path(path)).ok()?.take(LONGEST_ATTRIBUTE).read_to_end(&mut bytes).ok()?;
+        // A pipe in a tree that was made would be waited for.
+        let file =
+            fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(self.path(path)).ok()?;
+        file.take(LONGEST_ATTRIBUTE).read_to_end(&mut bytes).ok()?;
         Some(bytes)
+    }
+
+    /// A table that the kernel always has, whole: without it nothing is known.
+    pub(super) fn table(&self, path: impl AsRef<Path>) -> Result<String, IoError> {
+        use io::Read;
+        let path = self.path(path);
+        let failed = |error| IoError::new("read", path.display().to_string(), error);
+        let file = fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path);
+        let mut bytes = Vec::new();
+        file.and_then(|file| file.take(LONGEST_TABLE + 1).read_to_end(&mut bytes)).map_err(failed)?;
+        if bytes.len() as u64 > LONGEST_TABLE {
+            return Err(failed(io::ErrorKind::FileTooLarge.into()));
+        }
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
 
     /// The text of an attribute without the white space around it, or `None` where there is none.

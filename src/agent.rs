@@ -11,18 +11,20 @@ mod receive;
 mod retention;
 pub mod status;
 
+use std::collections::VecDeque;
+use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use sd_notify::NotifyState;
 use tokio::io::BufReader;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
@@ -57,7 +59,7 @@ pub enum Error {
     Control(#[from] control::Error),
     /// Refused: where before-images go must not be where the system lives.
     #[error(
-        "the retention directory {} is on the root file system, which before-images would fill: mount a disk of its own          there, or set `retention_dir` to a directory on one, or for trials `allow_root_retention = true`", .0.display()
+        "the retention directory {} is on the root file system, which before-images would fill: mount a disk of its own there, or set `retention_dir` to a directory on one, or for trials `allow_root_retention = true`", .0.display()
     )]
     RootRetention(PathBuf),
     /// The points log cannot be read.
@@ -66,6 +68,11 @@ pub enum Error {
     /// The protections cannot be read.
     #[error("the protections")]
     Protections(#[from] crate::protection::Error),
+    /// Somebody else listens there.
+    #[error(
+        "the port is taken: stop who has it (`ss -ltnp` shows that), or set another `listen` in the configuration"
+    )]
+    Taken(#[source] IoError),
     /// The keys cannot be made or read.
     #[error("the keys of the service")]
     Identity(#[from] tls::server::Error),
@@ -75,8 +82,8 @@ pub enum Error {
 /// its own buffer is short: every one of those would be a system call.
 const READ_BUFFER: usize = 64 << 10;
 
-/// How many connections may be open at once that did not show a certificate (yet): a flood of them takes nothing
-/// from the machines that are being received.
+/// How many connections may be open at once that have no place as a session (yet): a flood of them takes nothing from
+/// the machines that are being received.
 const STRANGERS: usize = 64;
 
 /// How often it is looked for points to let go.
@@ -105,7 +112,10 @@ async fn run(config: Config) -> Result<(), Error> {
     let identity = tls::server::Identity::load_or_create(directory)?;
     let acceptor = TlsAcceptor::from(identity.server_config()?);
     let engine = device::probe(config.engine)?;
-    let listener = config.bind()?;
+    let listener = config.bind().map_err(|error| match error.source.kind() {
+        io::ErrorKind::AddrInUse => Error::Taken(error),
+        _ => error.into(),
+    })?;
     let listener = TcpListener::from_std(listener)
         .map_err(|error| IoError::new("listen at", config.listen.to_string(), error))?;
     let listen = listener
@@ -143,7 +153,7 @@ async fn run(config: Config) -> Result<(), Error> {
     let tokens = TokenStore::new(directory);
     let front = Front {
         acceptor,
-        strangers: Arc::new(Semaphore::new(STRANGERS)),
+        strangers: Arc::default(),
         places: Arc::new(Semaphore::new(config.max_sessions as usize)),
         patience: Patience { idle: config.idle_timeout, ..Patience::default() },
         service,
@@ -216,7 +226,7 @@ fn tell_systemd(states: &[NotifyState<'_>]) {
 #[derive(Clone)]
 struct Front {
     acceptor: TlsAcceptor,
-    strangers: Arc<Semaphore>,
+    strangers: Arc<Strangers>,
     places: Arc<Semaphore>,
     patience: Patience,
     service: Arc<Service>,
@@ -230,26 +240,25 @@ impl Front {
         let failed = |error| IoError::new("wait for", "signals", error);
         let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+        let mut hangup = signal(SignalKind::hangup()).map_err(failed)?;
         let mut sessions = JoinSet::new();
         loop {
-            // Without a place for one more stranger nobody is taken: who comes waits in the kernel's queue, for as
-            // long as a handshake may take at most.
-            let next = async {
-                let strange = self.strangers.clone().acquire_owned().await;
-                (strange, listener.accept().await)
-            };
-            let (strange, accepted) = tokio::select! {
-                next = next => next,
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
                 // Ends of sessions are collected as they come.
                 Some(_) = sessions.join_next() => continue,
                 _ = terminate.recv() => return Ok(sessions),
                 _ = interrupt.recv() => return Ok(sessions),
+                // Other services read their configuration again then. Dying of it would break passes off.
+                Some(()) = hangup.recv() => {
+                    tracing::warn!("SIGHUP does nothing: restart the service for another configuration");
+                    continue;
+                }
             };
             match accepted {
                 Ok((stream, peer)) => {
-                    let Ok(strange) = strange else { unreachable!("the semaphore is never closed") };
-                    let front = self.clone();
-                    sessions.spawn(async move { front.talk(stream, peer, strange).await });
+                    let (front, stranger) = (self.clone(), Stranger::admit(&self.strangers));
+                    sessions.spawn(async move { front.talk(stream, peer, stranger).await });
                 }
                 Err(error) => {
                     // Out of descriptors, or the peer was gone already: the next try may do.
@@ -260,10 +269,15 @@ impl Front {
         }
     }
 
-    async fn talk(&self, stream: TcpStream, peer: SocketAddr, strange: OwnedSemaphorePermit) {
+    async fn talk(&self, stream: TcpStream, peer: SocketAddr, stranger: Stranger) {
         self.service.sessions.fetch_add(1, Ordering::Relaxed);
         self.service.sessions_total.fetch_add(1, Ordering::Relaxed);
-        match self.session(stream, peer, strange).await {
+        let crowded_out = stranger.crowded_out.clone();
+        let result = tokio::select! {
+            result = self.session(stream, peer, stranger) => result,
+            () = crowded_out.notified() => Err(SessionError::CrowdedOut),
+        };
+        match result {
             Ok(()) => tracing::debug!(%peer, "connection ended"),
             Err(error) => {
                 if error.is_refusal() {
@@ -282,7 +296,7 @@ impl Front {
         &self,
         stream: TcpStream,
         peer: SocketAddr,
-        strange: OwnedSemaphorePermit,
+        stranger: Stranger,
     ) -> Result<(), SessionError> {
         keepalive::set(&stream).map_err(HandshakeError::Io)?;
         let buffered = BufReader::with_capacity(READ_BUFFER, stream);
@@ -295,13 +309,15 @@ impl Front {
         };
         let machine = tls::machine_of(stream.get_ref().1.peer_certificates())?;
         // Whoever showed a certificate of ours counts as a session; who did not may only enrol, and goes on
-        // counting as a stranger.
+        // counting as a stranger, as does who is turned away.
         let _place = match machine {
-            None => strange,
+            None => (Some(stranger), None),
             Some(_) => match self.places.clone().try_acquire_owned() {
-                Ok(place) => place,
+                Ok(place) => {
+                    drop(stranger);
+                    (None, Some(place))
+                }
                 Err(_) => {
-                    drop(strange);
                     let text = "`max_sessions` connections are open on the master target";
                     session::turn_away(stream, message::Error::new(Code::Busy, text)).await;
                     return Err(SessionError::Full);
@@ -310,6 +326,39 @@ impl Front {
         };
         let (host, stopping) = (self.host.clone(), self.stopping.clone());
         Ok(session::serve(stream, peer, machine, host, self.patience, stopping).await?)
+    }
+}
+
+/// The connections that have no place as a session, the oldest first. Where there are too many, the oldest must go:
+/// one that means it is done with its handshake long before, and waiting for those that say nothing would lock out
+/// the others.
+#[derive(Default)]
+struct Strangers(Mutex<VecDeque<Arc<Notify>>>);
+
+/// One of them, until this is dropped.
+struct Stranger {
+    strangers: Arc<Strangers>,
+    crowded_out: Arc<Notify>,
+}
+
+impl Stranger {
+    fn admit(strangers: &Arc<Strangers>) -> Stranger {
+        let crowded_out = Arc::new(Notify::new());
+        let mut queue = strangers.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if queue.len() >= STRANGERS
+            && let Some(oldest) = queue.pop_front()
+        {
+            oldest.notify_one();
+        }
+        queue.push_back(crowded_out.clone());
+        Stranger { strangers: strangers.clone(), crowded_out }
+    }
+}
+
+impl Drop for Stranger {
+    fn drop(&mut self) {
+        let mut queue = self.strangers.0.lock().unwrap_or_else(PoisonError::into_inner);
+        queue.retain(|other| !Arc::ptr_eq(other, &self.crowded_out));
     }
 }
 
@@ -322,6 +371,8 @@ enum SessionError {
     Slow,
     #[error("refused: `max_sessions` connections are open")]
     Full,
+    #[error("too many newer connections came that showed no certificate either")]
+    CrowdedOut,
     #[error("the client's certificate names no machine")]
     Name(#[from] tls::NameError),
     #[error(transparent)]
@@ -332,7 +383,10 @@ impl SessionError {
     /// Whether the peer was not let in.
     fn is_refusal(&self) -> bool {
         match self {
-            SessionError::Handshake(_) | SessionError::Name(_) | SessionError::Full => true,
+            SessionError::Handshake(_)
+            | SessionError::Name(_)
+            | SessionError::Full
+            | SessionError::CrowdedOut => true,
             SessionError::Slow | SessionError::Session(_) => false,
         }
     }

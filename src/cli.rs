@@ -19,7 +19,9 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use mt_agent::agent::logging;
 use mt_agent::error::{IoError, chain};
+use serde::Serialize;
 
 /// Where the agent keeps its keys and records unless told otherwise.
 const STATE_DIR: &str = "/var/lib/mt-agent";
@@ -29,6 +31,8 @@ const STATE_DIR: &str = "/var/lib/mt-agent";
 pub enum Failure {
     /// Exit code 1: it was tried and failed.
     Failed(Box<dyn Error + Send + Sync>),
+    /// Exit code 2: the command line means nothing, which only the command could see.
+    Usage(String),
     /// Exit code 3: refused by a safety rule, or a precondition is not met.
     Refused(Box<dyn Error + Send + Sync>),
 }
@@ -91,6 +95,7 @@ pub fn run() -> ExitCode {
         Err(failure) => {
             let (code, error) = match failure {
                 Failure::Failed(error) => (1, error),
+                Failure::Usage(text) => (2, text.into()),
                 Failure::Refused(error) => (3, error),
             };
             eprintln!("mt-agent: {}", chain(error.as_ref()));
@@ -106,5 +111,18 @@ fn print(text: &str) -> Result<(), Failure> {
         // `| head`: whoever reads has enough.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         written => written.map_err(|error| Failure::failed(IoError::new("write", "the output", error))),
+    }
+}
+
+/// JSON for people and programs.
+fn print_json(value: &impl Serialize) -> Result<(), Failure> {
+    print(&(serde_json::to_string_pretty(value).map_err(Failure::failed)? + "\n"))
+}
+
+/// A filter that cannot be understood is wrong usage.
+fn log_failure(error: logging::Error) -> Failure {
+    match error {
+        logging::Error::Config { .. } => Failure::Usage(chain(&error)),
+        error => Failure::failed(error),
     }
 }

@@ -121,12 +121,14 @@
 //! TCP reset, its sender SHOULD go on reading, and discard, for a moment; a client MUST read while it writes.
 //!
 //! How long silence is borne is each side's own affair. Before Begin a server MAY close a connection that is
-//! silent for 20 seconds. In a pass silence is normal (a slow disk, a source that is all holes): dead peers
-//! are found with TCP keepalive.
+//! silent for 20 seconds. In a pass silence is normal (a slow disk, a source that is read slowly), and dead
+//! peers are found with TCP keepalive. A server MAY close a pass's connection after a long silence all the same,
+//! but only one in which it had carried out, and given back, everything that came; a client that limits its own
+//! rate SHOULD therefore send the bytes of a frame bit by bit, and something every few seconds.
 //!
 //! ### Hello, HelloReply
 //!
-//! - Hello: `protocol`, an array of all versions that the client speaks; `features`, an optional array of
+//! - Hello: `protocol`, an array of all versions (below 2^64) that the client speaks; `features`, an optional array of
 //!   names of optional features that it would use; `required`, an optional array of those that it cannot do
 //!   without; `agent`, an optional text for the log, program and version.
 //! - HelloReply: `protocol`, the one version that both speak from here on; `features`, optional, those of the
@@ -145,8 +147,8 @@
 //! - OpenReply: `window`, section 5, at least `max_payload` rounded up to 4096; `max_payload`, the most that
 //!   a Data frame may cover, at most 1 MiB; `volume_size`, that of the target, at least `size`; `block`, the
 //!   alignment at which the server writes without reading first; `compression`, the offered ones that the
-//!   server takes; `baseline`, optional, the point (32 lower-case hexadecimal digits) at which the volume stands or to
-//!   which it can be brought back.
+//!   server takes. Data in another encoding is an error (`protocol`). `baseline`, optional, the
+//!   point (32 lower-case hexadecimal digits) at which the volume stands or to which it can be brought back.
 //!
 //! The server opens the target (and checks its identity) before it answers. From OpenReply on, the volume is
 //! this connection's alone; a second one is refused with `busy`.
@@ -202,7 +204,8 @@
 //! **Damage.** A data frame whose payload does not have the checksum that its header states is thrown away and
 //! answered with Refused; its cost is given back. The client sends the range again, in a frame with a number
 //! of its own. Commit's `frames` counts every frame, its `bytes` only those that were not refused, so a range
-//! that was refused and not sent again makes the commit an error (`protocol`). A damaged header, or a payload
+//! that was refused and not sent again makes the commit an error (`protocol`). After 64 refused frames a server
+//! MAY give the pass up (`bad-checksum`). A damaged header, or a payload
 //! that has its checksum and does not decode, ends the connection (`bad-frame`).
 //!
 //! A connection carries one pass.
@@ -233,9 +236,9 @@
 //! | code | meaning | again |
 //! |---|---|---|
 //! | `unsupported-version` | no version in common | |
-//! | `unsupported-feature` | a feature, compression or kind of pass that the peer lacks; the message names it | |
+//! | `unsupported-feature` | a feature or kind of pass that the peer lacks; the message says which it lacks or has | |
 //! | `bad-frame` | a header, message or encoding that breaks a rule of its own | |
-//! | `bad-checksum` | a control payload arrived damaged | yes |
+//! | `bad-checksum` | a control payload arrived damaged, or too many of data | yes |
 //! | `protocol` | a sound frame out of order, out of number or past the window | |
 //! | `not-authorized` | no certificate that allows this: enrol | |
 //! | `unknown-machine` | the machine has no disks assigned | |

@@ -10,7 +10,7 @@ pub mod source;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use rustls::ClientConfig;
@@ -22,7 +22,7 @@ use tokio_rustls::TlsConnector;
 
 pub use encode::Compression;
 
-use crate::error::IoError;
+use crate::error::{IoError, chain};
 use crate::name::Name;
 use crate::net::address::Address;
 use crate::net::message::{self, Committed};
@@ -82,6 +82,8 @@ pub struct Progress {
     pub done: AtomicU64,
     /// Frames that the receiver refused as damaged, and that were sent again.
     pub again: AtomicU64,
+    /// Whether the receiver cannot take it yet, and is asked again.
+    pub waiting: AtomicBool,
 }
 
 /// Why a disk was not sent.
@@ -98,13 +100,28 @@ pub enum Error {
     Connect(#[source] IoError),
     /// There is no TLS with it.
     #[error("no secure connection to the master target")]
-    Handshake(#[from] HandshakeError),
+    Handshake(#[source] HandshakeError),
+    /// Another master target, or something else, answers.
+    #[error(
+        "what answers is not the master target at which this machine was enrolled: check the address, or enrol the \
+         machine again, with a token that was made there"
+    )]
+    Foreign(#[source] HandshakeError),
     /// The connection broke, or the master target gave up.
     #[error("the pass was not acknowledged; run `mt-agent send` again")]
     Wire(#[from] wire::Error),
     /// The master target refused before anything was sent.
     #[error("the master target refused the disk")]
     Refused(#[source] message::Error),
+    /// The source is a target.
+    #[error("the source is a target disk of this host: {0}")]
+    Itself(String),
+    /// The connection broke off before anything was sent.
+    #[error("the master target broke the connection off before it answered")]
+    BrokenOff(#[source] wire::Error),
+    /// It says what cannot be.
+    #[error("the master target does not keep to the protocol: {0}; install the same version on both sides")]
+    Broken(&'static str),
     /// It did not answer in time.
     #[error("the master target did not answer within {0:?}")]
     Silent(Duration),
@@ -116,6 +133,37 @@ pub enum Error {
         "{0} frames arrived with a bad checksum: suspect the memory of this machine or of the master target"
     )]
     Damaged(u64),
+}
+
+impl Error {
+    /// Whether a rule or the present state refused it, rather than a failure.
+    pub fn is_refusal(&self) -> bool {
+        match self {
+            Error::Source(error) => error.is_refusal(),
+            // What failed with another disk says nothing of its own.
+            Error::Refused(_) | Error::Foreign(_) | Error::Itself(_) | Error::Together(_) => true,
+            Error::Handshake(error) | Error::Wire(wire::Error::Tls { source: error, .. }) => {
+                error.is_refusal()
+            }
+            Error::Connect(_)
+            | Error::Wire(_)
+            | Error::BrokenOff(_)
+            | Error::Broken(_)
+            | Error::Silent(_)
+            | Error::Damaged(_) => false,
+        }
+    }
+}
+
+impl From<HandshakeError> for Error {
+    fn from(error: HandshakeError) -> Error {
+        match error {
+            HandshakeError::ForeignCertificate(_)
+            | HandshakeError::NotTls(_)
+            | HandshakeError::Incompatible(_) => Error::Foreign(error),
+            error => Error::Handshake(error),
+        }
+    }
 }
 
 /// A disk that is ready to be sent.
@@ -140,15 +188,17 @@ pub fn prepare(plan: &Plan) -> Result<Vec<Prepared>, source::Error> {
         .collect()
 }
 
-/// Sends all disks side by side, one pass each, which lead to one point. One result a disk, in the order of the plan:
-/// all of them are committed, or none.
+/// Sends all disks side by side, one pass each, which lead to one point: all of them are committed, or none. `ended` gets
+/// the result of each as soon as it is there, with its place in the plan. Dropped before its end, it breaks off those
+/// disks of which nothing was heard.
 pub async fn send(
     plan: &Plan,
     tls: Arc<ClientConfig>,
     disks: Vec<Prepared>,
-) -> Vec<(Name, Result<Committed, Error>)> {
+    mut ended: impl FnMut(usize, Result<Committed, Error>),
+) {
     let limiter = plan.limit.map(|rate| Arc::new(Limiter::new(rate)));
-    let mut names: Vec<Name> = disks.iter().map(|disk| disk.name.clone()).collect();
+    let names: Vec<Name> = disks.iter().map(|disk| disk.name.clone()).collect();
     let mut bits = [0; 16];
     let id = match getrandom::fill(&mut bits) {
         Ok(()) => u128::from_ne_bytes(bits),
@@ -176,7 +226,7 @@ pub async fn send(
         let (to, tls) = (plan.to.clone(), tls.clone());
         tasks.spawn(async move { (index, send_one(&to, tls, job).await) });
     }
-    let mut results: Vec<Option<Result<Committed, Error>>> = names.iter().map(|_| None).collect();
+    let mut heard = vec![false; names.len()];
     let mut failed = None;
     while let Some(joined) = tasks.join_next().await {
         match joined {
@@ -186,18 +236,18 @@ pub async fn send(
                     failed = Some(names[index].clone());
                     tasks.abort_all();
                 }
-                results[index] = Some(result);
+                heard[index] = true;
+                ended(index, result);
             }
             Err(error) if error.is_cancelled() => {}
             Err(panic) => std::panic::resume_unwind(panic.into_panic()),
         }
     }
     if let Some(failed) = failed {
-        for result in &mut results {
-            result.get_or_insert_with(|| Err(Error::Together(failed.clone())));
+        for index in (0..names.len()).filter(|index| !heard[*index]) {
+            ended(index, Err(Error::Together(failed.clone())));
         }
     }
-    names.drain(..).zip(results.into_iter().flatten()).collect()
 }
 
 /// How long the master target may take for each step before data flows.
@@ -207,16 +257,36 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// volume may still be held by a connection that just broke.
 const TRIES: u32 = 20;
 
+/// The same where the peer said nothing at all: it may have had to make room among connections that nobody knew yet.
+const TRIES_UNANSWERED: u32 = 3;
+
+/// How often to try in all, where a try ends like this. What happens once data flows is not tried again.
+fn tries(error: &Error) -> u32 {
+    match error {
+        Error::Refused(refusal) if refusal.code.retryable() => TRIES,
+        Error::Silent(_) | Error::BrokenOff(_) | Error::Handshake(HandshakeError::Io(_)) => TRIES_UNANSWERED,
+        _ => 1,
+    }
+}
+
 async fn send_one(to: &Address, tls: Arc<ClientConfig>, job: session::Job) -> Result<Committed, Error> {
-    let mut tries = 1;
+    let mut tried = 1;
     loop {
-        let stream = connect(to, tls.clone()).await?;
-        match session::run(stream, &job).await {
-            Err(Error::Refused(refusal)) if refusal.code.retryable() && tries < TRIES => {
-                if tries == 1 {
-                    tracing::warn!(disk = %job.disk, %refusal, "waiting, and trying again");
+        let result = match connect(to, tls.clone()).await {
+            Ok(stream) => session::run(stream, &job).await,
+            Err(error) => Err(error),
+        };
+        match result {
+            Err(error) if tried < tries(&error) => {
+                if tried == 1 {
+                    let most = tries(&error);
+                    tracing::warn!(
+                        disk = %job.disk, error = chain(&error),
+                        "waiting, and trying again every second, {most} times at most"
+                    );
                 }
-                tries += 1;
+                job.progress.waiting.store(true, Ordering::Relaxed);
+                tried += 1;
                 sleep(Duration::from_secs(1)).await;
             }
             other => return other,

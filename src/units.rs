@@ -1,11 +1,14 @@
 //! Byte offsets, byte lengths and ranges as types of their own, so that one is never taken for another.
 //!
-//! All of them count bytes. Conversions that can fail are named (`checked_…`, `try_…`); nothing wraps.
+//! All of them count bytes. Conversions that can fail are named (`checked_…`, `try_…`); nothing wraps. And how a time
+//! is shown ([`rfc3339`]).
 
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 
 /// A length in bytes. Shown in binary units (`10.0 GiB`), serialised as a plain number of bytes.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
@@ -126,6 +129,13 @@ impl fmt::Display for Extent {
     }
 }
 
+/// A time as people and programs are shown it: RFC 3339, UTC, whole seconds. That has no years beyond 9999; such a time is shown
+/// as the number that it is.
+pub fn rfc3339(time: OffsetDateTime) -> String {
+    let time = time.to_offset(time::UtcOffset::UTC).replace_nanosecond(0).unwrap_or(time);
+    time.format(&Rfc3339).unwrap_or_else(|_| time.unix_timestamp().to_string())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -160,5 +170,11 @@ mod tests {
         assert_eq!(e(u64::MAX - 2, 1).widened(4096), None);
         assert!(e(4096, 512).is_aligned(512));
         assert!(!e(4096, 513).is_aligned(512));
+    }
+
+    #[test]
+    fn a_time_is_shown_in_utc_and_whole_seconds() {
+        let time = time::macros::datetime!(2026-03-01 12:00:00.999 +02:00);
+        assert_eq!(rfc3339(time), "2026-03-01T10:00:00Z");
     }
 }

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use assert_cmd::Command;
+use mt_agent::disk::discover::watch::compare;
 use mt_agent::disk::discover::{self, Disk, FindError, IdSource, Options, Role, Sysroot};
 use tree::{GIB, LSI, PVSCSI, Scsi, Tree, VMWARE_A, VMWARE_B};
 
@@ -54,10 +55,58 @@ fn a_vmware_vm_shows_its_uuids_on_either_adapter() {
     }
 }
 
+/// As on a kernel that does not read them.
+fn without_pages(root: &Path, name: &str) {
+    let device = std::fs::canonicalize(root.join(format!("sys/block/{name}/device"))).unwrap();
+    for page in ["vpd_pg83", "vpd_pg80"] {
+        std::fs::remove_file(device.join(page)).unwrap();
+    }
+}
+
+/// What cannot be known does not speak for a disk.
 #[test]
-fn udev_s_database_is_asked_first_and_the_cut_wwn_is_not_believed() {
+fn without_the_tables_of_mounts_and_swaps_no_disk_is_free() {
+    for table in ["proc/self/mountinfo", "proc/swaps"] {
+        let damages: [fn(&Tree, &str); 5] = [
+            |tree, table| std::fs::remove_file(tree.root.join(table)).unwrap(),
+            |tree, table| tree.write(table, ""),
+            |tree, table| tree.write(table, "a line of something else\n"),
+            |tree, table| tree.write(table, vec![b'x'; 17 << 20]),
+            |tree, table| {
+                // A pipe, which nobody ever writes to.
+                std::fs::remove_file(tree.root.join(table)).unwrap();
+                let mode = nix::sys::stat::Mode::S_IRWXU;
+                nix::unistd::mkfifo(&tree.root.join(table), mode).unwrap();
+            },
+        ];
+        for damage in damages {
+            let dir = tempfile::tempdir().unwrap();
+            let tree = tree::vmware(dir.path(), PVSCSI, true);
+            damage(&tree, table);
+            let found = disks(&tree);
+            let sdb = named(&found, "sdb");
+            assert_eq!(sdb.role, Role::InUse, "{table}");
+            assert!(sdb.problems[0].contains(table) && sdb.evidence == sdb.problems, "{sdb:?}");
+            assert!(mt_agent::disk::device::check_role(sdb).is_err());
+        }
+    }
+    // A host with very many mounts is known all the same.
     let dir = tempfile::tempdir().unwrap();
     let tree = tree::vmware(dir.path(), PVSCSI, true);
+    let table = tree.root.join("proc/self/mountinfo");
+    let text = std::fs::read_to_string(&table).unwrap();
+    let many = "40 1 0:50 / /run/many rw - tmpfs tmpfs rw\n".repeat(10_000);
+    std::fs::write(&table, format!("{many}{text}")).unwrap();
+    let found = disks(&tree);
+    assert_eq!((named(&found, "sda").role, named(&found, "sdb").role), (Role::System, Role::Free));
+    assert!(named(&found, "sda").evidence[0].contains("/boot"));
+}
+
+#[test]
+fn udev_s_database_is_asked_where_the_kernel_has_no_pages_and_the_cut_wwn_is_not_believed() {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = tree::vmware(dir.path(), PVSCSI, true);
+    without_pages(dir.path(), "sdb");
     tree.udev_vmware("8:16", VMWARE_B);
     // What a minimal VM may have: an entry without an identity.
     tree.udev("8:0", &[("ID_SCSI", "1"), ("ID_WWN", &format!("0x{}", &VMWARE_A[..16]))]);
@@ -68,6 +117,24 @@ fn udev_s_database_is_asked_first_and_the_cut_wwn_is_not_believed() {
     );
     assert_eq!(id(named(&found, "sda")), Some(format!("naa.{VMWARE_A}")));
     assert_eq!(id(named(&found, "sdb")), Some(format!("naa.{VMWARE_B}")));
+    assert_eq!(named(&found, "sdb").serial.as_deref(), Some(VMWARE_B));
+}
+
+#[test]
+fn the_kernel_is_believed_where_udev_still_has_the_disk_that_had_the_number_before() {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = tree::vmware(dir.path(), PVSCSI, true);
+    let before = disks(&tree);
+    tree.udev_vmware("8:16", tree::SAN);
+    assert_eq!(disks(&tree), before);
+    // One that has only a serial is not the one either that has a better identity.
+    let dir = tempfile::tempdir().unwrap();
+    let tree = tree::qemu_virtio_scsi(dir.path());
+    let before = disks(&tree);
+    for disk in &before {
+        tree.udev_vmware(&disk.devno, tree::SAN);
+    }
+    assert_eq!(disks(&tree), before);
 }
 
 #[test]
@@ -86,13 +153,14 @@ fn what_is_found_does_not_depend_on_where_it_was_found() {
         revision: "1",
         size: GIB,
         page_83: Some(tree::page_83(&[(2, 1, b"ACME    lun 7"), (1, 0xa, &uuid)])),
-        page_80: None,
+        page_80: Some("lun 7"),
         wwid: None,
     });
-    let without = id(&disks(&tree)[0]);
-    tree.udev("8:0", &[("ID_SCSI", "1"), ("ID_SERIAL", "1ACME_lun_7")]);
-    assert_eq!(without.as_deref(), Some("uuid.1efe0ec1-6b2e-4b77-9d61-2d2f4a4a9b01"));
-    assert_eq!(id(&disks(&tree)[0]), without);
+    let without = disks(&tree);
+    tree.udev("8:0", &[("ID_SCSI", "1"), ("ID_SERIAL", "1ACME_lun_7"), ("ID_SCSI_SERIAL", "lun_7")]);
+    assert_eq!(id(&without[0]).as_deref(), Some("uuid.1efe0ec1-6b2e-4b77-9d61-2d2f4a4a9b01"));
+    assert_eq!(without[0].serial.as_deref(), Some("lun 7"));
+    assert_eq!(disks(&tree), without);
 }
 
 #[test]
@@ -134,6 +202,31 @@ fn paths_under_multipath_are_one_disk_and_without_it_clones() {
     assert_eq!(found.iter().map(|disk| disk.role).collect::<Vec<_>>(), [Role::Clone, Role::Clone]);
     assert_eq!(found[0].evidence, ["sdb has the same identity as sdc"]);
     assert!(found[0].problems[0].contains("start multipathd"));
+}
+
+/// Until the map is loaded anew, the path that went stays a slave, of which nothing is left but the link.
+#[test]
+fn a_map_whose_first_path_went_is_still_the_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = tree::multipath(dir.path());
+    std::fs::remove_file(dir.path().join("sys/block/sdb")).unwrap();
+    let found = disks(&tree);
+    assert_eq!(found.len(), 1);
+    assert_eq!((found[0].name.as_str(), id(&found[0])), ("dm-0", Some(format!("naa.{}", tree::SAN))));
+    assert_eq!((&found[0].paths, found[0].role), (&vec!["sdc".to_owned()], Role::Free));
+}
+
+#[test]
+fn a_map_without_paths_still_owns_its_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = tree::multipath(dir.path());
+    std::fs::remove_file(dir.path().join("sys/block/sdb")).unwrap();
+    std::fs::remove_file(dir.path().join("sys/block/sdc")).unwrap();
+    let found = disks(&tree);
+    assert_eq!(found.len(), 1);
+    assert_eq!((found[0].name.as_str(), id(&found[0])), ("dm-0", Some(format!("naa.{}", tree::SAN))));
+    assert_eq!((found[0].role, found[0].paths.len()), (Role::InUse, 0));
+    assert_eq!(found[0].evidence, ["dm-0 is a multipath map that has no path left"]);
 }
 
 #[test]
@@ -183,6 +276,7 @@ fn qemu_sata_and_nvme_disks_have_their_identities() {
     assert_eq!(id(&found[1]).as_deref(), Some("t10.ATA_QEMU_HARDDISK_QM00003"));
     // ata_id stores it without the vendor, and udev's entry gives the same disk.
     tree.udev("8:16", &[("ID_ATA", "1"), ("ID_BUS", "ata"), ("ID_SERIAL", "QEMU_HARDDISK_QM00003")]);
+    without_pages(dir.path(), "sdb");
     let again = disks(&tree);
     assert_eq!((&again[1].id, again[1].id_source), (&found[1].id, Some(IdSource::Udev)));
 
@@ -212,6 +306,23 @@ fn the_kernel_s_wwid_serves_where_the_page_is_not_there() {
     let found = disks(&tree);
     assert_eq!(id(&found[0]).as_deref(), Some("serial.ATA_WDC_WD10EZEX-08W_WD-WCC6Y0AB1CDE"));
     assert!(found[0].problems[0].contains("reaches past the end of the page"));
+}
+
+/// The advice for a setting that is missing is not given where the page is there and broken.
+#[test]
+fn a_damaged_page_is_not_taken_for_a_missing_setting() {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = tree::vmware(dir.path(), PVSCSI, false);
+    let device = std::fs::canonicalize(dir.path().join("sys/block/sdb/device")).unwrap();
+    for page in [&[0, 0x83, 0, 8, 1, 3, 0, 200, 1, 2, 3, 4][..], &[0, 0x83, 1]] {
+        std::fs::write(device.join("vpd_pg83"), page).unwrap();
+        let found = disks(&tree);
+        let problems = named(&found, "sdb").problems.join("; ");
+        assert_eq!(named(&found, "sdb").role, Role::NoUuid);
+        assert!(problems.contains("VPD page 0x83") && problems.contains("is damaged"), "{problems}");
+        assert!(!problems.contains("EnableUUID"), "{problems}");
+        assert!(named(&found, "sda").problems.join("; ").contains("EnableUUID"));
+    }
 }
 
 #[test]
@@ -310,13 +421,50 @@ fn an_administrator_finds_a_disk_by_any_spelling_and_by_its_dev_name() {
 }
 
 #[test]
-fn rescan_asks_every_host() {
+fn a_disk_that_is_going_is_left_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = tree::vmware(dir.path(), PVSCSI, true);
+    // Its size is taken first, and would be seen as a change.
+    tree.write("sys/block/sdb/size", "0\n");
+    for (state, listed) in [("running", 2), ("offline", 2), ("cancel", 1), ("deleted", 1)] {
+        tree.write("sys/block/sdb/device/state", format!("{state}\n"));
+        assert_eq!(disks(&tree).len(), listed, "{state}");
+    }
+}
+
+#[test]
+fn a_disk_that_lost_its_size_is_not_a_smaller_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = tree::vmware(dir.path(), PVSCSI, true);
+    let sized = |sectors: &str| {
+        tree.write("sys/block/sdb/size", sectors);
+        disks(&tree)
+    };
+    let (small, large, none) = (sized("2048\n"), sized("4096\n"), sized("0\n"));
+    let event = |before: &[Disk], after: &[Disk]| {
+        let changes = serde_json::to_value(compare(before, after)).unwrap();
+        assert_eq!(changes.as_array().unwrap().len(), 1);
+        changes[0]["event"].as_str().unwrap().to_owned()
+    };
+    assert_eq!((event(&small, &large), event(&large, &small)), ("resized".to_owned(), "resized".to_owned()));
+    assert_eq!((event(&large, &none), event(&none, &large)), ("changed".to_owned(), "changed".to_owned()));
+}
+
+#[test]
+fn rescan_asks_every_disk_and_every_host() {
     let dir = tempfile::tempdir().unwrap();
     let tree = tree::multipath(dir.path());
     assert_eq!(Sysroot::new(&tree.root).rescan().unwrap(), 2);
     for host in ["host1", "host2"] {
         let path = tree.root.join(format!("sys/class/scsi_host/{host}/scan"));
         assert_eq!(std::fs::read_to_string(path).unwrap(), "- - -");
+    }
+    for disk in ["sdb", "sdc"] {
+        let path = tree.root.join(format!("sys/block/{disk}/device/rescan"));
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "1");
+        // One that went meanwhile does no harm.
+        std::fs::remove_file(path).unwrap();
+        assert_eq!(Sysroot::new(&tree.root).rescan().unwrap(), 2);
     }
 }
 
@@ -390,7 +538,7 @@ fn disks_of_a_big_target_are_listed_quickly() {
     let found = list(dir.path(), &Options::default());
     let spent = cpu() - before;
     assert_eq!(found.len(), 256);
-    assert!(found.iter().all(|disk| disk.role == Role::Free && disk.id_source == Some(IdSource::Udev)));
+    assert!(found.iter().all(|disk| disk.role == Role::Free && disk.id_source == Some(IdSource::Sysfs)));
     // 100 ms are asked of the release build; this bound only catches what is out of proportion.
     assert!(spent < 500, "{spent} ms of CPU for 256 disks");
     eprintln!("{spent} ms of CPU for 256 disks");

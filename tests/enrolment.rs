@@ -512,12 +512,35 @@ async fn the_commands_carry_a_token_from_one_machine_to_the_other() {
         let waiting =
             list["tokens"].as_array().unwrap().iter().find(|token| token["state"] == "waiting").unwrap();
         let id = waiting["id"].as_str().unwrap();
-        run(&["token", "revoke", id, "--state-dir", here], "", 0);
+        let (said, _) = run(&["token", "revoke", id, "--state-dir", here], "", 0);
+        assert!(said.contains(id) && said.contains("web-01"), "{said}");
+        let revoked = json["token"].as_str().unwrap();
+        let (_, why) = run(&["enroll", revoked, "--state-dir", there], "", 3);
+        assert!(why.contains("the token was revoked"), "{why}");
         run(&["token", "revoke", id, "--state-dir", here], "", 3);
         let (table, _) = run(&["token", "list", "--state-dir", here], "", 0);
-        assert_eq!(table.lines().count(), 2, "{table}");
-        run(&["token", "create", "../x", "--state-dir", here], "", 2);
-        run(&["token", "create", "a", "--expires", "1y", "--state-dir", here], "", 2);
+        assert_eq!(table.lines().count(), 3, "{table}");
+        assert!(table.contains("used") && table.contains("revoked"), "{table}");
+        let empty = format!("{there}/none");
+        let (none, _) = run(&["token", "list", "--state-dir", &empty], "", 0);
+        assert!(none.contains("no tokens"), "{none}");
+        // The port that is configured, where none is given: with this host's name, and with another.
+        let config = format!("{there}/mt-agent.toml");
+        let made = |listen: &str, more: &[&str], code: i32| {
+            std::fs::write(&config, format!("listen = \"{listen}\"\nstate_dir = \"{here}\"\n")).unwrap();
+            run(&[&["token", "create", "web-01", "--json", "--config", &config], more].concat(), "", code)
+        };
+        let address = |more: &[&str]| -> String {
+            let made: serde_json::Value = serde_json::from_str(&made("127.0.0.1:12345", more, 0).0).unwrap();
+            assert_eq!(made["expires"].as_str().unwrap().len(), "2026-01-01T00:00:00Z".len(), "{made}");
+            made["address"].as_str().unwrap().to_owned()
+        };
+        assert!(address(&[]).ends_with(":12345"));
+        assert_eq!(address(&["--address", "mt.example.org"]), "mt.example.org:12345");
+        assert_eq!(address(&["--address", "mt.example.org:9443"]), "mt.example.org:9443");
+        let (_, why) = made("127.0.0.1:0", &[], 3);
+        assert!(why.contains("--address HOST:PORT"), "{why}");
+        made("127.0.0.1:0", &["--address", "no address"], 2);
     })
     .await
     .unwrap();

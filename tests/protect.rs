@@ -154,12 +154,28 @@ fn disks_are_assigned_listed_and_taken_away() {
     site.refused(&["protect", "remove", "nobody"], "no disk is assigned to machine nobody");
     let hold = site.store().hold(&name("web01")).unwrap();
     site.refused(&["protect", "remove", "web01"], "machine web01 is receiving");
+    site.refused(&["protect", "remove", "web01", "--dry-run"], "machine web01 is receiving");
     drop(hold);
+    let planned = site.json(&["protect", "remove", "web01", "--disk", "root", "--dry-run"]);
+    assert_eq!(
+        (&planned["dry_run"], &planned["disks"][0]["id"]),
+        (&true.into(), &a.id().into()),
+        "{planned}"
+    );
+    let out = site.done(&["protect", "remove", "web01", "--dry-run"]);
+    assert!(out.contains("data would be taken away") && out.contains("nothing was written"), "{out}");
+    assert_eq!(site.json(&["protect", "list"])["machines"][0]["disks"].as_array().unwrap().len(), 2);
     let out = site.done(&["protect", "remove", "web01", "--disk", "root"]);
     assert!(out.contains("root is taken away"), "{out}");
     site.done(&["protect", "add", "db01", "--disk", &format!("root={}", a.id())]);
     site.done(&["protect", "remove", "web01"]);
-    assert_eq!(site.json(&["protect", "list"])["machines"].as_array().unwrap().len(), 1);
+    let removed = site.json(&["protect", "list"]);
+    assert_eq!(removed["machines"].as_array().unwrap().len(), 1);
+    // Where a disk is now, and that it is not there.
+    assert_eq!(removed["machines"][0]["disks"][0]["node"], a.node.to_str().unwrap());
+    drop(a);
+    assert_eq!(site.json(&["protect", "list"])["machines"][0]["disks"][0]["node"], Value::Null);
+    assert!(site.done(&["protect", "list"]).contains("absent"));
     site.refused(&["protect", "list", "web01"], "no disk is assigned to machine web01");
 }
 
@@ -198,9 +214,12 @@ fn what_must_not_be_a_target_is_refused_and_nothing_is_written() {
     add(&used.id(), "in use");
     drop(held);
 
-    let full = Loop::new(site.path(), "full", 8 * MIB);
-    let made = Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&full.node).status().unwrap();
+    // Made on the file: whoever lists disks beside this holds each for a moment.
+    let file = site.path().join("full");
+    fs::File::create(&file).unwrap().set_len(8 * MIB).unwrap();
+    let made = Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&file).status().unwrap();
     assert!(made.success());
+    let full = Loop::over(&file, &[]);
     add(&full.id(), "ext4");
     add(&full.id(), "--overwrite");
     let disk = format!("root={}", full.id());
@@ -213,6 +232,19 @@ fn what_must_not_be_a_target_is_refused_and_nothing_is_written() {
     // Looking and assigning wrote nothing to it.
     let checked = Command::new("e2fsck").args(["-f", "-n"]).arg(&full.node).output().unwrap();
     assert!(checked.status.success());
+
+    // Nothing announces itself on this one, and it is full of data all the same.
+    let raw = Loop::new(site.path(), "raw", 100 * MIB);
+    let file = fs::OpenOptions::new().write(true).open(&raw.file).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &vec![0x5a; 88 * MIB as usize], 2 * MIB).unwrap();
+    let disk = format!("root={}", raw.id());
+    let add_raw = ["protect", "add", "web03", "--disk", &disk];
+    site.refused(&add_raw, "data without a known signature (at byte ");
+    let out = site.done(&[&add_raw[..], &["--overwrite", "--dry-run"]].concat());
+    assert!(out.contains("data without a known signature"), "{out}");
+    let blank = site.json(&["protect", "add", "web03", "--dry-run", "--disk", &format!("b={}", good.id())]);
+    let content = &blank["disks"][0]["content"];
+    assert_eq!((&content["first_data"], &content["places"]), (&Value::Null, &512.into()), "{blank}");
 
     fs::write(site.path().join("mt-agent.toml"), "").unwrap();
     let disk = format!("root={}", good.id());
@@ -227,6 +259,7 @@ fn wrong_usage_and_broken_files_say_what_to_do() {
         (&["protect", "add", "../x", "--disk", "a=/dev/sda"], "is no name"),
         (&["protect", "add", "web01", "--disk", "/dev/sda"], "NAME=DISKID"),
         (&["protect", "add", "web01", "--disk", "root=sda"], "discover-disks"),
+        (&["protect", "add", "web01", "--disk", "a=/dev/sda,a=/dev/sdb"], "the disk a is named twice"),
     ] {
         let (code, _, err) = site.run(args);
         assert_eq!(code, 2, "{args:?}: {err}");
@@ -249,6 +282,33 @@ fn wrong_usage_and_broken_files_say_what_to_do() {
     let (code, _, err) = site.run(&["protect", "list"]);
     assert_eq!(code, 1);
     assert!(err.contains("mt-agent.toml:2: ") && err.contains("`retention_dir`"), "{err}");
+}
+
+/// What is not known to be free is not called so.
+#[test]
+fn a_protection_that_cannot_be_read_leaves_no_disk_free() {
+    if !root() {
+        return;
+    }
+    let site = Site::new();
+    let (a, b) = (Loop::new(site.path(), "a", 8 * MIB), Loop::new(site.path(), "b", 8 * MIB));
+    site.done(&["protect", "add", "web01", "--disk", &format!("root={}", a.id())]);
+    let roles = || {
+        let listed = site.json(&["discover-disks", "--loop"]);
+        let disks = listed["disks"].as_array().unwrap().clone();
+        let find = |wanted: &Loop| disks.iter().find(|disk| disk["id"] == wanted.id()).unwrap().clone();
+        [find(&a), find(&b)]
+    };
+    assert_eq!(roles().map(|disk| disk["role"].clone()), ["assigned", "free"]);
+    fs::write(site.store().file(&name("web02")), "schema_version = 1\nmachine = web02\n").unwrap();
+    let [first, second] = roles();
+    assert_eq!((&first["role"], &second["role"]), (&"assigned".into(), &"unknown".into()));
+    let why = second["problems"][0].as_str().unwrap();
+    assert!(why.contains("whether it is assigned is not known") && why.contains("web02.toml:2: "), "{why}");
+    // The directory itself, as for who is not root.
+    fs::remove_dir_all(site.path().join("state/retention/machines")).unwrap();
+    fs::write(site.path().join("state/retention/machines"), "").unwrap();
+    assert_eq!(roles().map(|disk| disk["role"].clone()), ["unknown", "unknown"]);
 }
 
 #[test]
@@ -283,7 +343,7 @@ fn status_shows_a_service_that_runs_and_says_so_of_one_that_does_not() {
     let socket_text = socket.to_str().unwrap().to_owned();
     let status = |more: &[&str]| site.run(&[&["status", "--socket", &socket_text], more].concat());
     let (code, out, err) = status(&[]);
-    assert_eq!((code, out.as_str()), (1, ""));
+    assert_eq!((code, out.as_str()), (3, ""));
     assert!(err.contains("start it with `mt-agent serve`"), "{err}");
     // A service that was killed.
     drop(UnixListener::bind(&socket).unwrap());

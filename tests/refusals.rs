@@ -11,7 +11,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use mt_agent::net::frame::{Encoding, Header, Kind, MAX_DATA};
-use mt_agent::net::message::{Code, Hello, HelloReply};
+use mt_agent::net::message::{Code, Hello, HelloReply, Open, OpenReply};
 use mt_agent::net::tls::client::{Identity, pinning_config};
 use nix::sys::signal::Signal;
 use support::client::{Client, LENGTH_AT, PAYLOAD_LEN_AT, patched};
@@ -101,14 +101,20 @@ fn certificates_of_another_authority_are_refused_on_both_sides() {
         let state = state.to_str().unwrap();
         run(&["send", "--machine", MACHINE, "--to", &to, "--state-dir", state, "--disk", &disk])
     };
-    by_hand(&stranger).fails(1, &["no secure connection", "was not issued for this connection"]);
+    by_hand(&stranger).fails(
+        3,
+        &[
+            "is not the master target at which this machine was enrolled",
+            "was not issued for this connection",
+        ],
+    );
     // It trusts this target, and this target does not trust it.
     let machine = MACHINE.parse().unwrap();
     let ours = Identity::load(&rig.client(), &machine).unwrap();
     let theirs = Identity::load(&stranger, &machine).unwrap();
     Identity { ca: ours.ca, ..theirs }.save(&stranger).unwrap();
     by_hand(&stranger)
-        .fails(1, &["does not accept the certificate that it was shown: enrol the machine again"]);
+        .fails(3, &["does not accept the certificate that it was shown: enrol the machine again"]);
     let log = rig.service.log();
     assert!(log.contains("the peer's certificate was not issued for this connection"), "{log}");
     // One that was never enrolled is told so before anything is sent.
@@ -174,9 +180,14 @@ fn disks_that_do_not_fit_are_refused_before_anything_is_written() {
         (empty, "is empty"),
         (rig.path("."), "is no block device and no regular file"),
     ] {
-        rig.send(&[("d0", &path)], &[]).fails(1, &[text]);
+        rig.send(&[("d0", &path)], &[]).fails(3, &[text]);
     }
-    rig.send(&[("d0", &source), ("d0", &larger)], &[]).fails(3, &["is named twice"]);
+    // What the command line alone shows to be wrong.
+    rig.send(&[("d0", &source), ("d0", &larger)], &[]).fails(2, &["the disk d0 is named twice"]);
+    rig.send(&[("d0", &source), ("d1", &source)], &[])
+        .fails(2, &["source.img is the source of two disks: d0 and d1"]);
+    let filter = rig.send(&[("d0", &source)], &["--log-level", "mt_agent=loud"]).fails(2, &["mt_agent=loud"]);
+    assert_eq!(filter.stderr.matches("debug").count(), 2, "the advice is given once: {filter:#?}");
 
     // Targets that cannot be written, or are not there.
     rig.targets[0].set_read_only(true);
@@ -281,6 +292,56 @@ async fn frames_that_break_a_rule_end_the_session() {
     goes_on(&rig, "d0");
 }
 
+/// Nobody agreed to lose what came onto a disk after it was assigned, nor to write to one that shrank.
+#[test]
+fn a_disk_that_is_not_what_was_assigned_is_refused() {
+    require_root!();
+    let dir = directory();
+    let service = Service::start(dir.path(), &[]);
+    let backing = dir.path().join("d0.img");
+    let mut rig = Rig::assemble(dir, service, Vec::new());
+    let target = Loop::create(&backing, 8 * MIB);
+    let (config, disk) = (rig.service.config(), format!("d0={}", target.id()));
+    let add = |args: &[&str]| {
+        run(&[&["protect", "add", MACHINE, "--config", &config, "--disk", &disk], args].concat()).ok();
+    };
+    let remove = || run(&["protect", "remove", MACHINE, "--config", &config, "--disk", "d0"]).ok();
+    add(&[]);
+    let source = rig.random("source.img", MIB);
+    let old = rig.path("old.img");
+    File::create(&old).unwrap().set_len(8 * MIB).unwrap();
+    tool("mkfs.ext4", &["-q", old.to_str().unwrap()]);
+    let old = fs::read(&old).unwrap();
+    let node = File::options().write(true).open(target.node()).unwrap();
+    node.write_all_at(&old, 0).unwrap();
+    node.sync_all().unwrap();
+    drop(node);
+    rig.send(&[("d0", &source)], &[]).fails(3, &["is not any more", "ext4", "--overwrite"]);
+    assert!(fs::read(&backing).unwrap() == old, "the disk was written");
+    assert_eq!(rig.state("d0"), "empty");
+
+    remove();
+    add(&["--overwrite"]);
+    rig.send(&[("d0", &source)], &[]).ok();
+    assert_equal(&source, &backing);
+    rig.wait_until_closed("d0");
+
+    target.resize(6 * MIB);
+    let had = "had 8388608 bytes in sectors of 512 when it was assigned, and has 6291456";
+    rig.send(&[("d0", &source)], &[]).fails(3, &[had, "assign it again"]);
+    target.resize(9 * MIB);
+    rig.send(&[("d0", &source)], &[]).ok();
+    rig.service.wait_for_log("has grown since it was assigned");
+    rig.wait_until_closed("d0");
+    target.resize(8 * MIB);
+    drop(target);
+    wait_for("the device to be detached", || {
+        tool("losetup", &["--associated", backing.to_str().unwrap()]).is_empty().then_some(())
+    });
+    rig.targets.push(Loop::attach(&backing, 4096));
+    rig.send(&[("d0", &source)], &[]).fails(3, &["in sectors of 4096 now"]);
+}
+
 /// Invariant: bytes that fail their checksum never reach a volume; they are refused, counted and sent again.
 #[tokio::test]
 async fn a_damaged_payload_is_refused_and_sent_again() {
@@ -330,6 +391,71 @@ async fn a_damaged_payload_is_refused_and_sent_again() {
         .refused(Code::Protocol, "the commit counts 1 frames and 4096 bytes, and 1 and 0 were accepted")
         .await;
     assert_eq!(rig.wait_until_closed("d0").phase, "interrupted");
+    goes_on(&rig, "d0");
+}
+
+/// A sender that goes on whatever is refused, and so would fill the log.
+#[tokio::test]
+async fn damage_without_end_is_given_up() {
+    require_root!();
+    let rig = Rig::new(&[4 * MIB]);
+    let (mut client, _) = Client::begun(&rig, "d0", MIB).await;
+    let header = |frame| Header::data(Encoding::Raw, frame, 0, 4096, &[7; 4096]).unwrap();
+    for frame in 0..65 {
+        client.frame(&header(frame), &[8; 4096]).await;
+    }
+    let mut refused = 0;
+    let last = loop {
+        match client.header().await.unwrap() {
+            header if header.kind == Kind::Refused => refused += 1,
+            header if header.kind == Kind::Progress => {}
+            header => break header,
+        }
+    };
+    assert_eq!((refused, last.kind), (64, Kind::Error));
+    rig.service.wait_for_log("over 64 frames of the pass arrived damaged");
+    assert_eq!(rig.wait_until_closed("d0").phase, "interrupted");
+    goes_on(&rig, "d0");
+}
+
+/// What is sound by itself and was not agreed on, or only looks like what it should be.
+#[tokio::test]
+async fn what_was_not_agreed_on_ends_the_session() {
+    require_root!();
+    let rig = Rig::new(&[4 * MIB]);
+    let raw = |kind, json: &str| {
+        let header = Header::control(kind, 0, json.as_bytes()).unwrap();
+        [&header.encode()[..], json.as_bytes()].concat()
+    };
+
+    let mut client = Client::connect_raw(&rig).await;
+    client.raw(&raw(Kind::Hello, r#"{"protocol":[70000,1]}"#)).await;
+    assert_eq!(client.answer::<HelloReply>().await.unwrap().protocol, 1);
+    let mut client = Client::connect_raw(&rig).await;
+    client.raw(&raw(Kind::Hello, r#"[[1],[],[],""]"#)).await;
+    client.refused(Code::BadFrame, "not a JSON object").await;
+
+    let mut client = Client::connect(&rig).await;
+    client.open("d0", MIB).await.unwrap();
+    let begin = format!(r#"{{"pass":"{}","kind":"sideways"}}"#, client.pass);
+    client.raw(&raw(Kind::Begin, &begin)).await;
+    client.refused(Code::UnsupportedFeature, "it has `initial`").await;
+
+    rig.wait_until_closed("d0");
+    let mut client = Client::connect(&rig).await;
+    let open = Open { disk: "d0".parse().unwrap(), size: MIB, sector: 512, compression: vec![Encoding::Lz4] };
+    client.ask::<OpenReply>(&open).await.unwrap();
+    client.begin().await.unwrap();
+    let payload = [7; 100];
+    client.frame(&Header::data(Encoding::Zstd, 0, 0, 4096, &payload).unwrap(), &payload).await;
+    client.refused(Code::Protocol, "a payload in zstd, which was not agreed on").await;
+
+    rig.wait_until_closed("d0");
+    let (mut client, _) = Client::begun(&rig, "d0", 4096).await;
+    client.data(0, 0, &[7; 4096]).await;
+    client.tell(0, &client.commit_message(1, 4096)).await;
+    client.refused(Code::Protocol, "frame 0 came where 1 was due").await;
+    rig.wait_until_closed("d0");
     goes_on(&rig, "d0");
 }
 
@@ -470,6 +596,44 @@ async fn more_than_the_window_is_refused() {
     goes_on(&rig, "d0");
 }
 
+/// The sender that waits for a disk which does not move is not the one that is silent; one that has nothing to wait
+/// for is.
+#[tokio::test]
+async fn a_sender_is_silent_only_while_the_disk_is_not_at_work() {
+    require_root!();
+    let dir = directory();
+    let under = Loop::create(&dir.path().join("under.img"), 64 * MIB);
+    tool("mkfs.ext4", &["-q", under.node().to_str().unwrap()]);
+    let mount = support::Mount::new(under.node(), &dir.path().join("slow"));
+    let service = Service::start(dir.path(), &[]);
+    let disk = Loop::create(&dir.path().join("slow/d0.img"), 24 * MIB);
+    let mut rig = Rig::assemble(dir, service, vec![disk]);
+    rig.mounts = vec![Box::new(mount), Box::new(under)];
+    let config = fs::read_to_string(rig.service.config()).unwrap();
+    rig.service.restart_with_config(&(config + "idle_timeout = \"1s\"\n"));
+
+    let source = rig.random("source.img", 24 * MIB);
+    let frozen = Frozen::new(&rig.path("slow"));
+    let send = rig.start(&[("d0", &source)], &["--compression", "off"]);
+    wait_for("a full window", || {
+        (rig.service.volume(MACHINE, "d0").received_bytes == Some(8 * MIB)).then_some(())
+    });
+    // Four times its patience, and so twice what it may take to lose it.
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    drop(frozen);
+    send.finish().ok();
+    assert_equal(&source, rig.targets[0].backing());
+    rig.synchronized("d0");
+
+    let (mut client, _) = Client::begun(&rig, "d0", 16 * MIB).await;
+    client.data(0, 0, &[7; 4096]).await;
+    let start = Instant::now();
+    client.refused(Code::Protocol, "the peer sent nothing for 1s").await;
+    assert!(start.elapsed() >= Duration::from_secs(1), "{:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+    assert_eq!(rig.wait_until_closed("d0").phase, "interrupted");
+}
+
 /// A disk that fails in the middle is faulted, with its reason, everywhere; the others go on; and once the cause is
 /// gone the next pass makes it whole.
 fn fails_in_the_middle(engine: &str) {
@@ -584,7 +748,8 @@ fn a_full_state_directory_loses_nothing() {
     // One that is under way when the space goes: what it sent is on the disk, and no commit is recorded.
     let send = rig.start_into_pass(&[("d1", &source)], &["--bwlimit", "16M", "--compression", "off"]);
     let filler = Tmpfs::fill(&rig.path("state"));
-    send.finish().fails(1, &["No space left on device", "(no-space)"]);
+    let told = send.finish().fails(1, &["No space left on device", "(no-space)"]);
+    assert!(!told.stderr.contains(rig.path("state").to_str().unwrap()), "{told:#?}");
     assert_eq!(rig.wait_until_closed("d1").phase, "interrupted");
     assert_eq!(rig.state("d1"), "receiving");
     // One that begins then: nothing is written.
@@ -621,7 +786,9 @@ fn a_second_sender_waits_for_the_first() {
     one.finish().ok();
     let two = two.finish().ok();
     assert!(two.stderr.contains("trying again") && two.stderr.contains("(busy)"), "{two:#?}");
-    assert!(two.stderr.contains("has it open"), "{two:#?}");
+    assert!(two.stderr.contains("held by something else"), "{two:#?}");
+    // How long it will wait, before it does.
+    assert!(two.stderr.contains("every second, 20 times at most"), "{two:#?}");
     assert_equal(&second, rig.targets[0].backing());
     rig.synchronized("d0");
 }
@@ -634,7 +801,12 @@ async fn a_busy_disk_says_who_has_it() {
     let mut late = Client::connect(&rig).await;
     let refusal = late.open("d0", MIB).await.unwrap_err();
     assert!(refusal.code == Code::Busy && refusal.code.retryable(), "{refusal}");
-    assert!(refusal.message.contains("mt-agent (pid "), "{refusal}");
+    // By whom is for the administrator there, and not for the peer.
+    assert!(
+        refusal.message.contains("held by something else") && !refusal.message.contains("pid"),
+        "{refusal}"
+    );
+    rig.service.wait_for_log("mt-agent (pid ");
     // The one that has it keeps it, and its assignment.
     let remove = ["protect", "remove", MACHINE, "--config", &rig.service.config()];
     run(&remove).fails(3, &["is receiving"]);
@@ -686,7 +858,8 @@ fn a_service_that_is_stopped_in_the_middle_tells_its_senders() {
         assert_eq!((rig.state("d0").as_str(), rig.state("d1").as_str()), ("receiving", "receiving"));
         // Nobody is there now.
         rig.send(&[("d0", &source)], &[]).fails(1, &["no connection to the master target", "refused"]);
-        run(&["status", "--config", &rig.service.config()]).fails(1, &["the service is not running"]);
+        run(&["status", "--config", &rig.service.config()])
+            .fails(3, &["the service is not running", "mt-agent serve"]);
         rig.service.spawn();
         assert_eq!(rig.service.volume(MACHINE, "d0").phase, "interrupted");
         for (index, disk) in ["d0", "d1"].into_iter().enumerate() {
@@ -713,7 +886,8 @@ fn a_service_that_cannot_start_says_why() {
     // A port that is taken.
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let listen = taken.local_addr().unwrap().to_string();
-    run(&[&elsewhere[..], &["--listen", &listen]].concat()).fails(1, &[&listen, "Address already in use"]);
+    run(&[&elsewhere[..], &["--listen", &listen]].concat())
+        .fails(3, &[&listen, "Address already in use", "the port is taken", "ss -ltnp"]);
     // Wrong usage, and a configuration that says what there is not.
     for wrong in [&["--engine", "magic"][..], &["--listen", "here"], &["--no-such-flag"], &["extra"]] {
         run(&[&["serve"], wrong].concat()).fails(2, &["error: "]);
@@ -726,6 +900,86 @@ fn a_service_that_cannot_start_says_why() {
     run(&["serve", "--config", bad.to_str().unwrap()])
         .fails(1, &["bad.toml:2", "did you mean `allow_loop`?"]);
     goes_on(&rig, "d0");
+}
+
+/// A token is not spent on an identity that there is no room for.
+#[test]
+fn a_full_disk_of_the_source_spends_no_token() {
+    require_root!();
+    let mut rig = Rig::new(&[]);
+    let state = Tmpfs::mount(&rig.path("small"), MIB);
+    rig.mounts = vec![Box::new(state)];
+    let filler = Tmpfs::fill(&rig.path("small"));
+    let (token, dir) = (rig.service.token("db01"), rig.path("small"));
+    let enroll = ["enroll", &token, "--state-dir", dir.to_str().unwrap()];
+    run(&enroll).fails(1, &["No space left on device"]);
+    fs::remove_file(filler).unwrap();
+    run(&enroll).ok();
+}
+
+/// A limit above the number of strangers that are borne: who has a place is a stranger no more.
+#[tokio::test]
+async fn many_sessions_are_open_at_once_where_that_is_allowed() {
+    require_root!();
+    let mut rig = Rig::new(&[4 * MIB]);
+    let config = fs::read_to_string(rig.service.config()).unwrap();
+    rig.service.restart_with_config(&(config + "max_sessions = 75\n"));
+    let mut clients = Vec::new();
+    for _ in 0..75 {
+        clients.push(Client::connect(&rig).await);
+    }
+    assert_eq!(rig.service.status().service.sessions, 75);
+    // The first one, too, is still served.
+    clients[0].open("d0", MIB).await.unwrap();
+    let mut over = Client::connect_raw(&rig).await;
+    assert_eq!(over.ask::<HelloReply>(&Hello::ours()).await.unwrap_err().code, Code::Busy);
+}
+
+/// Connections that say nothing, as many as anyone likes to open, lock nobody out.
+#[test]
+fn silent_strangers_lock_nobody_out() {
+    require_root!();
+    let rig = Rig::new(&[4 * MIB]);
+    let strangers: Vec<TcpStream> =
+        (0..300).map(|_| TcpStream::connect(rig.service.address()).unwrap()).collect();
+    let start = Instant::now();
+    goes_on(&rig, "d0");
+    rig.service.enroll("other", &rig.path("other"));
+    // Strangers are given up after 15 seconds.
+    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+    rig.service.wait_for_log("too many newer connections");
+    wait_for("most of them to be gone", || (rig.service.status().service.sessions <= 64).then_some(()));
+    drop(strangers);
+}
+
+/// Whoever was dropped before the first word, as the oldest stranger is, tries again.
+#[test]
+fn a_connection_that_is_dropped_unanswered_is_tried_again() {
+    require_root!();
+    let rig = Rig::new(&[4 * MIB]);
+    let between = TcpListener::bind("127.0.0.1:0").unwrap();
+    let (address, service) = (between.local_addr().unwrap().to_string(), rig.service.address());
+    let pass_on = std::thread::spawn(move || {
+        drop(between.accept().unwrap());
+        let (near, far) = (between.accept().unwrap().0, TcpStream::connect(service).unwrap());
+        std::thread::scope(|scope| {
+            for (mut from, mut to) in [(&near, &far), (&far, &near)] {
+                scope.spawn(move || {
+                    std::io::copy(&mut from, &mut to).ok();
+                    to.shutdown(std::net::Shutdown::Write).ok();
+                });
+            }
+        });
+    });
+    let source = rig.random("source.img", MIB);
+    let disk = format!("d0={}", source.display());
+    let state = rig.client();
+    let mut command = support::mt_agent();
+    command.args(["send", "--machine", MACHINE, "--to", &address, "--disk", &disk, "--state-dir"]).arg(state);
+    let outcome = rig.spawn(command).finish().ok();
+    assert!(outcome.stderr.contains("trying again"), "{outcome:#?}");
+    assert_equal(&source, rig.targets[0].backing());
+    pass_on.join().unwrap();
 }
 
 /// More connections than are allowed: those that are open are served, and the others are told to try again.
@@ -745,4 +999,97 @@ async fn connections_beyond_the_limit_wait_their_turn() {
     drop(client);
     rig.wait_until_closed("d0");
     goes_on(&rig, "d0");
+}
+
+/// Whatever ends a `send` of several disks: each result is said as soon as it is there, and what was committed stays
+/// so.
+#[test]
+fn an_interrupted_send_says_what_became_of_each_disk() {
+    require_root!();
+    let rig = Rig::new(&[MIB, 64 * MIB]);
+    let (small, large) = (rig.random("small.img", 64 * KIB), rig.random("large.img", 64 * MIB));
+    let disks: [(&str, &Path); 2] = [("d0", &small), ("d1", &large)];
+    let slow = ["--bwlimit", "4M", "--compression", "off"];
+    for (signal, json) in [(Signal::SIGINT, false), (Signal::SIGTERM, false), (Signal::SIGTERM, true)] {
+        let before = rig.service.recorded(MACHINE, "d0")["last_commit"]["pass"].clone();
+        let send = rig.start(&disks, &[&slow[..], if json { &["--json"] } else { &[] }].concat());
+        wait_for("a commit beside a pass", || {
+            let committed = rig.service.recorded(MACHINE, "d0")["last_commit"]["pass"] != before;
+            // Before the others are done.
+            let said = json || send.stdout().contains("d0: 64.0 KiB committed");
+            (committed && said && rig.service.volume(MACHINE, "d1").written_bytes > Some(0)).then_some(())
+        });
+        // With JSON nothing tells when the sender has heard of the commit.
+        std::thread::sleep(Duration::from_millis(if json { 500 } else { 0 }));
+        send.signal(signal);
+        let texts = ["d1: interrupted before its commit was acknowledged", "interrupted: 1 of 2 disks"];
+        let sent = send.finish().fails(1, &texts[usize::from(json)..]);
+        rig.synchronized("d0");
+        assert_equal(&small, rig.targets[0].backing());
+        assert_eq!(rig.wait_until_closed("d1").phase, "interrupted");
+        if json {
+            let [first, second] = [0, 1].map(|index| sent.json()["disks"][index].clone());
+            let pass = rig.service.recorded(MACHINE, "d0")["last_commit"]["pass"].clone();
+            assert_eq!((&first["pass"], &first["error"]), (&pass, &serde_json::Value::Null), "{sent:#?}");
+            assert!(first["seconds"].as_f64() < second["seconds"].as_f64(), "{sent:#?}");
+            assert!(second["error"].as_str().unwrap().contains("interrupted before"), "{sent:#?}");
+            assert_eq!(second["pass"], serde_json::Value::Null, "{sent:#?}");
+        } else {
+            assert!(!sent.stderr.contains("d0:"), "{sent:#?}");
+            assert_eq!(sent.stdout.lines().count(), 1, "{sent:#?}");
+        }
+    }
+}
+
+/// Something else listens where the master target should.
+#[test]
+fn a_server_of_another_kind_is_named() {
+    require_root!();
+    let rig = Rig::new(&[4 * MIB]);
+    let source = rig.random("source.img", MIB);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let to = listener.local_addr().unwrap().to_string();
+    let other = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.write_all(b"SSH-2.0-OpenSSH_9.9\r\n").unwrap();
+        // Until the sender has gone.
+        stream.read_to_end(&mut Vec::new()).ok();
+    });
+    let (state, disk) = (rig.client(), format!("d0={}", source.display()));
+    let state = state.to_str().unwrap();
+    run(&["send", "--machine", MACHINE, "--to", &to, "--state-dir", state, "--disk", &disk])
+        .fails(3, &["what answers is not the master target", "check the address", "does not speak TLS"]);
+    other.join().unwrap();
+}
+
+/// However the source is named: a target does not become its own copy.
+#[test]
+fn a_target_is_not_sent_to_itself() {
+    require_root!();
+    let rig = Rig::new(&[4 * MIB, 4 * MIB]);
+    let target = &rig.targets[0];
+    support::write_random(target.backing(), 0, 4 * MIB);
+    for source in [target.node(), target.backing()] {
+        let sent = rig.send(&[("d0", source)], &[]).fails(3, &["the source is a target disk of this host"]);
+        let holder =
+            format!("mt-agent (pid {}) has {}", rig.service.status().service.pid, target.node().display());
+        assert!(sent.stderr.contains(&holder), "{sent:#?}");
+        rig.wait_until_closed("d0");
+        assert_eq!(rig.state("d0"), "empty", "a pass began");
+    }
+    // As the source of another disk it stands still, and is a disk like any other.
+    rig.send(&[("d1", target.node())], &[]).ok();
+    assert_equal(target.backing(), rig.targets[1].backing());
+}
+
+#[test]
+fn a_hangup_does_not_end_the_service() {
+    require_root!();
+    let mut rig = Rig::new(&[16 * MIB]);
+    let source = rig.random("source.img", 16 * MIB);
+    let send = rig.start_into_pass(&[("d0", &source)], &["--bwlimit", "16M", "--compression", "off"]);
+    rig.service.process().signal(Signal::SIGHUP);
+    rig.service.wait_for_log("SIGHUP does nothing");
+    send.finish().ok();
+    assert_equal(&source, rig.targets[0].backing());
 }

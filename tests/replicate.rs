@@ -216,6 +216,25 @@ fn the_limit_on_bandwidth_holds() {
     assert_equal(&sources[1], rig.targets[1].backing());
 }
 
+/// Disks that share a narrow limit wait for each other: longer than the receiver bears silence, if each sent whole
+/// frames.
+#[test]
+fn a_sender_that_limits_itself_is_not_cut_for_its_silence() {
+    require_root!();
+    let sizes = [MIB + MIB / 2; 4];
+    let mut rig = Rig::new(&sizes);
+    let config = fs::read_to_string(rig.service.config()).unwrap();
+    rig.service.restart_with_config(&(config + "idle_timeout = \"1s\"\n"));
+    let names = ["d0", "d1", "d2", "d3"];
+    let sources = names.map(|name| rig.random(&format!("{name}.source"), sizes[0]));
+    let disks: Vec<(&str, &Path)> =
+        names.iter().copied().zip(sources.iter().map(|path| path.as_path())).collect();
+    rig.send(&disks, &["--compression", "off", "--bwlimit", "1M"]).ok();
+    for (index, source) in sources.iter().enumerate() {
+        assert_equal(source, rig.targets[index].backing());
+    }
+}
+
 #[test]
 fn a_mounted_source_is_sent_and_the_user_is_told() {
     require_root!();
@@ -231,6 +250,10 @@ fn a_mounted_source_is_sent_and_the_user_is_told() {
     assert!(outcome.stderr.contains("is mounted on"), "{outcome:#?}");
     assert!(outcome.stderr.contains("not one point in time"), "{outcome:#?}");
     assert_eq!(rig.service.recorded(MACHINE, "d0")["last_commit"]["point_in_time"], false);
+
+    // The file behind it is as little a point in time.
+    let outcome = rig.send(&[("d0", &image)], &[]).ok();
+    assert!(outcome.stderr.contains("not one point in time"), "{outcome:#?}");
 
     // Once it stands still nothing is said, and what arrives is a file system with the letter in it.
     drop(mount);
@@ -256,6 +279,13 @@ fn a_second_pass_brings_what_changed() {
     let first = rig.service.recorded(MACHINE, "d0")["last_commit"]["pass"].clone();
     write_random(&source, 3 * MIB + 17, MIB);
     rig.send(&[("d0", &source)], &["--dry-run"]).ok();
+    let planned = rig.send(&[("d0", &source)], &["--dry-run", "--json"]).ok().json();
+    assert_eq!(
+        (&planned["dry_run"], &planned["disks"][0]["size"]),
+        (&true.into(), &(8 * MIB).into()),
+        "{planned}"
+    );
+    assert_eq!(planned["disks"][0]["source"], source.to_str().unwrap());
     assert_eq!(rig.service.recorded(MACHINE, "d0")["last_commit"]["pass"], first);
     // The first random byte may be what it was.
     let differs = support::first_difference(&source, rig.targets[0].backing());

@@ -11,7 +11,7 @@
 //! | `window` | bytes in flight for each volume, `"2M"` to `"256M"` | `"8M"` |
 //! | `max_sessions` | how many disks may be received at once, 1 to 4096 | `64` |
 //! | `allow_loop` | whether loop devices may be targets | `false` |
-//! | `idle_timeout` | how long a connection may be silent, `"1s"` to `"24h"` | `"60s"` |
+//! | `idle_timeout` | how long a connection may be silent while the disk is not at work, `"1s"` to `"24h"` | `"60s"` |
 //! | `retention_age` | how old a recovery point may become, `"1m"` to `"87600h"` | `"24h"` |
 //! | `retention_size` | the most bytes of before-images, from `"1M"` on | no bound |
 //! | `retention_free` | the bytes that the retention file system keeps free | `"1G"` |
@@ -84,7 +84,7 @@ pub struct Config {
     pub max_sessions: u32,
     /// Whether loop devices may be targets.
     pub allow_loop: bool,
-    /// How long a connection may be silent before it is closed.
+    /// How long a connection may be silent, while the disk is not at work, before it is closed.
     pub idle_timeout: Duration,
     /// Which recovery points are kept.
     pub retention: Policy,

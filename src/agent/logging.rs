@@ -52,10 +52,8 @@ pub enum Error {
         "`{given}` is no filter of log lines: use error, warn, info, debug or trace, or mt_agent::net=debug,info"
     )]
     Config {
-        /// What was given.
+        /// What was given. What its parser says of it is the advice above once more.
         given: String,
-        /// What is wrong with it.
-        source: tracing_subscriber::filter::ParseError,
     },
     /// Somebody started it in this process before.
     #[error("logging was started twice")]
@@ -68,7 +66,7 @@ pub enum Error {
 pub fn init(format: Option<Format>, level: Option<&str>) -> Result<(), Error> {
     let variable = std::env::var(FILTER_VARIABLE).ok().filter(|value| !value.is_empty());
     let given = level.map(str::to_owned).or(variable).unwrap_or_else(|| "info".to_owned());
-    let filter = EnvFilter::builder().parse(&given).map_err(|source| Error::Config { given, source })?;
+    let filter = EnvFilter::builder().parse(&given).map_err(|_| Error::Config { given })?;
     let format = format.unwrap_or_else(|| {
         let stream = std::env::var("JOURNAL_STREAM").ok();
         if stream.is_some_and(|stream| is_stream(&stream, std::io::stderr())) {

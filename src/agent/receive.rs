@@ -10,7 +10,7 @@ use time::OffsetDateTime;
 use super::commit::{self, Coordinator, Ticket};
 use super::config::Config;
 use super::status::{Live, Shown};
-use crate::disk::device::{self, Refusal, TargetOptions, open_target};
+use crate::disk::device::{self, OpenDisk, Refusal, TargetOptions, open_target};
 use crate::disk::discover::Options;
 use crate::disk::id::DiskId;
 use crate::error::{IoError, chain};
@@ -24,7 +24,7 @@ use crate::net::token::TokenStore;
 use crate::net::{enrolment, tls};
 use crate::pass::PassId;
 use crate::points::VolumeAt;
-use crate::protection::{self, Assignment, Store};
+use crate::protection::{self, Assignment, State, Store};
 use crate::recovery::{self, Journal, LONGEST_SEGMENT};
 use crate::storage::Geometry;
 use crate::storage::device::Device;
@@ -77,6 +77,7 @@ impl Host for Receiver {
         for note in &disk.notes {
             tracing::warn!(%machine, disk = %open.disk, id = %disk.id, note);
         }
+        still_as_assigned(&disk, assignment)?;
         let failed = |error: IoError| message::Error::new(Code::Internal, chain(&error));
         let arena = usize::try_from(self.config.window.0)
             .map_err(io::Error::other)
@@ -203,6 +204,10 @@ impl Passes for Ledger {
                 };
                 (writer.pass(), Some(writer))
             }
+            // The session has refused it.
+            PassKind::Unknown => {
+                return Err(message::Error::new(Code::UnsupportedFeature, "an unknown kind of pass"));
+            }
             PassKind::Initial => {
                 // First the points, then what they need, then the disk: a crash in between leaves a disk that was not
                 // written to, with fewer points or none.
@@ -261,6 +266,39 @@ impl Passes for Ledger {
     }
 }
 
+/// Refuses a disk that is not what was assigned: one that was empty then must not have got anything since that
+/// nobody agreed to lose, and none may have shrunk or changed its sectors.
+fn still_as_assigned(disk: &OpenDisk, assignment: &Assignment) -> Result<(), message::Error> {
+    let again = "take it away on the master target with `mt-agent protect remove` and assign it again";
+    let refused = |text: String| {
+        tracing::warn!(disk = %assignment.name, id = %disk.id, text, "target refused");
+        Err(message::Error::new(Code::Refused, text))
+    };
+    if disk.size < assignment.size || disk.logical_block != assignment.logical_sector {
+        return refused(format!(
+            "the target disk had {} bytes in sectors of {} when it was assigned, and has {} in sectors of {} now; if \
+             that is right, {again}",
+            assignment.size.0, assignment.logical_sector, disk.size.0, disk.logical_block
+        ));
+    }
+    if disk.size > assignment.size {
+        tracing::warn!(
+            disk = %assignment.name, id = %disk.id, assigned = %assignment.size, size = %disk.size,
+            "the target disk has grown since it was assigned"
+        );
+    }
+    if assignment.state == State::Empty && !assignment.overwrite {
+        let content = disk.content().map_err(|error| not_opened(&error))?;
+        if !content.is_blank() {
+            return refused(format!(
+                "the target disk was empty when it was assigned, and is not any more ({content}); if that may be lost, \
+                 {again}, with --overwrite"
+            ));
+        }
+    }
+    Ok(())
+}
+
 /// What the peer is told of a protection that cannot be used.
 fn refuse(error: &protection::Error) -> message::Error {
     let code = match error {
@@ -273,7 +311,20 @@ fn refuse(error: &protection::Error) -> message::Error {
     if code == Code::Internal || code == Code::NoSpace {
         tracing::error!(error = chain(error), "the protection cannot be read or written");
     }
-    message::Error::new(code, chain(error))
+    // Paths of this host are for its log.
+    let text = match error {
+        protection::Error::Io(io) => {
+            format!(
+                "the master target's record of the machine cannot be read or written: {}; see its log",
+                io.source
+            )
+        }
+        _ if code == Code::Internal => {
+            "the master target cannot use its record of the machine; see its log".to_owned()
+        }
+        _ => chain(error),
+    };
+    message::Error::new(code, text)
 }
 
 pub(super) fn out_of_space(error: &io::Error) -> bool {
@@ -289,5 +340,16 @@ fn not_opened(error: &device::Error) -> message::Error {
         _ => Code::Refused,
     };
     tracing::warn!(error = chain(error), "target refused");
-    message::Error::new(code, chain(error))
+    let text = match error {
+        device::Error::Refused { reason: Refusal::Busy(_), .. } => {
+            "the target disk is held by something else; the log of the master target says by what".to_owned()
+        }
+        device::Error::Refused { reason, .. } => format!("the target disk is refused: {reason}"),
+        device::Error::Io(io) => {
+            format!("the target disk cannot be opened: {}; see the log there", io.source)
+        }
+        device::Error::Discover(_) => "the master target cannot list its disks; see its log".to_owned(),
+        _ => chain(error),
+    };
+    message::Error::new(code, text)
 }

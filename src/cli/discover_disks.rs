@@ -13,7 +13,6 @@ use std::time::{Duration, Instant};
 use mt_agent::disk::discover::watch::{Change, Watch};
 use mt_agent::disk::discover::{self, Disk, Options, Sysroot, discover};
 use mt_agent::disk::id::DiskId;
-use mt_agent::error::chain;
 use mt_agent::protection::Store;
 use serde::Serialize;
 
@@ -38,7 +37,7 @@ pub struct Args {
     /// Stay, and print what changes as disks come, go and are resized
     #[arg(long)]
     watch: bool,
-    /// First ask every SCSI host to look for new disks (needs root)
+    /// First ask every SCSI disk for its size again, and every SCSI host for new disks (needs root)
     #[arg(long, conflicts_with = "sysroot")]
     rescan: bool,
     /// Exit with 3 if a disk has no UUID
@@ -73,13 +72,13 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let options = match sysroot.is_live() {
         true => {
             let config = args.places.load()?;
-            // The disks are worth seeing all the same, to who may not read the protections too.
-            let assigned = Store::open(&config.retention_dir).assigned().unwrap_or_else(|error| {
-                eprintln!("mt-agent: what is assigned is not shown: {}", chain(&error));
-                Default::default()
-            });
+            // The disks are worth seeing all the same, to who may not read (all of) the protections too.
+            let (assigned, unread) = Store::open(&config.retention_dir).known();
+            for why in &unread {
+                eprintln!("mt-agent: not all that is assigned is known: {why}");
+            }
             let retention = Some(config.retention_dir);
-            Options { include_loop: args.include_loop, assigned, retention, ..Options::default() }
+            Options { include_loop: args.include_loop, assigned, unread, retention, ..Options::default() }
         }
         // Another host's disks: this one's assignments say nothing of them.
         false => Options { include_loop: args.include_loop, ..Options::default() },

@@ -5,7 +5,6 @@ use std::path::PathBuf;
 
 use mt_agent::net::enrolment::{self, Error, PATIENCE};
 use mt_agent::net::message::Code;
-use mt_agent::net::tls::HandshakeError;
 use mt_agent::net::token::Token;
 use mt_agent::net::wire;
 
@@ -33,9 +32,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let path =
         runtime.block_on(enrolment::enroll(&token, &args.state_dir, PATIENCE)).map_err(
             |error| match error {
-                Error::Expired { .. } | Error::Handshake(HandshakeError::WrongServer) => {
-                    Failure::refused(error)
-                }
+                Error::Expired { .. } => Failure::refused(error),
+                Error::Handshake(ref handshake) if handshake.is_refusal() => Failure::refused(error),
                 Error::Wire(wire::Error::Peer(ref theirs)) if theirs.code == Code::TokenRefused => {
                     Failure::refused(error)
                 }

@@ -8,15 +8,14 @@ use mt_agent::disk::discover::{self, Disk, Sysroot};
 use mt_agent::error::chain;
 use mt_agent::name::Name;
 use mt_agent::protection::assign::{self, Allowed, Planned, Request};
-use mt_agent::protection::{Assignment, Error, Protection, State, Store};
-use mt_agent::units::ByteLen;
+use mt_agent::protection::{Assignment, Error, Listed, State, Store};
+use mt_agent::units::{ByteLen, rfc3339};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
 
 use super::places::Places;
 use super::table;
-use super::{Failure, print};
+use super::{Failure, print, print_json};
 
 /// The version of the JSON that these commands print.
 const SCHEMA_VERSION: u32 = 1;
@@ -74,6 +73,12 @@ pub struct RemoveArgs {
     /// Only this one of its disks
     #[arg(long, value_name = "NAME")]
     disk: Option<Name>,
+    /// Check everything and take nothing away
+    #[arg(long)]
+    dry_run: bool,
+    /// Print what was taken away as JSON
+    #[arg(long)]
+    json: bool,
     #[command(flatten)]
     places: Places,
 }
@@ -106,6 +111,11 @@ impl From<Error> for Failure {
 }
 
 fn add(args: &AddArgs) -> Result<(), Failure> {
+    for (index, request) in args.disks.iter().enumerate() {
+        if args.disks[..index].iter().any(|other| other.name == request.name) {
+            return Err(Failure::Usage(format!("the disk {} is named twice", request.name)));
+        }
+    }
     let config = args.places.load()?;
     let store = Store::open(&config.retention_dir);
     let owners = store.owners()?;
@@ -114,7 +124,7 @@ fn add(args: &AddArgs) -> Result<(), Failure> {
         include_loop: true,
         assigned: store.assigned()?,
         retention: Some(config.retention_dir.clone()),
-        probe_exclusive: true,
+        ..discover::Options::default()
     };
     let disks = discover::discover(&Sysroot::new("/"), &options).map_err(Failure::failed)?;
     let allowed = Allowed { overwrite: args.overwrite, loops: config.allow_loop };
@@ -152,9 +162,12 @@ fn add(args: &AddArgs) -> Result<(), Failure> {
         lines.push(format!("{}: {} {done}: {}", args.machine, planned.name, planned.id));
         lines.push(format!("  now {}", describe(planned.disk)));
         match &planned.content {
-            Some(content) if content.is_blank() => lines.push("  it is blank".to_owned()),
+            Some(content) if content.is_blank() => lines.push(format!("  it seems blank: {content}")),
             Some(content) => {
-                lines.push(format!("  it carries {content}: everything on it will be overwritten"));
+                // Behind the source's end nothing is written.
+                lines.push(format!(
+                    "  it carries {content}: it will be overwritten, as far as the source reaches"
+                ));
             }
             None => {}
         }
@@ -200,14 +213,18 @@ fn list(args: &ListArgs) -> Result<(), Failure> {
         None => store.all()?,
     };
     let broken = machines.iter().filter(|(_, protection)| protection.is_err()).count();
+    // Only looked for: a disk that is about to be opened is not disturbed.
+    let options =
+        discover::Options { include_loop: true, probe_exclusive: false, ..discover::Options::default() };
+    let attached = discover::discover(&Sysroot::default(), &options).map_err(Failure::failed)?;
     if args.json {
-        let machines: Vec<Value> = machines.iter().map(machine_json).collect();
+        let machines: Vec<Value> = machines.iter().map(|machine| machine_json(machine, &attached)).collect();
         print_json(&json!({ "schema_version": SCHEMA_VERSION, "machines": machines }))?;
     } else if machines.is_empty() {
         print("no disk is assigned; assign some with `mt-agent protect add`\n")?;
     } else {
-        let head = ["MACHINE", "DISK", "IDENTITY", "SIZE", "STATE", "LAST COMMIT", "ERROR"];
-        let rows: Vec<Vec<String>> = machines.iter().flat_map(rows).collect();
+        let head = ["MACHINE", "DISK", "IDENTITY", "NODE", "SIZE", "STATE", "LAST COMMIT", "ERROR"];
+        let rows: Vec<Vec<String>> = machines.iter().flat_map(|machine| rows(machine, &attached)).collect();
         print(&(table::lines(&head, &rows).join("\n") + "\n"))?;
     }
     match broken {
@@ -219,7 +236,13 @@ fn list(args: &ListArgs) -> Result<(), Failure> {
     }
 }
 
-fn rows((machine, protection): &(Name, Result<Protection, Error>)) -> Vec<Vec<String>> {
+/// Where an assigned disk is attached now, if it is.
+fn node_of(disk: &Assignment, attached: &[Disk]) -> Option<String> {
+    let disk = attached.iter().find(|other| other.id.as_ref() == Some(&disk.id))?;
+    Some(disk.node.display().to_string())
+}
+
+fn rows((machine, protection): &Listed, attached: &[Disk]) -> Vec<Vec<String>> {
     let none = || "-".to_owned();
     let disk = |disk: &Assignment| {
         let error = match &disk.state {
@@ -230,6 +253,7 @@ fn rows((machine, protection): &(Name, Result<Protection, Error>)) -> Vec<Vec<St
             machine.to_string(),
             disk.name.to_string(),
             table::printable(&disk.id.to_string()),
+            node_of(disk, attached).unwrap_or_else(|| "absent".to_owned()),
             disk.size.to_string(),
             disk.state.name().to_owned(),
             disk.last_commit.map_or_else(none, |commit| rfc3339(commit.time)),
@@ -240,23 +264,30 @@ fn rows((machine, protection): &(Name, Result<Protection, Error>)) -> Vec<Vec<St
         Ok(protection) => protection.disks.iter().map(disk).collect(),
         Err(error) => {
             let mut row = vec![machine.to_string()];
-            row.resize_with(6, none);
+            row.resize_with(7, none);
             row.push(table::printable(&chain(error)));
             vec![row]
         }
     }
 }
 
-fn machine_json((machine, protection): &(Name, Result<Protection, Error>)) -> Value {
+fn machine_json((machine, protection): &Listed, attached: &[Disk]) -> Value {
     match protection {
         Ok(protection) => json!({
             "machine": machine,
             "error": null,
             "created": rfc3339(protection.created),
-            "disks": protection.disks.iter().map(disk_json).collect::<Vec<_>>(),
+            "disks": protection.disks.iter().map(|disk| listed_json(disk, attached)).collect::<Vec<_>>(),
         }),
         Err(error) => json!({ "machine": machine, "error": chain(error), "created": null, "disks": [] }),
     }
+}
+
+/// With the node, which is null where the disk is not attached.
+fn listed_json(disk: &Assignment, attached: &[Disk]) -> Value {
+    let mut json = disk_json(disk);
+    json["node"] = node_of(disk, attached).into();
+    json
 }
 
 fn disk_json(disk: &Assignment) -> Value {
@@ -284,27 +315,33 @@ fn disk_json(disk: &Assignment) -> Value {
     })
 }
 
-/// RFC 3339 has no years beyond 9999; such a time is shown as the number that it is.
-fn rfc3339(time: OffsetDateTime) -> String {
-    time.format(&Rfc3339).unwrap_or_else(|_| time.unix_timestamp().to_string())
-}
-
 fn remove(args: &RemoveArgs) -> Result<(), Failure> {
     let config = args.places.load()?;
     let store = Store::open(&config.retention_dir);
-    let taken = store.remove(&args.machine, args.disk.as_ref())?;
+    let taken = match args.dry_run {
+        true => store.remove_dry(&args.machine, args.disk.as_ref())?,
+        false => store.remove(&args.machine, args.disk.as_ref())?,
+    };
+    if args.json {
+        return print_json(&json!({
+            "schema_version": SCHEMA_VERSION,
+            "machine": args.machine,
+            "dry_run": args.dry_run,
+            "disks": taken.iter().map(disk_json).collect::<Vec<_>>(),
+        }));
+    }
+    let done = if args.dry_run { "would be" } else { "is" };
     let mut text = String::new();
     for disk in &taken {
         let id = table::printable(&disk.id.to_string());
         let size: ByteLen = disk.size;
-        text.push_str(&format!("{}: {} is taken away: {id}, {size}\n", args.machine, disk.name));
+        text.push_str(&format!("{}: {} {done} taken away: {id}, {size}\n", args.machine, disk.name));
     }
     if taken.is_empty() {
-        text = format!("{}: its protection, which could not be read, is removed\n", args.machine);
+        text = format!("{}: its protection, which could not be read, {done} removed\n", args.machine);
+    }
+    if args.dry_run {
+        text.push_str("dry run: nothing was written\n");
     }
     print(&text)
-}
-
-fn print_json(value: &Value) -> Result<(), Failure> {
-    print(&format!("{value:#}\n"))
 }

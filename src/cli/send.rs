@@ -1,5 +1,6 @@
 //! `mt-agent send`: the source side.
 
+use std::cell::Cell;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -14,13 +15,13 @@ use mt_agent::name::Name;
 use mt_agent::net::address::Address;
 use mt_agent::net::message::Committed;
 use mt_agent::net::tls::client::Identity;
-use mt_agent::send::{self, Compression, Error, Plan, Progress};
+use mt_agent::send::{self, Compression, Error, Plan, Prepared, Progress};
 use mt_agent::storage::device::EngineChoice;
-use mt_agent::units::ByteLen;
-use serde_json::json;
-use time::format_description::well_known::Rfc3339;
+use mt_agent::units::{ByteLen, rfc3339};
+use serde_json::{Value, json};
+use tokio::signal::unix::{SignalKind, signal};
 
-use super::{Failure, print};
+use super::{Failure, log_failure, print, print_json};
 
 /// The version of the JSON that this command prints.
 const SCHEMA_VERSION: u32 = 1;
@@ -80,11 +81,36 @@ fn disk(text: &str) -> Result<(Name, PathBuf), String> {
     Ok((name.parse().map_err(|error| format!("{error}"))?, path.into()))
 }
 
+/// Why a disk was not sent.
+#[derive(Debug, thiserror::Error)]
+enum Unsent {
+    #[error(transparent)]
+    Failed(#[from] Error),
+    // A commit may be on its way: only the master target knows.
+    #[error(
+        "interrupted before its commit was acknowledged: run it again (`mt-agent status` on the master target shows \
+         how its target stands)"
+    )]
+    Interrupted,
+}
+
+/// How it went with a disk, and after what time.
+struct Ended {
+    result: Result<Committed, Unsent>,
+    after: Duration,
+}
+
 pub fn run(args: Args) -> Result<(), Failure> {
-    logging::init(Some(logging::Format::Text), Some(&args.log_level)).map_err(Failure::failed)?;
+    logging::init(Some(logging::Format::Text), Some(&args.log_level)).map_err(log_failure)?;
     for (index, (name, path)) in args.disks.iter().enumerate() {
-        if args.disks[..index].iter().any(|(other, source)| other == name || source == path) {
-            return Err(Failure::refused(format!("{name}={} is named twice", path.display())));
+        for (other, source) in &args.disks[..index] {
+            if name == other {
+                return Err(Failure::Usage(format!("the disk {name} is named twice")));
+            }
+            if path == source {
+                let path = path.display();
+                return Err(Failure::Usage(format!("{path} is the source of two disks: {other} and {name}")));
+            }
         }
     }
     let identity = Identity::load(&args.state_dir, &args.machine).map_err(Failure::refused)?;
@@ -101,140 +127,237 @@ pub fn run(args: Args) -> Result<(), Failure> {
         engine: args.engine,
         limit: args.bwlimit.map(|limit| limit.0),
     };
-    let disks = send::prepare(&plan).map_err(Failure::failed)?;
-    for disk in &disks {
-        let path = disk.source.path();
-        for mount in disk.source.mounts(&Sysroot::default()) {
-            plan.point_in_time = false;
-            eprintln!(
-                "mt-agent: {} is in use ({mount}): what arrives is not one point in time",
-                path.display()
-            );
-        }
+    let disks = send::prepare(&plan).map_err(|error| match error.is_refusal() {
+        true => Failure::refused(error),
+        false => Failure::failed(error),
+    })?;
+    let mounts: Vec<Vec<String>> = disks.iter().map(|disk| disk.source.mounts(&Sysroot::default())).collect();
+    plan.point_in_time = mounts.iter().all(Vec::is_empty);
+    for (disk, mount) in
+        disks.iter().zip(&mounts).flat_map(|(disk, mounts)| mounts.iter().map(move |m| (disk, m)))
+    {
+        let path = disk.source.path().display();
+        eprintln!("mt-agent: {path} is in use ({mount}): what arrives is not one point in time");
     }
     if args.dry_run {
-        for disk in &disks {
-            let (name, path, size) = (&disk.name, disk.source.path().display(), disk.source.size());
-            print(&format!(
-                "would send {path} ({size}) as disk {name} of {} to {}\n",
-                args.machine, plan.to
-            ))?;
-        }
-        return Ok(());
+        return dry_run(&args.machine, &plan, &disks, &mounts, args.json);
     }
     let tls = identity.client_config().map_err(Failure::failed)?;
     let runtime = tokio::runtime::Runtime::new().map_err(Failure::failed)?;
-    let started = Instant::now();
-    let shown: Vec<_> = disks.iter().map(|d| (d.name.clone(), d.progress.clone(), d.source.size())).collect();
-    let results = runtime.block_on(async {
-        let show = show(shown.clone(), started);
-        tokio::select! {
-            results = send::send(&plan, tls, disks) => Ok(results),
-            interrupted = tokio::signal::ctrl_c() => Err(match interrupted {
-                Ok(()) => Failure::failed(
-                    "interrupted: nothing was acknowledged, and the target is neither the old nor the new; run it again",
-                ),
-                Err(error) => Failure::failed(error),
-            }),
-            () = show => unreachable!("the display never ends by itself"),
-        }
-    });
+    let screen = Screen::new(&disks);
+    let mut ended: Vec<Option<Ended>> = disks.iter().map(|_| None).collect();
+    let mut printed = Ok(());
+    let interrupted = runtime.block_on(async {
+        let mut interrupt = signal(SignalKind::interrupt()).map_err(Failure::failed)?;
+        let mut terminate = signal(SignalKind::terminate()).map_err(Failure::failed)?;
+        let sending = send::send(&plan, tls, disks, |index, result| {
+            let result = result.map_err(Unsent::from);
+            let one = Ended { result, after: screen.started.elapsed() };
+            if let Err(failure) = screen.ended(index, &one, args.json) {
+                printed = Err(failure);
+            }
+            ended[index] = Some(one);
+        });
+        Ok::<_, Failure>(tokio::select! {
+            () = sending => false,
+            _ = interrupt.recv() => true,
+            _ = terminate.recv() => true,
+            () = screen.show() => unreachable!("the display never ends by itself"),
+        })
+    })?;
     // A reader that waits for a broken device must not hold up the exit.
     runtime.shutdown_background();
-    report(&args.machine, &shown, results?, started.elapsed(), args.json)
-}
-
-/// Shows progress until it is dropped: bars on a terminal, a line every ten seconds elsewhere.
-async fn show(disks: Vec<(Name, Arc<Progress>, ByteLen)>, started: Instant) {
-    if std::io::stderr().is_terminal() {
-        let bars = MultiProgress::new();
-        let style = "{msg:12} {bar:30} {bytes:>11} of {total_bytes:11} {binary_bytes_per_sec:>12}  {eta}";
-        let style = ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar());
-        let bars: Vec<_> = disks
-            .iter()
-            .map(|(name, _, size)| {
-                let bar = ProgressBar::new(size.0).with_style(style.clone()).with_message(name.to_string());
-                bars.add(bar)
-            })
-            .collect();
-        loop {
-            for (bar, (_, progress, _)) in bars.iter().zip(&disks) {
-                bar.set_position(progress.done.load(Ordering::Relaxed));
+    let after = screen.started.elapsed();
+    let mut ends = Vec::new();
+    for (index, end) in ended.into_iter().enumerate() {
+        ends.push(match end {
+            Some(end) => end,
+            None => {
+                let end = Ended { result: Err(Unsent::Interrupted), after };
+                screen.ended(index, &end, args.json)?;
+                end
             }
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
+        });
     }
-    loop {
-        tokio::time::sleep(Duration::from_secs(10)).await;
-        for (name, progress, size) in &disks {
-            let done = ByteLen(progress.done.load(Ordering::Relaxed));
-            let rate = ByteLen((done.0 as f64 / started.elapsed().as_secs_f64()) as u64);
-            let left = match rate.0 {
-                0 => "unknown".to_owned(),
-                rate => format!("{} s", size.0.saturating_sub(done.0) / rate),
-            };
-            eprintln!("{name}: {done} of {size}, {rate}/s, {left} left");
-        }
+    if args.json {
+        print_json(&json!({
+            "schema_version": SCHEMA_VERSION,
+            "machine": args.machine,
+            "dry_run": false,
+            "seconds": after.as_secs_f64(),
+            "disks": screen.disks.iter().zip(&ends).map(|(disk, end)| disk.json(end)).collect::<Vec<_>>(),
+        }))?;
     }
+    printed?;
+    let failed: Vec<&Unsent> = ends.iter().filter_map(|end| end.result.as_ref().err()).collect();
+    if failed.is_empty() {
+        return Ok(());
+    }
+    let text = format!(
+        "{}{} of {} disks of {} were not sent",
+        if interrupted { "interrupted: " } else { "" },
+        failed.len(),
+        ends.len(),
+        args.machine
+    );
+    let refused = |unsent: &&Unsent| matches!(unsent, Unsent::Failed(error) if error.is_refusal());
+    Err(if failed.iter().all(refused) { Failure::refused(text) } else { Failure::failed(text) })
 }
 
-fn report(
+fn dry_run(
     machine: &Name,
-    disks: &[(Name, Arc<Progress>, ByteLen)],
-    results: Vec<(Name, Result<Committed, Error>)>,
-    elapsed: Duration,
+    plan: &Plan,
+    disks: &[Prepared],
+    mounts: &[Vec<String>],
     json: bool,
 ) -> Result<(), Failure> {
-    let seconds = elapsed.as_secs_f64();
-    let failures: Vec<&Name> =
-        results.iter().filter(|(_, result)| result.is_err()).map(|(name, _)| name).collect();
     if json {
-        let disks: Vec<_> = disks
-            .iter()
-            .zip(&results)
-            .map(|((name, progress, size), (_, result))| {
-                let committed = result.as_ref().ok();
-                json!({
-                    "disk": name,
-                    "size": size,
-                    "read_bytes": progress.read.load(Ordering::Relaxed),
-                    "zero_bytes": progress.zero.load(Ordering::Relaxed),
-                    "sent_bytes": progress.sent.load(Ordering::Relaxed),
-                    "refused_frames": progress.again.load(Ordering::Relaxed),
-                    "pass": committed.map(|committed| committed.pass),
-                    "committed": committed.and_then(|committed| committed.time.format(&Rfc3339).ok()),
-                    "error": result.as_ref().err().map(|error| chain(error)),
-                })
+        let disk = |(disk, mounts): (&Prepared, &Vec<String>)| {
+            json!({
+                "disk": disk.name,
+                "source": disk.source.path().display().to_string(),
+                "size": disk.source.size(),
+                "in_use": mounts,
             })
-            .collect();
-        let report = json!({
-            "schema_version": SCHEMA_VERSION, "machine": machine, "seconds": seconds, "disks": disks,
+        };
+        return print_json(&json!({
+            "schema_version": SCHEMA_VERSION,
+            "machine": machine,
+            "dry_run": true,
+            "to": plan.to.to_string(),
+            "disks": disks.iter().zip(mounts).map(disk).collect::<Vec<_>>(),
+        }));
+    }
+    for disk in disks {
+        let (name, path, size) = (&disk.name, disk.source.path().display(), disk.source.size());
+        print(&format!("would send {path} ({size}) as disk {name} of {machine} to {}\n", plan.to))?;
+    }
+    Ok(())
+}
+
+/// One disk, as it is shown.
+struct Shown {
+    name: Name,
+    size: ByteLen,
+    progress: Arc<Progress>,
+    ended: Cell<bool>,
+}
+
+impl Shown {
+    fn json(&self, Ended { result, after }: &Ended) -> Value {
+        let committed = result.as_ref().ok();
+        json!({
+            "disk": self.name,
+            "size": self.size,
+            "seconds": after.as_secs_f64(),
+            "read_bytes": self.progress.read.load(Ordering::Relaxed),
+            "zero_bytes": self.progress.zero.load(Ordering::Relaxed),
+            "sent_bytes": self.progress.sent.load(Ordering::Relaxed),
+            "refused_frames": self.progress.again.load(Ordering::Relaxed),
+            "pass": committed.map(|committed| committed.pass),
+            "committed": committed.map(|committed| rfc3339(committed.time)),
+            "error": result.as_ref().err().map(|error| chain(error)),
+        })
+    }
+
+    /// How far it is, for where there is no bar. `before` is what was done at the last call, `period` ago.
+    fn line(&self, before: &mut u64, period: Duration) -> String {
+        let done = self.progress.done.load(Ordering::Relaxed);
+        let rate = done.saturating_sub(std::mem::replace(before, done)) as f64 / period.as_secs_f64();
+        let (name, size, rate) = (&self.name, self.size, ByteLen(rate as u64));
+        if self.progress.waiting.load(Ordering::Relaxed) {
+            return format!("{name}: waiting until the master target can take it");
+        }
+        let head = format!("{name}: {} of {size}", ByteLen(done));
+        match rate.0 {
+            0 => format!("{head}, nothing went out in the last {} s", period.as_secs()),
+            bytes => format!("{head}, {rate}/s, {} s left", size.0.saturating_sub(done) / bytes),
+        }
+    }
+}
+
+/// What is shown while disks are sent: bars on a terminal, a line every ten seconds elsewhere, and each result.
+struct Screen {
+    started: Instant,
+    disks: Vec<Shown>,
+    bars: Option<(MultiProgress, Vec<ProgressBar>)>,
+}
+
+impl Screen {
+    fn new(disks: &[Prepared]) -> Screen {
+        let disk = |disk: &Prepared| Shown {
+            name: disk.name.clone(),
+            size: disk.source.size(),
+            progress: disk.progress.clone(),
+            ended: Cell::new(false),
+        };
+        let disks: Vec<Shown> = disks.iter().map(disk).collect();
+        let bars = std::io::stderr().is_terminal().then(|| {
+            let bars = MultiProgress::new();
+            let style = "{msg:12} {bar:30} {bytes:>11} of {total_bytes:11} {binary_bytes_per_sec:>12}  {eta}";
+            let style = ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar());
+            let bar = |disk: &Shown| {
+                let bar = ProgressBar::new(disk.size.0).with_style(style.clone());
+                bars.add(bar.with_message(disk.name.to_string()))
+            };
+            let each = disks.iter().map(bar).collect();
+            (bars, each)
         });
-        print(&format!("{report:#}\n"))?;
-    } else {
-        for ((name, progress, size), (_, result)) in disks.iter().zip(&results) {
-            match result {
-                Ok(committed) => {
-                    let zero = ByteLen(progress.zero.load(Ordering::Relaxed));
-                    let sent = ByteLen(progress.sent.load(Ordering::Relaxed));
-                    let rate = ByteLen((size.0 as f64 / seconds) as u64);
-                    print(&format!(
-                        "{name}: {size} committed as pass {} in {seconds:.1} s ({rate}/s); {sent} sent, {zero} zeros\n",
-                        committed.pass
-                    ))?;
+        Screen { started: Instant::now(), disks, bars }
+    }
+
+    /// Shows progress until it is dropped.
+    async fn show(&self) {
+        const PERIOD: Duration = Duration::from_secs(10);
+        if let Some((_, bars)) = &self.bars {
+            loop {
+                for (bar, disk) in bars.iter().zip(&self.disks).filter(|(_, disk)| !disk.ended.get()) {
+                    let waits = disk.progress.waiting.load(Ordering::Relaxed);
+                    bar.set_message(format!("{}{}", disk.name, if waits { " (waits)" } else { "" }));
+                    bar.set_position(disk.progress.done.load(Ordering::Relaxed));
                 }
-                Err(error) => eprintln!("mt-agent: {name}: {}", chain(error)),
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+        let mut before = vec![0; self.disks.len()];
+        loop {
+            tokio::time::sleep(PERIOD).await;
+            for (disk, before) in self.disks.iter().zip(&mut before).filter(|(disk, _)| !disk.ended.get()) {
+                eprintln!("{}", disk.line(before, PERIOD));
             }
         }
     }
-    // What failed with another disk says nothing of its own.
-    let refused = |error: &Error| matches!(error, Error::Refused(_) | Error::Together(_));
-    match failures.len() {
-        0 => Ok(()),
-        failed => {
-            let text = format!("{failed} of {} disks of {machine} were not sent", results.len());
-            let all_refused = results.iter().filter_map(|(_, result)| result.as_ref().err()).all(refused);
-            Err(if all_refused { Failure::refused(text) } else { Failure::failed(text) })
+
+    /// Says how it went with one of the disks, as soon as that is known. With `json` that is said at the end.
+    fn ended(&self, index: usize, Ended { result, after }: &Ended, json: bool) -> Result<(), Failure> {
+        let Shown { name, size, progress, ended } = &self.disks[index];
+        ended.set(true);
+        if json {
+            return Ok(());
+        }
+        let say = || match result {
+            Ok(committed) => {
+                let seconds = after.as_secs_f64();
+                let zero = ByteLen(progress.zero.load(Ordering::Relaxed));
+                let sent = ByteLen(progress.sent.load(Ordering::Relaxed));
+                let rate = ByteLen((size.0 as f64 / seconds) as u64);
+                print(&format!(
+                    "{name}: {size} committed as pass {} in {seconds:.1} s ({rate}/s); {sent} sent, {zero} zeros\n",
+                    committed.pass
+                ))
+            }
+            Err(error) => {
+                eprintln!("mt-agent: {name}: {}", chain(error));
+                Ok(())
+            }
+        };
+        match &self.bars {
+            // In the place of its bar, above those that go on.
+            Some((bars, each)) => {
+                each[index].finish_and_clear();
+                bars.suspend(say)
+            }
+            None => say(),
         }
     }
 }

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use mt_agent::agent::{self, logging};
 use mt_agent::storage::device::EngineChoice;
 
-use super::Failure;
 use super::places::Places;
+use super::{Failure, log_failure};
 
 /// Receive the blocks of protected machines and write them to their target disks
 #[derive(clap::Args)]
@@ -44,8 +44,9 @@ pub fn run(args: Args) -> Result<(), Failure> {
     config.engine = args.engine.unwrap_or(config.engine);
     config.allow_loop |= args.allow_loop;
     config.allow_root_retention |= args.allow_root_retention;
-    logging::init(args.log_format, args.log_level.as_deref()).map_err(Failure::failed)?;
+    logging::init(args.log_format, args.log_level.as_deref()).map_err(log_failure)?;
     agent::serve(config).map_err(|error| match error {
+        agent::Error::Taken(_) => Failure::refused(error),
         agent::Error::Lock(agent::lock::Error::Refused { .. }) => Failure::refused(error),
         agent::Error::Control(agent::control::Error::Refused(_)) => Failure::refused(error),
         agent::Error::RootRetention(_) => Failure::refused(error),

@@ -12,7 +12,7 @@ use hyper_util::rt::TokioIo;
 use mt_agent::agent::status::{Report, SCHEMA_VERSION, VolumeReport};
 use mt_agent::error::IoError;
 use mt_agent::name::Name;
-use mt_agent::units::ByteLen;
+use mt_agent::units::{ByteLen, rfc3339};
 
 use super::Failure;
 use super::places::Places;
@@ -80,7 +80,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     loop {
         let text = runtime.block_on(fetch(&socket)).and_then(|report| render(report, &args));
         let text = text.map_err(|error| match error {
-            Error::NoMachine(_) => Failure::refused(error),
+            Error::NoMachine(_) | Error::NotRunning(_) | Error::Denied(_) => Failure::refused(error),
             _ => Failure::failed(error),
         })?;
         let mut out = io::stdout().lock();
@@ -223,8 +223,7 @@ fn row(machine: &Name, volume: &VolumeReport) -> Vec<String> {
         volume.eta.map_or_else(none, duration),
         volume.lag.map_or_else(none, duration),
         volume.last_commit.as_ref().map_or_else(none, |commit| {
-            let format = time::macros::format_description!("[year]-[month]-[day] [hour]:[minute]:[second]Z");
-            let time = commit.time.to_offset(time::UtcOffset::UTC).format(format).unwrap_or_else(|_| none());
+            let time = rfc3339(commit.time);
             if commit.point_in_time { time } else { format!("{time} (not a point in time)") }
         }),
         volume.error.as_deref().map_or_else(none, table::printable),

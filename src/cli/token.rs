@@ -4,16 +4,16 @@ use std::path::Path;
 
 use mt_agent::agent::config::Config;
 use mt_agent::name::Name;
-use mt_agent::net::address::{Address, DEFAULT_PORT};
+use mt_agent::net::address::Address;
 use mt_agent::net::tls::server;
 use mt_agent::net::token::{Entry, Error, LIFE, State, TokenStore};
 use mt_agent::protection::{self, Store};
+use mt_agent::units::rfc3339;
 use serde::Serialize;
-use time::format_description::well_known::Rfc3339;
 use time::{Duration, OffsetDateTime};
 
 use super::places::Places;
-use super::{Failure, print};
+use super::{Failure, print, print_json};
 
 /// Make, list and revoke the tokens with which machines enrol.
 #[derive(clap::Args)]
@@ -30,9 +30,10 @@ enum Command {
     Create {
         /// The machine that may enrol.
         machine: Name,
-        /// Where the source machine reaches this master target [default: this host's name].
-        #[arg(long, value_name = "HOST[:PORT]")]
-        address: Option<Address>,
+        /// Where the source machine reaches this master target [default: this host's name]. Without a port in it, that
+        /// of the configured `listen`
+        #[arg(long, value_name = "HOST[:PORT]", value_parser = address)]
+        address: Option<String>,
         /// How long the token can be used: a number with s, m, h or d, from one minute to 30 days.
         #[arg(long, value_name = "TIME", default_value = "1h", value_parser = life)]
         expires: Duration,
@@ -42,10 +43,10 @@ enum Command {
         #[command(flatten)]
         places: Places,
     },
-    /// List the tokens that wait, and those that were used or expired in the last days.
+    /// List the tokens that wait, and those that were used or revoked or expired in the last days.
     List {
-        /// Print JSON: `schema_version`, and `tokens` with `id`, `machine`, `state` (`waiting`, `used`, `expired`),
-        /// `created` and `expires`.
+        /// Print JSON: `schema_version`, and `tokens` with `id`, `machine`, `state` (`waiting`, `used`, `expired`,
+        /// `revoked`), `created` and `expires`.
         #[arg(long)]
         json: bool,
         #[command(flatten)]
@@ -58,6 +59,11 @@ enum Command {
         #[command(flatten)]
         places: Places,
     },
+}
+
+/// What stays a text until the configuration has said which port is meant where it has none.
+fn address(text: &str) -> Result<String, String> {
+    text.parse::<Address>().map(|_| text.to_owned()).map_err(|error| error.to_string())
 }
 
 /// `90s`, `15m`, `1h`, `7d`.
@@ -84,7 +90,9 @@ pub fn run(args: Args) -> Result<(), Failure> {
         }
         Command::List { json, places } => list(&places.load()?.state_dir, json),
         Command::Revoke { id, places } => match TokenStore::new(&places.load()?.state_dir).revoke(&id) {
-            Ok(()) => Ok(()),
+            Ok(machine) => {
+                print(&format!("Nobody can enrol with the token {id} of the machine {machine} any more.\n"))
+            }
             Err(error @ Error::NoSuchToken { .. }) => Err(Failure::refused(error)),
             Err(error) => Err(Failure::failed(error)),
         },
@@ -104,14 +112,11 @@ struct Created<'a> {
 fn create(
     config: &Config,
     machine: Name,
-    address: Option<Address>,
+    address: Option<String>,
     life: Duration,
     json: bool,
 ) -> Result<(), Failure> {
-    let address = match address {
-        Some(address) => address,
-        None => own_name()?,
-    };
+    let address = place(address, config.listen.port())?;
     let state_dir = &config.state_dir;
     if let Err(error @ protection::Error::NoMachine { .. }) =
         Store::open(&config.retention_dir).load(&machine)
@@ -124,7 +129,7 @@ fn create(
     let token = TokenStore::new(state_dir)
         .create(machine, life, address, fingerprint, now)
         .map_err(Failure::failed)?;
-    let (text, expires) = (token.to_string(), rfc3339(token.expires)?);
+    let (text, expires) = (token.to_string(), rfc3339(token.expires));
     if json {
         return print_json(&Created {
             schema_version: 1,
@@ -144,12 +149,21 @@ fn create(
     Ok(())
 }
 
-fn own_name() -> Result<Address, Failure> {
-    let path = "/proc/sys/kernel/hostname";
-    let unknown =
-        "this host's name is no address: give --address HOST[:PORT], as the source machine reaches it";
-    let name = std::fs::read_to_string(path).map_err(|_| Failure::refused(unknown))?;
-    format!("{}:{DEFAULT_PORT}", name.trim()).parse().map_err(|_| Failure::refused(unknown))
+/// The address in a token: as it was given, or by this host's name; with `port` where none was given.
+fn place(given: Option<String>, port: u16) -> Result<Address, Failure> {
+    let unknown = if port == 0 {
+        "the configured `listen` leaves the port to chance: give --address HOST:PORT"
+    } else {
+        "this host's name is no address: give --address HOST[:PORT], as the source machine reaches it"
+    };
+    let name = match given {
+        Some(given) => given,
+        None => {
+            let name = std::fs::read_to_string("/proc/sys/kernel/hostname");
+            name.map_err(|_| Failure::refused(unknown))?.trim().to_owned()
+        }
+    };
+    Address::parse(&name, port).map_err(|_| Failure::refused(unknown))
 }
 
 #[derive(Serialize)]
@@ -163,24 +177,20 @@ fn list(state_dir: &Path, json: bool) -> Result<(), Failure> {
     if json {
         return print_json(&List { schema_version: 1, tokens });
     }
+    if tokens.is_empty() {
+        return print("no tokens; make one with `mt-agent token create`\n");
+    }
     let mut text = format!("{:<16}  {:<8}  {:<20}  MACHINE\n", "ID", "STATE", "EXPIRES");
     for Entry { id, machine, state, expires, .. } in tokens {
         let state = match state {
             State::Waiting => "waiting",
             State::Used => "used",
             State::Expired => "expired",
+            State::Revoked => "revoked",
         };
-        text += &format!("{id:<16}  {state:<8}  {:<20}  {machine}\n", rfc3339(expires)?);
+        text += &format!("{id:<16}  {state:<8}  {:<20}  {machine}\n", rfc3339(expires));
     }
     print(&text)
-}
-
-fn rfc3339(time: OffsetDateTime) -> Result<String, Failure> {
-    time.format(&Rfc3339).map_err(Failure::failed)
-}
-
-fn print_json(value: &impl Serialize) -> Result<(), Failure> {
-    print(&(serde_json::to_string_pretty(value).map_err(Failure::failed)? + "\n"))
 }
 
 #[cfg(test)]

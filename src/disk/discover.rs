@@ -5,7 +5,7 @@
 //! for reading where nothing else says that a disk is in use. Nothing is ever written.
 //!
 //! A role is the strongest of what speaks against the disk, in this order: system, retention, in use, clone, no
-//! UUID, assigned, free. The evidence of all of them is kept.
+//! UUID, assigned, unknown, free. The evidence of all of them is kept.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
@@ -23,6 +23,7 @@ pub(in crate::disk) mod identity;
 pub mod roles;
 mod sysfs;
 mod udev;
+pub mod views;
 pub mod watch;
 
 use exclusive::Claim;
@@ -99,6 +100,8 @@ pub enum Role {
     Clone,
     /// Has no identity.
     NoUuid,
+    /// Nothing speaks against it, but what is assigned could not be read in full.
+    Unknown,
     /// Nothing speaks against it.
     Free,
 }
@@ -113,6 +116,7 @@ impl Role {
             Role::Assigned => "assigned",
             Role::Clone => "clone",
             Role::NoUuid => "no-uuid",
+            Role::Unknown => "unknown",
             Role::Free => "free",
         }
     }
@@ -136,6 +140,8 @@ pub struct Options {
     pub include_loop: bool,
     /// The machines to which disks are assigned.
     pub assigned: BTreeMap<DiskId, String>,
+    /// Why more disks may be assigned than is known: what could not be read.
+    pub unread: Vec<String>,
     /// A directory whose disk carries the retention.
     pub retention: Option<PathBuf>,
     /// Whether a disk that seems unused is opened exclusively, for reading, to see whether it is. Who is about
@@ -146,7 +152,13 @@ pub struct Options {
 impl Default for Options {
     /// No loop devices, nothing assigned, no retention, exclusive openers are looked for.
     fn default() -> Options {
-        Options { include_loop: false, assigned: BTreeMap::new(), retention: None, probe_exclusive: true }
+        Options {
+            include_loop: false,
+            assigned: BTreeMap::new(),
+            unread: Vec::new(),
+            retention: None,
+            probe_exclusive: true,
+        }
     }
 }
 
@@ -176,6 +188,9 @@ pub fn discover(sysroot: &Sysroot, options: &Options) -> Result<Vec<Disk>, Error
         }
         disks.extend(describe(sysroot, options, &usage, name, transport, map));
     }
+    for map in maps.iter().filter(|map| map.paths.is_empty()) {
+        disks.extend(describe(sysroot, options, &usage, &map.name, Transport::Scsi, Some(map)));
+    }
     look_again(sysroot, &mut disks);
     mark_clones(&mut disks);
     Ok(disks.into_iter().map(|sketch| sketch.finish(options)).collect())
@@ -204,7 +219,10 @@ fn multipath(sysroot: &Sysroot, name: &str) -> Option<Map> {
     if !name.starts_with("dm-") || !sysroot.text(format!("sys/block/{name}/dm/uuid"))?.starts_with("mpath-") {
         return None;
     }
-    Some(Map { name: name.to_owned(), paths: sysroot.names(format!("sys/block/{name}/slaves")) })
+    // A path that went stays a slave until the map is loaded anew.
+    let mut paths = sysroot.names(format!("sys/block/{name}/slaves"));
+    paths.retain(|path| sysroot.path(format!("sys/block/{path}")).exists());
+    Some(Map { name: name.to_owned(), paths })
 }
 
 /// A disk whose role is not decided yet.
@@ -213,6 +231,8 @@ struct Sketch {
     found: roles::Findings,
     claim: Claim,
     clone: bool,
+    /// Whether the page that should identify it is damaged.
+    damaged: bool,
 }
 
 fn describe(
@@ -227,9 +247,14 @@ fn describe(
     if transport == Transport::Loop {
         identity::backing_file(sysroot, name)?;
     }
-    let Identity { id, serial, vendor, model, notes } =
-        identity::discover(sysroot, name, &path_devno, transport);
+    let pathless = map.is_some_and(|map| map.paths.is_empty());
+    let Identity { id, serial, vendor, model, notes, damaged } = if pathless {
+        identity::of_map(sysroot, name)
+    } else {
+        identity::discover(sysroot, name, &path_devno, transport)
+    };
     let mut problems = notes;
+    problems.extend_from_slice(usage.unknown());
     let own = map.map_or(name, |map| map.name.as_str());
     let paths = map.map_or_else(|| vec![name.to_owned()], |map| map.paths.clone());
     for path in paths.iter().filter(|path| path.as_str() != name) {
@@ -246,6 +271,11 @@ fn describe(
         // What has hold of a single path, past the map.
         paths.iter().for_each(|path| found.add(usage.of(sysroot, path, Some(own))));
     }
+    if pathless {
+        // What used it does so still, and goes on once a path comes back, under whatever name.
+        found.held = true;
+        found.evidence.push(format!("{own} is a multipath map that has no path left"));
+    }
     let attribute = |attribute: &str| sysroot.number(format!("sys/block/{own}/{attribute}"));
     let sectors = attribute("size").unwrap_or(0);
     let node = PathBuf::from("/dev").join(own.replace('!', "/"));
@@ -257,6 +287,11 @@ fn describe(
     };
     let sector = |name: &str| attribute(name).and_then(|bytes| u32::try_from(bytes).ok());
     let logical_sector = sector("queue/logical_block_size").unwrap_or(512);
+    let devno = if map.is_some() { sysroot.text(format!("sys/block/{own}/dev"))? } else { path_devno };
+    let hctl = (transport == Transport::Scsi).then(|| hctl(sysroot, name)).flatten();
+    if is_gone(sysroot, own, &devno) {
+        return None;
+    }
     let (id, id_source) = id.unzip();
     let filled = |text: Option<String>| text.filter(|text| !text.is_empty());
     let disk = Disk {
@@ -264,8 +299,8 @@ fn describe(
         id_source,
         name: own.to_owned(),
         node,
-        devno: if map.is_some() { sysroot.text(format!("sys/block/{own}/dev"))? } else { path_devno },
-        hctl: (transport == Transport::Scsi).then(|| hctl(sysroot, name)).flatten(),
+        devno,
+        hctl,
         // sysfs counts in units of 512 bytes, whatever the sector size.
         size: ByteLen(sectors.saturating_mul(512)),
         logical_sector,
@@ -279,7 +314,15 @@ fn describe(
         evidence: Vec::new(),
         problems,
     };
-    Some(Sketch { disk, found, claim, clone: false })
+    Some(Sketch { disk, found, claim, clone: false, damaged })
+}
+
+/// Whether a disk went, or is going, so that what was read of it may be half of the truth: the kernel takes its size
+/// before its number, and that before its name.
+fn is_gone(sysroot: &Sysroot, name: &str, devno: &str) -> bool {
+    let state = sysroot.text(format!("sys/block/{name}/device/state")).unwrap_or_default();
+    matches!(state.as_str(), "cancel" | "deleted")
+        || sysroot.text(format!("sys/block/{name}/dev")).as_deref() != Some(devno)
 }
 
 /// Host, channel, target and LUN: the last part of the way to the SCSI device.
@@ -322,7 +365,7 @@ fn mark_clones(disks: &mut [Sketch]) {
 impl Sketch {
     /// Decides the role and writes the evidence down.
     fn finish(self, options: &Options) -> Disk {
-        let Sketch { mut disk, found, claim, clone } = self;
+        let Sketch { mut disk, found, claim, clone, damaged } = self;
         let machine = disk.id.as_ref().and_then(|id| options.assigned.get(id));
         let taken = match &claim {
             Claim::None => false,
@@ -341,6 +384,9 @@ impl Sketch {
             Role::NoUuid
         } else if machine.is_some() {
             Role::Assigned
+        } else if !options.unread.is_empty() {
+            disk.problems.push(format!("whether it is assigned is not known: {}", options.unread.join("; ")));
+            Role::Unknown
         } else {
             Role::Free
         };
@@ -352,7 +398,7 @@ impl Sketch {
         evidence.extend(machine.map(|machine| format!("it is assigned to the machine {machine}")));
         disk.evidence = evidence;
         match &disk.id {
-            None => disk.problems.push(no_uuid(&disk).to_owned()),
+            None => disk.problems.push(no_uuid(&disk, damaged).to_owned()),
             Some(id) if id.is_weak() => disk.problems.push(
                 "its identity is only a serial: it is unique if whoever gave it took care of that".to_owned(),
             ),
@@ -369,9 +415,12 @@ impl Sketch {
 }
 
 /// What to do about a disk without an identity.
-fn no_uuid(disk: &Disk) -> &'static str {
+fn no_uuid(disk: &Disk, damaged: bool) -> &'static str {
     let vendor = disk.vendor.as_deref().unwrap_or_default();
-    if vendor.eq_ignore_ascii_case("VMware") {
+    if damaged {
+        "no UUID: its VPD page 0x83, which should tell this disk from others, is damaged, and page 0x80 gives no serial. \
+         No setting is missing: mend what presents this disk, or attach it through another controller"
+    } else if vendor.eq_ignore_ascii_case("VMware") {
         "no UUID: the virtual machine lacks disk.EnableUUID. Power the VM off, add the row `disk.EnableUUID` = `TRUE` \
          (without quotes) under the advanced configuration parameters, and power it on"
     } else if vendor.eq_ignore_ascii_case("QEMU") {

@@ -2,7 +2,9 @@
 //!
 //! This answers one question: would something be lost? So it looks at the places where partition tables, file
 //! systems, volume managers and swap announce themselves, and believes each of them. All of these places lie in
-//! the first and the last MiB; nothing between is read.
+//! the first and the last MiB. Where nothing announces itself there, places all over the disk are looked at: data
+//! without a signature, or whose signature was wiped, is data all the same. To read all of a large disk would take
+//! hours, so [`Content`] says what was looked at.
 #![deny(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -36,41 +38,49 @@ impl fmt::Display for Signature {
     }
 }
 
-/// What the first and the last MiB of a disk hold.
+/// What was found on a disk.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct Content {
-    /// All signatures that were found, by their place.
+    /// All signatures that were found in the first and the last MiB, by their place.
     pub signatures: Vec<Signature>,
-    /// Whether all of the bytes that were looked at are zero.
-    pub zero: bool,
+    /// Where the first byte lies that is not zero, of those that were looked at.
+    pub first_data: Option<u64>,
+    /// At how many places between the first and the last MiB it was looked; `None` where all of the disk was.
+    pub places: Option<u64>,
 }
 
 impl Content {
-    /// Whether nothing is lost, as far as the ends of the disk tell: no signature, and nothing but zeros.
+    /// Whether nothing was found: no signature, and nothing but zeros. [`Content::places`] says how much that says.
     pub fn is_blank(&self) -> bool {
-        self.signatures.is_empty() && self.zero
+        self.signatures.is_empty() && self.first_data.is_none()
     }
 }
 
 impl fmt::Display for Content {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.is_blank() {
-            return f.write_str("blank");
-        }
-        if self.signatures.is_empty() {
-            return f.write_str("data of an unknown kind");
-        }
         for (at, signature) in self.signatures.iter().enumerate() {
             write!(f, "{}{signature}", if at > 0 { ", " } else { "" })?;
         }
-        Ok(())
+        match (self.signatures.is_empty(), self.first_data, self.places) {
+            (false, _, _) => Ok(()),
+            (true, Some(at), _) => write!(f, "data without a known signature (at byte {at})"),
+            (true, None, None) => f.write_str("nothing but zeros"),
+            (true, None, Some(places)) => write!(
+                f,
+                "nothing found in its first and last MiB and at {places} places between, and not looked further"
+            ),
+        }
     }
 }
 
 /// How much is read at either end.
 const END: u64 = 1 << 20;
+/// How many places between are looked at, and how much is read at each. A disk that turns takes some seconds.
+const PLACES: u64 = 512;
+const PLACE: u64 = 4096;
 
-/// Reads both ends of `source` and looks for signatures. Errors are those of reading.
+/// Reads both ends of `source` and looks for signatures; where there is nothing, looks for any data between. Errors
+/// are those of reading.
 pub fn probe(source: &impl ReadAt) -> Result<Content, IoError> {
     let size = source.size();
     let len = usize::try_from(size.min(END)).unwrap_or(0);
@@ -80,7 +90,33 @@ pub fn probe(source: &impl ReadAt) -> Result<Content, IoError> {
     let start = size.saturating_sub(END);
     let mut tail = vec![0; len];
     source.read_at(start, &mut tail)?;
-    Ok(parse(&head, &tail, size))
+    let mut content = parse(&head, &tail, size);
+    if !content.is_blank() {
+        return Ok(content);
+    }
+    let blocks = start.saturating_sub(END).div_ceil(PLACE);
+    let places = blocks.min(PLACES);
+    let mut place = vec![0; usize::try_from(PLACE).unwrap_or(0)];
+    for index in 0..places {
+        // The first and the last block, and evenly spread ones between; on a small disk that is each of them.
+        let last = places.saturating_sub(1).max(1);
+        let block = index.saturating_mul(blocks.saturating_sub(1)).checked_div(last).unwrap_or(0);
+        let at = END.saturating_add(block.saturating_mul(PLACE));
+        // The last block may reach into the tail.
+        source.read_at(at, &mut place)?;
+        content.first_data = first_data(&place, at);
+        if content.first_data.is_some() {
+            break;
+        }
+    }
+    content.places = (places < blocks).then_some(places);
+    Ok(content)
+}
+
+/// Where the first byte lies that is not zero, of some that begin at `from`.
+fn first_data(bytes: &[u8], from: u64) -> Option<u64> {
+    let at = bytes.iter().position(|&byte| byte != 0)?;
+    from.checked_add(u64::try_from(at).ok()?)
 }
 
 /// Looks for signatures on a block device or an image that is open for reading, through the page cache.
@@ -89,6 +125,8 @@ pub fn probe_file(file: &File, target: &str) -> Result<Content, IoError> {
     let mut position = file;
     let size =
         position.seek(SeekFrom::End(0)).map_err(|error| IoError::new("seek to the end of", target, error))?;
+    // What lies beside the places that are looked at is not wanted. Where the advice is not taken it only takes longer.
+    nix::fcntl::posix_fadvise(file, 0, 0, nix::fcntl::PosixFadviseAdvice::POSIX_FADV_RANDOM).ok();
     probe(&Cached { file, target, size })
 }
 
@@ -206,8 +244,8 @@ pub fn parse(head: &[u8], tail: &[u8], size: u64) -> Content {
     }
     signatures.sort_by_key(|found| found.at);
     signatures.dedup();
-    let zero = head.iter().chain(tail).all(|&byte| byte == 0);
-    Content { signatures, zero }
+    let first_data = first_data(head, 0).or_else(|| first_data(tail, ends.start));
+    Content { signatures, first_data, places: Some(0) }
 }
 
 /// The two ends of a disk, addressed by offsets on the disk.
@@ -421,15 +459,51 @@ mod tests {
     }
 
     #[test]
-    fn blank_is_all_zeros_at_both_ends() {
+    fn a_disk_is_blank_where_nothing_is_found_and_says_where_it_looked() {
         let image = image(&["true"]).unwrap();
-        assert!(content(&image).is_blank());
+        let found = content(&image);
+        assert!(found.is_blank() && found.places == Some(512));
+        assert!(found.to_string().contains("first and last MiB and at 512 places between"), "{found}");
         image.as_file().write_all_at(&[1], SIZE - 1).unwrap();
         let found = content(&image);
         assert!(!found.is_blank() && found.signatures.is_empty());
-        assert_eq!(found.to_string(), "data of an unknown kind");
+        assert_eq!(found.to_string(), format!("data without a known signature (at byte {})", SIZE - 1));
         let empty = tempfile::NamedTempFile::new().unwrap();
         assert!(content(&empty).is_blank());
+    }
+
+    #[test]
+    fn data_between_the_ends_is_found() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let file = image.as_file();
+        file.set_len(SIZE).unwrap();
+        // A run of a hundredth of the disk, wherever it lies: also right behind the head and right before the tail.
+        let run = vec![0xa5; (SIZE / 100) as usize];
+        for from in [END, 2 << 20, SIZE / 2, SIZE - END - run.len() as u64] {
+            file.write_all_at(&run, from).unwrap();
+            let found = content(&image);
+            let at = found.first_data.unwrap();
+            assert!(!found.is_blank() && (from..from + run.len() as u64).contains(&at), "{from}: {found:?}");
+            file.write_all_at(&vec![0; run.len()], from).unwrap();
+            assert!(content(&image).is_blank());
+        }
+    }
+
+    #[test]
+    fn all_of_a_small_disk_is_looked_at() {
+        for size in [4096, END, END + 512, 2 * END, 2 * END + 512, 4 * END] {
+            let image = tempfile::NamedTempFile::new().unwrap();
+            let file = image.as_file();
+            file.set_len(size).unwrap();
+            let found = content(&image);
+            assert!(found.is_blank() && found.places.is_none(), "{size}: {found:?}");
+            assert_eq!(found.to_string(), "nothing but zeros");
+            for at in (0..size).step_by(4096 * 7 + 511).chain([size - 1]) {
+                file.write_all_at(&[1], at).unwrap();
+                assert_eq!(content(&image).first_data, Some(at), "of {size} bytes");
+                file.write_all_at(&[0], at).unwrap();
+            }
+        }
     }
 
     proptest! {

@@ -34,10 +34,12 @@ impl Address {
 #[error("no address: give HOST or HOST:PORT, as in mt.example.org:9443, 192.0.2.7 or [2001:db8::7]:9443")]
 pub struct ParseAddressError;
 
-impl FromStr for Address {
-    type Err = ParseAddressError;
-
-    fn from_str(text: &str) -> Result<Address, ParseAddressError> {
+impl Address {
+    /// `HOST[:PORT]`, at `default` where it has no port.
+    ///
+    /// # Errors
+    /// Also where `default` is needed and is 0.
+    pub fn parse(text: &str, default: u16) -> Result<Address, ParseAddressError> {
         let (host, port) = if let Some(rest) = text.strip_prefix('[') {
             let (host, port) = rest.split_once(']').ok_or(ParseAddressError)?;
             host.parse::<Ipv6Addr>().map_err(|_| ParseAddressError)?;
@@ -56,7 +58,7 @@ impl FromStr for Address {
         let named = host.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_' | b':'));
         let fits = (1..=Address::MAX_HOST).contains(&host.len()) && !host.starts_with(['-', '.']);
         let port = match port {
-            None => DEFAULT_PORT,
+            None => default,
             // `parse` alone would take `+9443`.
             Some(port) if port.bytes().all(|b| b.is_ascii_digit()) => {
                 port.parse().map_err(|_| ParseAddressError)?
@@ -68,6 +70,14 @@ impl FromStr for Address {
         } else {
             Err(ParseAddressError)
         }
+    }
+}
+
+impl FromStr for Address {
+    type Err = ParseAddressError;
+
+    fn from_str(text: &str) -> Result<Address, ParseAddressError> {
+        Address::parse(text, DEFAULT_PORT)
     }
 }
 

@@ -41,7 +41,10 @@ pub fn unpack(encoding: Encoding, packed: &[u8], plain: &mut [u8]) -> io::Result
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "raw bytes are not compressed"));
         }
         Encoding::Lz4 => lz4_flex::block::decompress_into(packed, plain).map_err(io::Error::other)?,
-        Encoding::Zstd => zstd::bulk::decompress_to_buffer(packed, plain)?,
+        Encoding::Zstd => {
+            one_frame(packed)?;
+            zstd::bulk::decompress_to_buffer(packed, plain)?
+        }
     };
     if len == plain.len() {
         Ok(())
@@ -51,9 +54,37 @@ pub fn unpack(encoding: Encoding, packed: &[u8], plain: &mut [u8]) -> io::Result
     }
 }
 
+/// The decoder takes any number of frames, and skips those of other formats: here is one and nothing else.
+fn one_frame(packed: &[u8]) -> io::Result<()> {
+    const MAGIC: [u8; 4] = 0xfd2f_b528_u32.to_le_bytes();
+    match zstd::zstd_safe::find_frame_compressed_size(packed) {
+        Ok(len) if len == packed.len() && packed.starts_with(&MAGIC) => Ok(()),
+        _ => Err(io::Error::new(io::ErrorKind::InvalidData, "not one Zstandard frame")),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_zstandard_payload_is_one_frame() {
+        let plain = [7; 4096];
+        let mut half = Vec::new();
+        assert!(pack(Encoding::Zstd, &plain[..2048], &mut half));
+        let mut whole = Vec::new();
+        assert!(pack(Encoding::Zstd, &plain, &mut whole));
+        let skippable = [&0x184d_2a50_u32.to_le_bytes()[..], &4_u32.to_le_bytes(), b"skip"].concat();
+        let mut out = [0; 4096];
+        unpack(Encoding::Zstd, &whole, &mut out).unwrap();
+        for several in [
+            [half.clone(), half].concat(),
+            [whole.clone(), skippable.clone()].concat(),
+            [skippable, whole].concat(),
+        ] {
+            assert!(unpack(Encoding::Zstd, &several, &mut out).is_err());
+        }
+    }
 
     #[test]
     fn what_was_packed_comes_back_and_only_where_it_got_smaller() {

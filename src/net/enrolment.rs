@@ -16,6 +16,7 @@ use super::token::{Refusal, Secret, Token, TokenStore};
 use super::wire;
 use crate::error::IoError;
 use crate::name::Name;
+use crate::units::rfc3339;
 
 /// How long a client does well to wait for each of the connection with its handshake, and the answer.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -25,7 +26,7 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 pub enum Error {
     /// The token's time is over, by this machine's clock.
     #[error(
-        "the token expired at {at}: make a new one with `mt-agent token create` on the master target (or set this machine's clock)"
+        "the token expired at {}: make a new one with `mt-agent token create` on the master target (or set this machine's clock)", rfc3339(*at)
     )]
     Expired {
         /// When.
@@ -71,6 +72,7 @@ pub async fn enroll(token: &Token, state_dir: &Path, patience: Duration) -> Resu
     if OffsetDateTime::now_utc() >= token.expires {
         return Err(Error::Expired { at: token.expires });
     }
+    client::Identity::rehearse(state_dir, &token.machine)?;
     let key = KeyPair::generate().map_err(Error::Key)?;
     let mut params = CertificateParams::default();
     // The server passes over all names in a request, so that none is put in.

@@ -67,7 +67,12 @@ pub fn parse<T: Message>(payload: &[u8]) -> Result<T, CodecError> {
     if !fits(payload.len()) {
         return Err(CodecError::TooLong { kind: T::KIND, len: payload.len() });
     }
-    serde_json::from_slice(payload).map_err(|source| CodecError::Json { kind: T::KIND, source })
+    let wrong = |source| CodecError::Json { kind: T::KIND, source };
+    // The derived code would take an array of the members for the message as well.
+    if payload.trim_ascii_start().first() != Some(&b'{') {
+        return Err(wrong(serde::de::Error::custom("not a JSON object")));
+    }
+    serde_json::from_slice(payload).map_err(wrong)
 }
 
 /// The payload that carries `message`.
@@ -86,8 +91,9 @@ pub fn encode<T: Message>(message: &T) -> Result<Vec<u8>, CodecError> {
 /// The client's first message.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Hello {
-    /// Every protocol version that the client speaks.
-    pub protocol: Vec<u16>,
+    /// Every protocol version that the client speaks. Wider than a version ever is: a number that this agent cannot
+    /// speak must not keep it from one that it can.
+    pub protocol: Vec<u64>,
     /// Features that the client can use; the server passes over those that it does not know.
     #[serde(default)]
     pub features: Vec<String>,
@@ -103,7 +109,7 @@ impl Hello {
     /// What this agent offers.
     pub fn ours() -> Hello {
         let features = FEATURES.map(str::to_owned).to_vec();
-        Hello { protocol: vec![PROTOCOL], features, required: Vec::new(), agent: agent() }
+        Hello { protocol: vec![PROTOCOL.into()], features, required: Vec::new(), agent: agent() }
     }
 }
 
@@ -126,7 +132,7 @@ impl HelloReply {
     /// # Errors
     /// The message to refuse it with: [`Code::UnsupportedVersion`] or [`Code::UnsupportedFeature`].
     pub fn to(hello: &Hello) -> Result<HelloReply, Error> {
-        if !hello.protocol.contains(&PROTOCOL) {
+        if !hello.protocol.contains(&PROTOCOL.into()) {
             let text = format!(
                 "the client speaks protocol {:?}, this agent {PROTOCOL}: install the same version on both sides",
                 hello.protocol
@@ -227,6 +233,9 @@ pub enum PassKind {
     /// What is different from the point at which the volume stands, or more than that: what is overwritten is saved
     /// first, so that the point can be gone back to.
     Delta,
+    /// A kind that this version does not know, from a newer peer.
+    #[serde(other)]
+    Unknown,
 }
 
 /// The start of a pass.
@@ -291,7 +300,7 @@ pub struct Notice {
 
 /// Why the other side gives up: the last frame before it closes the connection.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, thiserror::Error)]
-#[error("{message} ({code})")]
+#[error("{} ({code})", printable(message))]
 pub struct Error {
     /// For programs.
     pub code: Code,
@@ -311,6 +320,15 @@ impl Error {
         }
         Error { code, message }
     }
+}
+
+/// A peer's text as it may be shown: whatever could move the cursor or begin another line is escaped.
+fn printable(text: &str) -> String {
+    let mut shown = String::new();
+    for char in text.chars() {
+        if char.is_control() { shown.extend(char.escape_default()) } else { shown.push(char) }
+    }
+    shown
 }
 
 /// What kind of error it is, and so what to do about it.
@@ -517,6 +535,9 @@ mod tests {
         assert!(parse::<Open>(br#"{"disk":"../sda","size":1,"sector":512}"#).is_err());
         assert!(parse::<Open>(br#"{"disk":"sda","size":-1,"sector":512}"#).is_err());
         assert!(parse::<BeginReply>(b"{} {}").is_err());
+        assert!(parse::<BeginReply>(b"[]").is_err());
+        assert!(parse::<Hello>(br#"[[1],[],[],""]"#).is_err());
+        assert_eq!(parse::<BeginReply>(b" \r\n\t{ }\n").unwrap(), BeginReply {});
         assert!(parse::<Hello>(&b"[".repeat(10_000)).is_err());
     }
 
@@ -535,8 +556,8 @@ mod tests {
 
     #[test]
     fn versions_are_negotiated_and_features_refused_by_name() {
-        let offer = |protocol: &[u16]| Hello { protocol: protocol.to_vec(), ..Hello::ours() };
-        assert_eq!(HelloReply::to(&offer(&[1, 2, 9])).unwrap().protocol, 1);
+        let offer = |protocol: &[u64]| Hello { protocol: protocol.to_vec(), ..Hello::ours() };
+        assert_eq!(HelloReply::to(&offer(&[1, 2, 1 << 40])).unwrap().protocol, 1);
         for offered in [&[][..], &[0], &[2, 3]] {
             assert_eq!(HelloReply::to(&offer(offered)).unwrap_err().code, Code::UnsupportedVersion);
         }
@@ -583,6 +604,12 @@ mod tests {
             assert_eq!(serde_json::to_string(&code).unwrap(), json);
             assert_eq!(serde_json::from_str::<Code>(&json).unwrap(), code);
         }
+    }
+
+    #[test]
+    fn what_a_peer_says_cannot_write_over_the_terminal() {
+        let error: Error = parse(r#"{"code":"io","message":"\u001b[2Ja\nb\r\u009bé"}"#.as_bytes()).unwrap();
+        assert_eq!(error.to_string(), r"\u{1b}[2Ja\nb\r\u{9b}é (io)");
     }
 
     #[test]

@@ -6,14 +6,16 @@
 //! is answered after the volume's flush succeeded and the host's record of it is durable.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::net::SocketAddr;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use time::OffsetDateTime;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf, ReadHalf, WriteHalf};
 use tokio::sync::{Mutex, Notify, oneshot, watch};
 use tokio::time::timeout;
 
@@ -89,7 +91,7 @@ pub type Decision = oneshot::Receiver<Result<OffsetDateTime, message::Error>>;
 pub struct Patience {
     /// For a message that the protocol's state demands.
     pub handshake: Duration,
-    /// For the next frame of an open pass.
+    /// For a sign of life in an open pass, while the server has nothing left to carry out.
     pub idle: Duration,
 }
 
@@ -180,6 +182,43 @@ async fn within<T>(limit: Duration, next: impl Future<Output = Result<T, wire::E
     }
 }
 
+/// Waits in a pass, where silence is normal: a peer that waits for window has nothing to say. It is given up after
+/// `idle`, and at most twice that, in which nothing was under way to the disk, no byte came and no window went back.
+async fn patiently<T>(
+    report: &Report,
+    idle: Duration,
+    next: impl Future<Output = Result<T, wire::Error>>,
+) -> Result<T, Error> {
+    let mut next = pin!(next);
+    loop {
+        let before = report.signs();
+        match timeout(idle, &mut next).await {
+            Ok(result) => return Ok(result?),
+            Err(_) if report.is_busy() || report.signs() != before => {}
+            Err(_) => return Err(Error::Silent(idle)),
+        }
+    }
+}
+
+/// A peer's bytes, each of them a sign of life.
+struct Heard<'a, R> {
+    reader: &'a mut R,
+    report: Arc<Report>,
+}
+
+impl<R: AsyncRead + Unpin> AsyncRead for Heard<'_, R> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        let poll = Pin::new(&mut *self.reader).poll_read(cx, buf);
+        self.report.heard.fetch_add((buf.filled().len() - before) as u64, Ordering::Relaxed);
+        poll
+    }
+}
+
 /// Waits until the service stops.
 async fn stopped(stopping: &mut watch::Receiver<bool>) -> Error {
     if stopping.wait_for(|stop| *stop).await.is_err() {
@@ -262,6 +301,7 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
         report: report.clone(),
         window,
         source_size,
+        encodings: reply.compression.clone(),
         patience,
         pass: None,
         compressed: Vec::new(),
@@ -301,6 +341,10 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
 struct Report {
     frames: AtomicU64,
     cost: AtomicU64,
+    /// What was taken on of the same costs: as long as it is more, the volume is at work.
+    taken: AtomicU64,
+    /// Bytes that came from the peer.
+    heard: AtomicU64,
     /// Progress to report, or `closing`.
     news: Notify,
     flushed: Notify,
@@ -345,6 +389,16 @@ impl Report {
         })
     }
 
+    /// Grows with every byte that comes and every bit of window that goes back.
+    fn signs(&self) -> (u64, u64) {
+        (self.heard.load(Ordering::Relaxed), self.cost.load(Ordering::Acquire))
+    }
+
+    /// Whether the volume has something to carry out. Called by the task that hands it over, and no other.
+    fn is_busy(&self) -> bool {
+        self.taken.load(Ordering::Relaxed) != self.cost.load(Ordering::Acquire)
+    }
+
     fn give_back(&self, frames: u64, cost: u64) {
         self.frames.fetch_add(frames, Ordering::Relaxed);
         // Released after the count of frames, and acquired before it.
@@ -372,6 +426,8 @@ struct Receiving {
     report: Arc<Report>,
     window: u64,
     source_size: u64,
+    /// How payloads may be encoded, besides raw.
+    encodings: Vec<Encoding>,
     patience: Patience,
     pass: Option<Pass>,
     /// Holds a compressed payload; at most one data frame long.
@@ -394,10 +450,23 @@ struct Pass {
     covered: Coverage,
 }
 
+impl Pass {
+    /// Whether this is the number of the next frame.
+    fn expect(&self, sequence: u64) -> Result<(), Error> {
+        if sequence == self.sequence {
+            return Ok(());
+        }
+        Err(protocol(format!("frame {sequence} came where {} was due", self.sequence)))
+    }
+}
+
 /// Which bytes of the volume a pass has brought: runs that do not touch, by their starts. A sender that goes
 /// through its disk in order has one.
 #[derive(Debug, Default)]
 struct Coverage(BTreeMap<u64, u64>);
+
+/// How many frames of a pass may arrive damaged: more are no accident, and each leaves a line in the log.
+const MOST_DAMAGED: u32 = 64;
 
 /// How scattered the frames of a pass may be: bounds what is remembered of it.
 const MOST_RUNS: usize = 4096;
@@ -466,8 +535,11 @@ impl Receiving {
         reader: &mut ReadHalf<S>,
         writer: &Mutex<WriteHalf<S>>,
     ) -> Result<(), Error> {
+        let (report, idle) = (self.report.clone(), self.patience.idle);
+        let reader = &mut Heard { reader, report: report.clone() };
+        let mut damaged = 0;
         loop {
-            let header = match within(self.patience.idle, wire::read_header(reader)).await {
+            let header = match patiently(&report, idle, wire::read_header(reader)).await {
                 Err(Error::Wire(wire::Error::Closed))
                     if !self.pass.as_ref().is_some_and(|pass| pass.open) =>
                 {
@@ -487,11 +559,18 @@ impl Receiving {
                     // This is where a slow disk slows its sender down, for as long as it takes: the window is
                     // the arena, so the wait is for a gap that is large enough. At most one data frame long.
                     let buffer = self.volume.arena().alloc(extent.len() as usize).await;
-                    if within(self.patience.idle, self.data(reader, &header, extent, buffer)).await? {
+                    if patiently(&report, idle, self.data(reader, &header, extent, buffer)).await? {
                         if let Some(pass) = &mut self.pass {
                             pass.covered.add(extent)?;
                         }
                     } else {
+                        damaged += 1;
+                        if damaged > MOST_DAMAGED {
+                            let text = format!(
+                                "over {MOST_DAMAGED} frames of the pass arrived damaged: it is given up"
+                            );
+                            return Err(message::Error::new(Code::BadChecksum, text).into());
+                        }
                         wire::write_header(&mut *writer.lock().await, &Header::refused(&header)).await?;
                     }
                 }
@@ -501,6 +580,7 @@ impl Receiving {
                         pass.zeroed += extent.len();
                         pass.covered.add(extent)?;
                     }
+                    report.taken.fetch_add(header.window_cost(), Ordering::Relaxed);
                     self.volume.zero(extent, header.window_cost()).map_err(out_of_range)?;
                 }
                 Kind::Commit => {
@@ -510,7 +590,7 @@ impl Receiving {
                     // other disks.
                     let mut next = pin!(wire::read_header(reader));
                     let committed = tokio::select! {
-                        committed = self.commit(commit) => committed?,
+                        committed = self.commit(header.sequence, commit) => committed?,
                         early = &mut next => return Err(early.map_or_else(Error::from, after_the_commit)),
                     };
                     wire::write_message(&mut *writer.lock().await, header.sequence, &committed).await?;
@@ -532,6 +612,10 @@ impl Receiving {
     async fn begin(&mut self, begin: Begin) -> Result<(), Error> {
         if self.pass.is_some() {
             return Err(protocol("a connection carries one pass"));
+        }
+        if begin.kind == PassKind::Unknown {
+            let text = "the client asks for a kind of pass that this agent does not have; it has `initial` and `delta`";
+            return Err(message::Error::new(Code::UnsupportedFeature, text).into());
         }
         let (id, kind) = (begin.pass, begin.kind);
         if let Some(writer) = self.record(move |passes| passes.begin(&begin)).await? {
@@ -556,9 +640,12 @@ impl Receiving {
         let Some(pass) = self.pass.as_mut().filter(|pass| pass.open) else {
             return Err(protocol("data outside of a pass"));
         };
-        if header.sequence != pass.sequence {
-            let text = format!("frame {} came where {} was due", header.sequence, pass.sequence);
-            return Err(protocol(text));
+        pass.expect(header.sequence)?;
+        if header.encoding != Encoding::Raw && !self.encodings.contains(&header.encoding) {
+            return Err(protocol(format!(
+                "a payload in {}, which was not agreed on",
+                header.encoding.name()
+            )));
         }
         let returned = self.report.cost.load(Ordering::Acquire);
         let outstanding = pass.cost + header.window_cost() - returned;
@@ -602,6 +689,7 @@ impl Receiving {
                 self.counters.refused_frames.fetch_add(1, Ordering::Relaxed);
                 self.counters.received_bytes.fetch_sub(extent.len(), Ordering::Relaxed);
                 tracing::warn!(frame = header.sequence, %extent, "refused a payload whose checksum does not hold");
+                self.report.taken.fetch_add(cost, Ordering::Relaxed);
                 self.report.give_back(1, cost);
                 return Ok(false);
             }
@@ -614,13 +702,14 @@ impl Receiving {
         if let Some(pass) = &mut self.pass {
             pass.written += extent.len();
         }
+        self.report.taken.fetch_add(cost, Ordering::Relaxed);
         if self.volume.write(extent.offset(), buffer, cost).is_err() {
             unreachable!("the range was checked before its payload was read");
         }
         Ok(true)
     }
 
-    async fn commit(&mut self, commit: Commit) -> Result<Committed, Error> {
+    async fn commit(&mut self, sequence: u64, commit: Commit) -> Result<Committed, Error> {
         let Some(pass) = self.pass.as_mut().filter(|pass| pass.open && pass.id == commit.pass) else {
             return Err(protocol("a commit of a pass that is not open"));
         };
@@ -632,6 +721,7 @@ impl Receiving {
             );
             return Err(protocol(text));
         }
+        pass.expect(sequence)?;
         // An initial pass leaves nothing out: what it does not send it makes zero.
         if pass.kind == PassKind::Initial && commit.bytes != self.source_size {
             let text = format!("the pass covers {} of the source's {} bytes", commit.bytes, self.source_size);

@@ -163,6 +163,21 @@ pub enum HandshakeError {
     Io(#[source] io::Error),
 }
 
+impl HandshakeError {
+    /// Whether the two sides do not belong together (yet), rather than that the connection failed.
+    pub fn is_refusal(&self) -> bool {
+        match self {
+            HandshakeError::NotTls(_)
+            | HandshakeError::Incompatible(_)
+            | HandshakeError::ForeignCertificate(_)
+            | HandshakeError::WrongServer
+            | HandshakeError::OutOfTime(_)
+            | HandshakeError::CertificateRefused(_) => true,
+            HandshakeError::Tls(_) | HandshakeError::Io(_) => false,
+        }
+    }
+}
+
 impl From<rustls::Error> for HandshakeError {
     fn from(error: rustls::Error) -> HandshakeError {
         use rustls::Error as E;

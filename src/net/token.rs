@@ -22,6 +22,8 @@
 //! crash after it leaves it used, with nothing handed out or with a reply that was lost: the administrator makes
 //! another one. A full disk can make the rename fail, and then nothing is handed out either. There is no order of
 //! events in which a token is used twice.
+//!
+//! Revoking is such a rename too, to `tokens/revoked/`, so that who tries the token is told what happened to it.
 
 use std::fmt;
 use std::fs;
@@ -191,9 +193,12 @@ pub enum Error {
 /// Why a token is not redeemed.
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
-    /// No token has this secret: it is wrong, was revoked, or is long forgotten.
+    /// No token has this secret: it is wrong, or is long forgotten.
     #[error("the token is unknown here")]
     Unknown,
+    /// It was revoked.
+    #[error("the token was revoked")]
+    Revoked,
     /// Its time is over.
     #[error("the token has expired")]
     Expired,
@@ -256,6 +261,8 @@ pub enum State {
     Used,
     /// It was not used in its time.
     Expired,
+    /// It was made unusable.
+    Revoked,
 }
 
 /// One token of a list.
@@ -289,6 +296,10 @@ impl TokenStore {
 
     fn used_dir(&self) -> PathBuf {
         self.dir.join("used")
+    }
+
+    fn revoked_dir(&self) -> PathBuf {
+        self.dir.join("revoked")
     }
 
     /// Makes a token for `machine` that lives for `life`, and forgets those that are long over.
@@ -331,10 +342,13 @@ impl TokenStore {
         let from = self.dir.join(&name);
         let to = self.used_dir().join(&name);
         let Some(record) = read(&from)? else {
-            return Err(match read(&to)? {
-                Some(record) if same(&record.secret_sha256, &digest) => Refusal::Used,
-                _ => Refusal::Unknown,
-            });
+            for (path, refusal) in [(&to, Refusal::Used), (&self.revoked_dir().join(&name), Refusal::Revoked)]
+            {
+                if read(path)?.is_some_and(|record| same(&record.secret_sha256, &digest)) {
+                    return Err(refusal);
+                }
+            }
+            return Err(Refusal::Unknown);
         };
         // The name holds a part of the digest only.
         if !same(&record.secret_sha256, &digest) {
@@ -360,12 +374,16 @@ impl TokenStore {
     /// [`Error::Io`].
     pub fn list(&self, now: OffsetDateTime) -> Result<Vec<Entry>, Error> {
         let mut entries = Vec::new();
-        for (dir, used) in [(self.dir.clone(), false), (self.used_dir(), true)] {
+        let dirs = [
+            (self.dir.clone(), State::Waiting),
+            (self.used_dir(), State::Used),
+            (self.revoked_dir(), State::Revoked),
+        ];
+        for (dir, state) in dirs {
             for (path, record) in records(&dir)? {
-                let state = match used {
-                    true => State::Used,
-                    false if now >= record.expires => State::Expired,
-                    false => State::Waiting,
+                let state = match state {
+                    State::Waiting if now >= record.expires => State::Expired,
+                    state => state,
                 };
                 let id = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
                 let Record { machine, created, expires, .. } = record;
@@ -376,24 +394,30 @@ impl TokenStore {
         Ok(entries)
     }
 
-    /// Makes a token that waits unusable.
+    /// Makes a token that waits unusable, and says whose it was.
     ///
     /// # Errors
     /// [`Error::NoSuchToken`] where none waits under this `id`.
-    pub fn revoke(&self, id: &str) -> Result<(), Error> {
+    pub fn revoke(&self, id: &str) -> Result<Name, Error> {
         let no_such = || Error::NoSuchToken { id: id.escape_debug().to_string() };
         if id.len() != 16 || !id.bytes().all(|b| b.is_ascii_hexdigit()) {
             return Err(no_such());
         }
-        match durable::remove(&self.dir.join(format!("{}.json", id.to_ascii_lowercase()))) {
+        let name = format!("{}.json", id.to_ascii_lowercase());
+        let from = self.dir.join(&name);
+        let machine = read(&from)?.ok_or_else(no_such)?.machine;
+        let kept = durable::private_dir(&self.revoked_dir())
+            .and_then(|()| durable::rename(&from, &self.revoked_dir().join(&name)));
+        // On a full disk it cannot be remembered, and can be ended all the same.
+        match kept.or_else(|_| durable::remove(&from)) {
             Err(error) if error.source.kind() == io::ErrorKind::NotFound => Err(no_such()),
-            result => Ok(result?),
+            result => Ok(result.map(|()| machine)?),
         }
     }
 
     /// Forgets what expired long ago.
     fn prune(&self, now: OffsetDateTime) -> Result<(), Error> {
-        for dir in [self.dir.clone(), self.used_dir()] {
+        for dir in [self.dir.clone(), self.used_dir(), self.revoked_dir()] {
             for (path, record) in records(&dir)? {
                 if now - record.expires < REMEMBERED {
                     continue;
@@ -642,8 +666,20 @@ mod tests {
         for bad in ["", "../tls/ca", "0000000000000000", &list[0].id] {
             assert!(matches!(store.revoke(bad), Err(Error::NoSuchToken { .. })), "{bad}");
         }
-        store.revoke(&list[2].id.to_uppercase()).unwrap();
-        assert!(matches!(store.redeem(&waiting.secret, NOW), Err(Refusal::Unknown)));
+        assert_eq!(store.revoke(&list[2].id.to_uppercase()).unwrap(), name("web-01"));
+        assert!(matches!(store.redeem(&waiting.secret, NOW), Err(Refusal::Revoked)));
+        assert_eq!(store.list(NOW).unwrap()[2].state, State::Revoked);
+        assert!(matches!(store.revoke(&list[2].id), Err(Error::NoSuchToken { .. })));
+        // Where it cannot be remembered it is ended all the same.
+        let other = created(&store, NOW);
+        let id =
+            store.list(NOW).unwrap().iter().find(|entry| entry.state == State::Waiting).unwrap().id.clone();
+        let revoked = dir.path().join("tokens/revoked");
+        fs::remove_dir_all(&revoked).unwrap();
+        fs::write(&revoked, "in the way").unwrap();
+        store.revoke(&id).unwrap();
+        fs::remove_file(&revoked).unwrap();
+        assert!(matches!(store.redeem(&other.secret, NOW), Err(Refusal::Unknown)));
         assert!(matches!(store.redeem(&expired.secret, NOW), Err(Refusal::Expired)));
     }
 
@@ -654,6 +690,9 @@ mod tests {
         store.redeem(&used.secret, NOW).unwrap();
         created(&store, NOW + Duration::hours(1) + REMEMBERED - Duration::SECOND);
         assert_eq!(store.list(NOW).unwrap().len(), 3);
+        let waiting =
+            store.list(NOW).unwrap().into_iter().find(|entry| entry.state == State::Waiting).unwrap();
+        store.revoke(&waiting.id).unwrap();
         let later = NOW + Duration::hours(1) + REMEMBERED;
         created(&store, later);
         assert_eq!(store.list(NOW).unwrap().len(), 2);

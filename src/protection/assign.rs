@@ -118,8 +118,8 @@ pub enum Why {
     /// A partition, or another node that is no whole disk.
     #[error("this is not a whole disk; see `mt-agent discover-disks`")]
     NotADisk,
-    /// It carries this host.
-    #[error("it carries this system ({evidence}); choose another disk")]
+    /// It carries this host, or is mounted.
+    #[error("this system uses it ({evidence}); unmount it, or choose another disk")]
     System {
         /// How that is known.
         evidence: String,
@@ -229,7 +229,7 @@ pub struct Planned<'a> {
     pub disk: &'a Disk,
     /// Its identity.
     pub id: DiskId,
-    /// What lies on it, as far as its ends tell; `None` for one that is assigned in just this way already.
+    /// What was found on it; `None` for one that is assigned in just this way already.
     pub content: Option<Content>,
 }
 
@@ -326,7 +326,8 @@ fn check<'a>(request: &Request, disks: &'a [Disk], allowed: Allowed) -> Result<(
         Role::InUse => return Err(Why::InUse { evidence: evidence() }),
         Role::Retention => return Err(Why::Retention),
         Role::Clone => return Err(Why::Clone { evidence: evidence() }),
-        Role::NoUuid | Role::Assigned | Role::Free => {}
+        // Whose it is is looked at with the protections themselves, all of which must be readable then.
+        Role::NoUuid | Role::Assigned | Role::Unknown | Role::Free => {}
     }
     let Some(id) = disk.id.clone() else {
         let hint: String = disk.problems.iter().map(|problem| format!("; {problem}")).collect();

@@ -15,7 +15,7 @@ use super::file::{self, ParseError};
 use super::{Assignment, Commit, Error, Fault, Pass, Protection, State};
 use crate::disk::id::DiskId;
 use crate::durable;
-use crate::error::IoError;
+use crate::error::{IoError, chain};
 use crate::name::Name;
 use crate::pass::PassId;
 
@@ -145,6 +145,28 @@ impl Store {
         Ok(self.owners()?.into_iter().map(|(id, (machine, _))| (id, machine.to_string())).collect())
     }
 
+    /// As [`Store::assigned`], as far as it can be read; and why the rest cannot.
+    pub fn known(&self) -> (BTreeMap<DiskId, String>, Vec<String>) {
+        let (mut assigned, mut unread) = (BTreeMap::<DiskId, String>::new(), Vec::new());
+        for (machine, protection) in self.all().unwrap_or_else(|error| {
+            unread.push(chain(&error));
+            Vec::new()
+        }) {
+            match protection {
+                Ok(protection) => {
+                    for disk in protection.disks {
+                        let owners = assigned.entry(disk.id).or_default();
+                        // More than one only after an edit by hand.
+                        owners.push_str(if owners.is_empty() { "" } else { " and " });
+                        owners.push_str(machine.as_str());
+                    }
+                }
+                Err(error) => unread.push(chain(&error)),
+            }
+        }
+        (assigned, unread)
+    }
+
     /// What `assign` would write, checked as there, but neither locked nor written.
     ///
     /// # Errors
@@ -221,8 +243,42 @@ impl Store {
             return Err(Error::NoMachine { machine: machine.clone() });
         }
         let _exclusive = self.exclusive()?;
-        let loaded = self.load(machine);
-        let (taken, left) = match (loaded, disk) {
+        let (taken, left) = self.without(machine, disk)?;
+        let held = self.not_held(machine)?;
+        match left {
+            Some(protection) => self.write(&protection)?,
+            None => {
+                // A crash before it is durable may bring the file back, whole.
+                durable::remove(&self.file(machine))?;
+                if held.is_some() {
+                    durable::remove(&self.machines.join(format!("{machine}.hold")))?;
+                }
+            }
+        }
+        drop(held);
+        Ok(taken)
+    }
+
+    /// What `remove` would take away, checked as there, but nothing is written.
+    ///
+    /// # Errors
+    /// Those of [`Store::remove`].
+    pub fn remove_dry(&self, machine: &Name, disk: Option<&Name>) -> Result<Vec<Assignment>, Error> {
+        if !self.exists(machine)? {
+            return Err(Error::NoMachine { machine: machine.clone() });
+        }
+        let (taken, _) = self.without(machine, disk)?;
+        self.not_held(machine)?;
+        Ok(taken)
+    }
+
+    /// What goes with one disk of a machine, or with all of them, and what stays.
+    fn without(
+        &self,
+        machine: &Name,
+        disk: Option<&Name>,
+    ) -> Result<(Vec<Assignment>, Option<Protection>), Error> {
+        Ok(match (self.load(machine), disk) {
             (Err(Error::Corrupt { .. } | Error::Unsupported { .. }), None) => (Vec::new(), None),
             (Err(error), _) => return Err(error),
             (Ok(protection), None) => (protection.disks, None),
@@ -233,30 +289,19 @@ impl Store {
                 let taken = vec![protection.disks.remove(place)];
                 (taken, (!protection.disks.is_empty()).then_some(protection))
             }
-        };
+        })
+    }
+
+    /// The exclusive lock of the machine's hold. Without such a file nobody receives: none is created here, and space
+    /// comes free on a file system that is full.
+    fn not_held(&self, machine: &Name) -> Result<Option<Flock<File>>, Error> {
         let hold = self.machines.join(format!("{machine}.hold"));
-        // Nobody can create it now, so where there is none nobody receives: none is created here, and space comes
-        // free on a file system that is full.
-        let hold = hold.exists().then_some(hold);
-        let held = match &hold {
-            Some(hold) => Some(
-                lock(hold, FlockArg::LockExclusiveNonblock)
-                    .map_err(|error| busy(error, || Error::Receiving { machine: machine.clone() }))?,
-            ),
-            None => None,
-        };
-        match left {
-            Some(protection) => self.write(&protection)?,
-            None => {
-                // A crash before it is durable may bring the file back, whole.
-                durable::remove(&self.file(machine))?;
-                if let Some(hold) = &hold {
-                    durable::remove(hold)?;
-                }
-            }
+        if !hold.exists() {
+            return Ok(None);
         }
-        drop(held);
-        Ok(taken)
+        lock(&hold, FlockArg::LockExclusiveNonblock)
+            .map(Some)
+            .map_err(|error| busy(error, || Error::Receiving { machine: machine.clone() }))
     }
 
     /// Keeps the disks of a machine from being taken away for as long as the [`Hold`] lives. Several may be held at

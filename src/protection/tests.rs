@@ -601,7 +601,7 @@ fn disk(kernel_name: &str, id: Option<DiskId>) -> Disk {
 }
 
 fn blank(_: &Disk) -> Result<Content, crate::disk::device::Error> {
-    Ok(Content { signatures: Vec::new(), zero: true })
+    Ok(Content { signatures: Vec::new(), first_data: None, places: Some(512) })
 }
 
 fn only(result: Result<Vec<Planned<'_>>, Refused>) -> Why {
@@ -630,7 +630,9 @@ fn each_rule_refuses_its_disk_with_the_reason() {
     let evidence = || vec!["sdx1 is mounted on /boot".to_owned(), "and more".to_owned()];
     let said = "sdx1 is mounted on /boot; and more".to_owned();
     let with = |role| Disk { role, evidence: evidence(), ..plain() };
-    assert_eq!(ask(with(Role::System), none), Why::System { evidence: said.clone() });
+    let system = ask(with(Role::System), none);
+    assert_eq!(system, Why::System { evidence: said.clone() });
+    assert!(system.to_string().contains("unmount it, or choose another disk"), "{system}");
     assert_eq!(ask(with(Role::InUse), none), Why::InUse { evidence: said.clone() });
     assert_eq!(ask(with(Role::Clone), none), Why::Clone { evidence: said });
     assert_eq!(ask(with(Role::Retention), none), Why::Retention);
@@ -653,7 +655,7 @@ fn a_disk_that_is_not_empty_needs_overwrite_and_the_assignment_says_so() {
     let web = name("web01");
     let disks = [disk("sdx", Some(id(1)))];
     let wanted = requests(&[&format!("root={}", id(1))]);
-    let used = |_: &Disk| Ok(Content { signatures: Vec::new(), zero: false });
+    let used = |_: &Disk| Ok(Content { signatures: Vec::new(), first_data: Some(1 << 20), places: Some(0) });
     let why = only(plan(&web, &wanted, &disks, &BTreeMap::new(), Allowed::default(), used));
     assert!(matches!(&why, Why::NotEmpty { content } if !content.is_empty()), "{why:?}");
     assert!(why.to_string().contains("--overwrite"), "{why}");

@@ -3,8 +3,8 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// A token bucket that may run into debt: whoever takes from it waits afterwards until the debt is paid. A
-/// frame larger than a second's worth passes whole, and the next ones wait for it.
+/// A token bucket that may run into debt: whoever takes from it waits afterwards until the debt is paid. Those who
+/// share it wait for each other, a [part](Limiter::part) each.
 #[derive(Debug)]
 pub struct Limiter {
     bytes_per_second: u64,
@@ -19,6 +19,12 @@ impl Limiter {
     /// A limit of so many bytes a second (at least 1).
     pub fn new(bytes_per_second: u64) -> Limiter {
         Limiter { bytes_per_second: bytes_per_second.max(1), paid: Mutex::new(Instant::now()) }
+    }
+
+    /// The most that should be taken at once: a 64th of a second's worth, so that each of many disks gets its turn
+    /// well inside the patience of its peer, but no less than 4 KiB and no more than 1 MiB.
+    pub fn part(&self) -> usize {
+        (self.bytes_per_second / 64).clamp(4 << 10, 1 << 20) as usize
     }
 
     /// Takes `bytes`, and returns how long to wait before they may be sent.

@@ -2,7 +2,7 @@
 
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -15,9 +15,9 @@ use super::limit::Limiter;
 use super::source::{self, Output, Source};
 use super::{Compression, Error, PATIENCE, Point, Progress};
 use crate::name::Name;
-use crate::net::frame::Kind;
+use crate::net::frame::{Kind, MAX_DATA};
 use crate::net::message::{
-    Begin, BeginReply, Commit, Committed, Hello, HelloReply, Notice, Open, OpenReply, PassKind,
+    Begin, BeginReply, Commit, Committed, Hello, HelloReply, Notice, Open, OpenReply, PROTOCOL, PassKind,
 };
 use crate::net::wire;
 use crate::pass::PassId;
@@ -52,6 +52,7 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
         true => job.compression,
         false => Compression::Off,
     };
+    job.progress.waiting.store(false, Ordering::Relaxed);
     for counter in [&job.progress.read, &job.progress.zero, &job.progress.sent, &job.progress.done] {
         counter.store(0, Ordering::Relaxed);
     }
@@ -74,10 +75,11 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
         carried_out: AtomicU64::new(0),
         refused: AtomicU64::new(0),
         refused_bytes: AtomicU64::new(0),
+        committing: AtomicBool::new(false),
         news: Notify::new(),
     };
     let failed = {
-        let mut listen = pin!(shared.listen(&mut reader, &job.progress));
+        let mut listen = pin!(shared.listen(&mut reader, job));
         let talk = pin!(shared.talk(&mut writer, pieces, job));
         tokio::select! {
             result = &mut listen => Ok(result?),
@@ -106,18 +108,35 @@ async fn begin<S: AsyncRead + AsyncWrite + Unpin>(
     // Nothing was sent yet: a refusal here is an answer, not a broken pass.
     let refused = |error| match error {
         wire::Error::Peer(refusal) => Error::Refused(refusal),
+        broken @ (wire::Error::Closed | wire::Error::Truncated | wire::Error::Io { .. }) => {
+            Error::BrokenOff(broken)
+        }
         other => Error::Wire(other),
     };
-    wire::write_message(stream, 0, &Hello::ours()).await?;
-    let _: HelloReply = wire::read_message(stream).await.map_err(refused)?;
+    wire::write_message(stream, 0, &Hello::ours()).await.map_err(refused)?;
+    let hello: HelloReply = wire::read_message(stream).await.map_err(refused)?;
+    if hello.protocol != PROTOCOL {
+        return Err(Error::Broken("it chose a version of the protocol that was not offered"));
+    }
     let open = Open {
         disk: job.disk.clone(),
         size: job.source.size().0,
         sector: job.source.sector(),
         compression: job.compression.encodings(),
     };
-    wire::write_message(stream, 0, &open).await?;
+    wire::write_message(stream, 0, &open).await.map_err(refused)?;
     let reply: OpenReply = wire::read_message(stream).await.map_err(refused)?;
+    if u64::from(reply.max_payload) < MAX_DATA || reply.window < MAX_DATA {
+        return Err(Error::Broken("it takes only frames that are smaller than those of this version"));
+    }
+    if reply.volume_size < open.size {
+        return Err(Error::Broken("it opened a volume that is smaller than the source"));
+    }
+    // The target is open now, so that it can be seen to be the source; and nothing was written to it.
+    let source = job.source.clone();
+    if let Ok(Some(receiver)) = tokio::task::spawn_blocking(move || source.receiver()).await {
+        return Err(Error::Itself(receiver));
+    }
     let mut id = [0; 16];
     getrandom::fill(&mut id)
         .map_err(|error| wire::Error::Io { op: "draw random bits", source: error.into() })?;
@@ -125,7 +144,7 @@ async fn begin<S: AsyncRead + AsyncWrite + Unpin>(
     // A volume that stands at a point goes on from it.
     let kind = if reply.baseline.is_some() { PassKind::Delta } else { PassKind::Initial };
     let (point, disks) = (job.point.id, job.point.disks.clone());
-    wire::write_message(stream, 0, &Begin { pass, kind, point, disks }).await?;
+    wire::write_message(stream, 0, &Begin { pass, kind, point, disks }).await.map_err(refused)?;
     let BeginReply {} = wire::read_message(stream).await.map_err(refused)?;
     Ok((pass, reply))
 }
@@ -142,6 +161,8 @@ struct Shared {
     /// Ranges that were refused, and so asked for again.
     refused: AtomicU64,
     refused_bytes: AtomicU64,
+    /// Whether the commit was sent, or is being.
+    committing: AtomicBool,
     /// One of the above changed.
     news: Notify,
 }
@@ -151,14 +172,16 @@ impl Shared {
     async fn listen<S: AsyncRead + AsyncWrite>(
         &self,
         reader: &mut ReadHalf<S>,
-        progress: &Progress,
+        job: &Job,
     ) -> Result<Committed, Error> {
         loop {
             let header = wire::read_header(reader).await?;
             match header.kind {
                 Kind::Refused => {
-                    let Some(extent) = Extent::new(header.offset, header.length) else { continue };
-                    progress.again.fetch_add(1, Ordering::Relaxed);
+                    let extent = Extent::new(header.offset, header.length)
+                        .filter(|extent| extent.end() <= job.source.size().0)
+                        .ok_or(Error::Broken("it refused a range that the source does not have"))?;
+                    job.progress.again.fetch_add(1, Ordering::Relaxed);
                     tracing::warn!(%extent, "the master target refused a damaged frame; it is sent again");
                     if self.refused.load(Ordering::Relaxed) >= MAX_DAMAGED {
                         return Err(Error::Damaged(MAX_DAMAGED));
@@ -187,10 +210,22 @@ impl Shared {
                         }
                         .into());
                     }
+                    if !self.committing.load(Ordering::Acquire) {
+                        return Err(Error::Broken("it acknowledged a commit before there was one"));
+                    }
+                    if committed.written.checked_add(committed.zeroed) != Some(job.source.size().0) {
+                        return Err(Error::Broken("it acknowledged another number of bytes than were sent"));
+                    }
                     return Ok(committed);
                 }
             }
         }
+    }
+
+    /// What of `cost`, the window that all frames took so far, was not given back.
+    fn outstanding(&self, cost: u64) -> Result<u64, Error> {
+        cost.checked_sub(self.returned.load(Ordering::Acquire))
+            .ok_or(Error::Broken("it gave back more window than was taken"))
     }
 
     /// Sends everything and the commit; returns only what failed.
@@ -218,7 +253,11 @@ impl Shared {
             // The source is through when the first extent and all that were refused are.
             let refused = self.refused.load(Ordering::Acquire);
             let all_sent = finished == 1 + refused;
-            if all_sent && self.carried_out.load(Ordering::Relaxed) == sequence {
+            let carried_out = self.carried_out.load(Ordering::Relaxed);
+            if carried_out > sequence {
+                return Err(Error::Broken("it carried out more frames than were sent"));
+            }
+            if all_sent && carried_out == sequence {
                 break;
             }
             let output = tokio::select! {
@@ -230,18 +269,25 @@ impl Shared {
                 Some(Output::Piece(Piece { mut header, payload })) => {
                     header.sequence = sequence;
                     cost += header.window_cost();
-                    if cost - self.returned.load(Ordering::Acquire) > self.window {
+                    if self.outstanding(cost)? > self.window {
                         // What was sent must reach the peer before it can give window back.
                         writer.flush().await.map_err(lost)?;
-                        while cost - self.returned.load(Ordering::Acquire) > self.window {
+                        while self.outstanding(cost)? > self.window {
                             self.news.notified().await;
                         }
                     }
-                    if let Some(limiter) = &job.limiter {
-                        sleep(limiter.take(payload.bytes().len() as u64)).await;
-                    }
                     wire::write_header(writer, &header).await?;
-                    writer.write_all(payload.bytes()).await.map_err(lost)?;
+                    match &job.limiter {
+                        None => writer.write_all(payload.bytes()).await.map_err(lost)?,
+                        // Bit by bit: the peer must not take the wait for silence.
+                        Some(limiter) => {
+                            for part in payload.bytes().chunks(limiter.part()) {
+                                sleep(limiter.take(part.len() as u64)).await;
+                                writer.write_all(part).await.map_err(lost)?;
+                                writer.flush().await.map_err(lost)?;
+                            }
+                        }
+                    }
                     if pieces.is_empty() {
                         writer.flush().await.map_err(lost)?;
                     }
@@ -262,7 +308,10 @@ impl Shared {
                 None => unreachable!("the reading thread lives while it may be asked, or says why not"),
             }
         }
-        let bytes = bytes - self.refused_bytes.load(Ordering::Relaxed);
+        let bytes = bytes
+            .checked_sub(self.refused_bytes.load(Ordering::Relaxed))
+            .ok_or(Error::Broken("it refused more bytes than were sent"))?;
+        self.committing.store(true, Ordering::Release);
         let Point { time, kind, name, point_in_time, .. } = job.point.clone();
         let commit = Commit { pass: self.pass, frames: sequence, bytes, point_in_time, time, kind, name };
         wire::write_message(writer, sequence, &commit).await?;

@@ -1,9 +1,9 @@
 //! A source disk, and the thread that reads ahead of the connection.
 
 use std::collections::VecDeque;
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,7 +15,7 @@ use tokio::sync::mpsc::Sender;
 
 use super::encode::{Encoder, Piece};
 use super::{Compression, Progress};
-use crate::disk::discover::{Sysroot, roles};
+use crate::disk::discover::{Sysroot, roles, views};
 use crate::error::IoError;
 use crate::storage::device::{Device, EngineChoice};
 use crate::storage::{Action, Completion, Geometry, Place, Request, Storage};
@@ -46,6 +46,18 @@ pub enum Error {
     Empty(PathBuf),
 }
 
+impl Error {
+    /// Whether what was named cannot be a source, rather than that something failed.
+    pub fn is_refusal(&self) -> bool {
+        match self {
+            Error::NotADisk(_) | Error::Empty(_) => true,
+            Error::Io(error) => {
+                matches!(error.source.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+            }
+        }
+    }
+}
+
 /// An open source disk or image file.
 #[derive(Debug)]
 pub struct Source {
@@ -68,11 +80,12 @@ impl Source {
             let name = name.clone();
             move |error: io::Error| Error::Io(IoError::new(op, name, error))
         };
-        let mut file = File::open(path).map_err(failed("open"))?;
-        let kind = file.metadata().map_err(failed("look at"))?.file_type();
+        // Before it is opened: the open of a pipe waits for its writer.
+        let kind = fs::metadata(path).map_err(failed("open"))?.file_type();
         if !kind.is_block_device() && !kind.is_file() {
             return Err(Error::NotADisk(path.to_owned()));
         }
+        let mut file = File::open(path).map_err(failed("open"))?;
         let size = file.seek(SeekFrom::End(0)).map_err(failed("measure"))?;
         if size == 0 {
             return Err(Error::Empty(path.to_owned()));
@@ -101,16 +114,15 @@ impl Source {
         self.sector
     }
 
-    /// What of this host's is mounted on the source, one fact a line: while it is, what is read changes.
+    /// What of this host's is mounted on the source, one fact a line: while it is, what is read changes. An image is
+    /// mounted through a loop device.
     pub fn mounts(&self, sysroot: &Sysroot) -> Vec<String> {
-        match self.file.metadata() {
-            Ok(metadata) if metadata.file_type().is_block_device() => {
-                let (major, minor) =
-                    (nix::sys::stat::major(metadata.rdev()), nix::sys::stat::minor(metadata.rdev()));
-                roles::mounted(sysroot, &format!("{major}:{minor}"))
-            }
-            _ => Vec::new(),
-        }
+        views::of(sysroot, &self.file).iter().flat_map(|devno| roles::mounted(sysroot, devno)).collect()
+    }
+
+    /// The agent of this host that receives into the source, if one does: device and process.
+    pub(super) fn receiver(&self) -> Option<String> {
+        views::receiver_into(&Sysroot::default(), &self.file)
     }
 
     /// The whole source.
@@ -134,6 +146,16 @@ impl Source {
             Err(_) => return None,
         };
         Extent::new(at, end.checked_sub(at)?)
+    }
+
+    /// That an image file was not cut off while it was read: where a hole was, no read has failed for it.
+    fn still_whole(&self) -> Result<(), Error> {
+        let name = || self.path.display().to_string();
+        let len = self.file.metadata().map_err(|error| IoError::new("look at", name(), error))?.len();
+        if self.sparse && len < self.size {
+            return Err(IoError::at("read", name(), len, io::ErrorKind::UnexpectedEof).into());
+        }
+        Ok(())
     }
 
     /// What can be read around the page cache ends here: direct reads come in whole blocks.
@@ -255,6 +277,7 @@ impl Reader {
             self.emit(at, buffer)?;
             at += len as u64;
         }
+        self.source.still_whole()?;
         let rest = self.encoder.flush();
         self.hand_over(rest)?;
         self.output.blocking_send(Output::Finished).map_err(|_| Stop::NobodyListens)
@@ -356,8 +379,43 @@ mod tests {
         assert_eq!(source.hole(1000), extent(1000, data));
         assert_eq!(source.hole(data), None);
         assert_eq!(source.hole(behind), extent(behind, end));
+        assert!(source.still_whole().is_ok());
         file.set_len(6 << 20).unwrap();
         assert_eq!(source.hole(behind), None);
         assert_eq!(source.hole(7 << 20), None);
+    }
+
+    /// Cut off in a hole that was passed over, when no read can fail any more.
+    #[test]
+    fn a_source_that_shrinks_is_not_finished() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        let file = File::create(&path).unwrap();
+        file.write_all_at(&[1; PAGE], 0).unwrap();
+        file.set_len(256 << 20).unwrap();
+        let source = Arc::new(Source::open(&path).unwrap());
+        let (extents, wanted) = std::sync::mpsc::channel();
+        let (output, mut pieces) = tokio::sync::mpsc::channel(1);
+        extents.send(source.extent()).unwrap();
+        drop(extents);
+        let reading = std::thread::spawn(move || {
+            read(source, EngineChoice::Threads, Compression::Off, Arc::default(), wanted, output);
+        });
+        // The page of data, and the first zeros: by then the one hole of the file is known as a whole.
+        assert!(matches!(pieces.blocking_recv(), Some(Output::Piece(_))));
+        assert!(matches!(pieces.blocking_recv(), Some(Output::Piece(_))));
+        file.set_len(128 << 20).unwrap();
+        let last = std::iter::from_fn(|| pieces.blocking_recv()).last();
+        let Some(Output::Failed(Error::Io(error))) = last else { panic!("it went on to the end") };
+        assert_eq!(error.source.kind(), io::ErrorKind::UnexpectedEof);
+        reading.join().unwrap();
+    }
+
+    #[test]
+    fn a_pipe_is_no_source_and_is_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pipe");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(matches!(Source::open(&path), Err(Error::NotADisk(_))));
     }
 }

@@ -14,7 +14,9 @@ use super::session::{Job, run};
 use super::*;
 use crate::journal::Writer;
 use crate::net::frame::{HEADER_LEN, Header, Kind};
-use crate::net::message::{Begin, Code, Commit, Enroll, EnrollReply, Open};
+use crate::net::message::{
+    Begin, BeginReply, Code, Commit, Enroll, EnrollReply, Hello, HelloReply, Open, OpenReply,
+};
 use crate::net::session::{self as server, Decision, Host, Opened, Passes, Patience};
 use crate::storage::Storage;
 use crate::storage::device::Engine;
@@ -127,20 +129,24 @@ struct Outcome {
     progress: Arc<Progress>,
 }
 
+fn point() -> Point {
+    Point {
+        id: PointId(1),
+        disks: vec!["root".parse().unwrap()],
+        time: OffsetDateTime::now_utc(),
+        kind: crate::points::Kind::Crash,
+        point_in_time: true,
+        name: None,
+    }
+}
+
 async fn transfer(bench: &Arc<Bench>, content: &[u8], compression: Compression, meddle: Meddler) -> Outcome {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(content).unwrap();
     let progress = Arc::new(Progress::default());
     let job = Job {
         disk: "root".parse().unwrap(),
-        point: Point {
-            id: PointId(1),
-            disks: vec!["root".parse().unwrap()],
-            time: OffsetDateTime::now_utc(),
-            kind: crate::points::Kind::Crash,
-            point_in_time: true,
-            name: None,
-        },
+        point: point(),
         source: Arc::new(Source::open(file.path()).unwrap()),
         progress: progress.clone(),
         compression,
@@ -297,6 +303,102 @@ async fn a_source_that_is_too_large_is_refused_before_anything_is_sent() {
     let outcome = transfer(&bench, &content(2 << 20), Compression::Off, honest()).await;
     assert!(matches!(&outcome.sender, Err(Error::Refused(refusal)) if refusal.code == Code::SizeMismatch));
     assert!(bench.story().is_empty() && bench.disk.log().is_empty());
+}
+
+/// What a server says that does not keep to the protocol.
+struct Liar {
+    hello: HelloReply,
+    open: OpenReply,
+    /// Right after the pass began.
+    early: Vec<Header>,
+    /// `written` and `zeroed`, and whether it waits for the commit with it.
+    committed: Option<(u64, u64, bool)>,
+}
+
+async fn lied_to(liar: Liar) -> Error {
+    let Liar { hello, open, early, committed } = liar;
+    let (client, mut server) = tokio::io::duplex(64 << 10);
+    let serve = async move {
+        let _: Hello = wire::read_message(&mut server).await?;
+        wire::write_message(&mut server, 0, &hello).await?;
+        let _: Open = wire::read_message(&mut server).await?;
+        wire::write_message(&mut server, 0, &open).await?;
+        let Begin { pass, .. } = wire::read_message(&mut server).await?;
+        wire::write_message(&mut server, 0, &BeginReply {}).await?;
+        for header in &early {
+            wire::write_header(&mut server, header).await?;
+        }
+        let (mut frames, mut cost) = (0, 0);
+        loop {
+            let answer = committed.filter(|(_, _, waits)| !waits || frames == u64::MAX);
+            if let Some((written, zeroed, _)) = answer {
+                let committed = Committed { pass, written, zeroed, time: OffsetDateTime::now_utc() };
+                wire::write_message(&mut server, 0, &committed).await?;
+            }
+            let header = wire::read_header(&mut server).await?;
+            let mut payload = vec![0; header.payload_len as usize];
+            wire::read_payload(&mut server, &header, &mut payload).await?;
+            if header.kind == Kind::Commit {
+                frames = u64::MAX;
+                continue;
+            }
+            frames += 1;
+            cost += header.window_cost();
+            if early.is_empty() {
+                wire::write_header(&mut server, &Header::progress(frames, cost)).await?;
+            }
+        }
+    };
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(&content(12 << 20)).unwrap();
+    let job = Job {
+        disk: "root".parse().unwrap(),
+        point: point(),
+        source: Arc::new(Source::open(file.path()).unwrap()),
+        progress: Arc::default(),
+        compression: Compression::Off,
+        engine: EngineChoice::Auto,
+        limiter: None,
+    };
+    // The server ends once the client is gone.
+    let talk = async { tokio::join!(run(client, &job), serve) };
+    let (result, _): (_, Result<(), wire::Error>) =
+        timeout(Duration::from_secs(20), talk).await.expect("an end");
+    result.expect_err("what it was told cannot be")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_is_not_believed_what_cannot_be() {
+    let size = 12 << 20;
+    let hello = || HelloReply { protocol: 1, features: Vec::new(), agent: String::new() };
+    let open = || OpenReply {
+        window: 8 << 20,
+        max_payload: 1 << 20,
+        volume_size: size,
+        block: 512,
+        compression: Vec::new(),
+        baseline: None,
+    };
+    let sound = || Liar { hello: hello(), open: open(), early: Vec::new(), committed: Some((size, 0, true)) };
+    let refused = |offset, length| Header::refused(&Header { offset, length, ..Header::zero(0, 0, 1) });
+    let cases = [
+        (Liar { hello: HelloReply { protocol: 9, ..hello() }, ..sound() }, "was not offered"),
+        (Liar { open: OpenReply { window: (1 << 20) - 1, ..open() }, ..sound() }, "smaller than those"),
+        (Liar { open: OpenReply { max_payload: 4096, ..open() }, ..sound() }, "smaller than those"),
+        (Liar { open: OpenReply { volume_size: size - 1, ..open() }, ..sound() }, "smaller than the source"),
+        (Liar { committed: Some((size, 0, false)), ..sound() }, "before there was one"),
+        (Liar { committed: Some((size - 1, 0, true)), ..sound() }, "another number of bytes"),
+        (Liar { committed: Some((u64::MAX, size + 1, true)), ..sound() }, "another number of bytes"),
+        (Liar { early: vec![Header::progress(0, u64::MAX)], ..sound() }, "more window than was taken"),
+        (Liar { early: vec![Header::progress(u64::MAX, 0)], ..sound() }, "more frames than were sent"),
+        (Liar { early: vec![refused(size, 4096)], ..sound() }, "the source does not have"),
+    ];
+    for (liar, what) in cases {
+        match lied_to(liar).await {
+            Error::Broken(said) => assert!(said.contains(what), "{said}"),
+            other => panic!("{what}: {other:?}"),
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

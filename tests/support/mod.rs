@@ -22,7 +22,7 @@ use mt_agent::agent::status::{Report, VolumeReport};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, Whence, lseek};
 use serde_json::Value;
-use tempfile::TempDir;
+use tempfile::{NamedTempFile, TempDir};
 
 pub const KIB: u64 = 1 << 10;
 pub const MIB: u64 = 1 << 20;
@@ -31,20 +31,25 @@ pub const GIB: u64 = 1 << 30;
 /// How long anything may take that should take a moment: the machine may be busy with other tests.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Whether this test can run. Where it cannot, it is said past the capture of test output; with
-/// `MT_AGENT_REQUIRE_ROOT_TESTS` set, as in CI, that is a failure.
+/// Whether this test can run, which is said where it cannot.
 pub fn root(test: &str) -> bool {
     if nix::unistd::geteuid().is_root() {
         return true;
     }
+    skipped(test, "it needs root (loop devices, guests); run it with sudo");
+    false
+}
+
+/// Says, past the capture of test output, that a test cannot run here; with `MT_AGENT_REQUIRE_ROOT_TESTS` set, as in
+/// CI, that is a failure.
+pub fn skipped(test: &str, why: &str) {
     assert!(
         std::env::var_os("MT_AGENT_REQUIRE_ROOT_TESTS").is_none(),
-        "{test} needs root, and MT_AGENT_REQUIRE_ROOT_TESTS is set"
+        "{test} cannot run ({why}), and MT_AGENT_REQUIRE_ROOT_TESTS is set"
     );
     // Not `eprintln!`, which a test that passes swallows.
-    let notice = format!("\n*** SKIPPED: {test} needs root (loop devices); run it with sudo ***\n\n");
+    let notice = format!("\n*** SKIPPED: {test}: {why} ***\n\n");
     std::io::stderr().write_all(notice.as_bytes()).unwrap();
-    false
 }
 
 /// Leaves the test where it cannot run.
@@ -60,9 +65,17 @@ macro_rules! require_root {
 
 /// A directory in memory where there is one: the tests are about the program and not about this disk.
 pub fn directory() -> TempDir {
+    tempfile::Builder::new().prefix("mt-agent-test-").tempdir_in(memory()).unwrap()
+}
+
+/// An empty file in the same place.
+pub fn scratch() -> NamedTempFile {
+    tempfile::Builder::new().prefix("mt-agent-test-").tempfile_in(memory()).unwrap()
+}
+
+fn memory() -> PathBuf {
     let shm = Path::new("/dev/shm");
-    let base = if shm.is_dir() { shm.to_owned() } else { std::env::temp_dir() };
-    tempfile::Builder::new().prefix("mt-agent-test-").tempdir_in(base).unwrap()
+    if shm.is_dir() { shm.to_owned() } else { std::env::temp_dir() }
 }
 
 /// Runs a tool that must succeed, and returns what it printed.
@@ -77,6 +90,11 @@ pub fn tool(program: &str, args: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap().trim().to_owned()
 }
 
+/// How long is waited here: a guest has one processor, and system calls take ten times as long in it.
+fn patience() -> Duration {
+    if std::env::var_os("MT_AGENT_GUEST_SHARE").is_some() { 4 * PATIENCE } else { PATIENCE }
+}
+
 /// Waits until `look` gives something.
 pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     let start = Instant::now();
@@ -84,7 +102,7 @@ pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
         if let Some(found) = look() {
             return found;
         }
-        assert!(start.elapsed() < PATIENCE, "waited in vain for: {what}");
+        assert!(start.elapsed() < patience(), "waited in vain for: {what}");
         std::thread::sleep(Duration::from_millis(10));
     }
 }
@@ -206,11 +224,23 @@ pub struct Mount {
 
 impl Mount {
     pub fn new(node: &Path, path: &Path) -> Mount {
+        Mount::with(node, path, "defaults")
+    }
+
+    /// With these options, separated by commas.
+    pub fn with(node: &Path, path: &Path, options: &str) -> Mount {
         fs::create_dir_all(path).unwrap();
         // Whoever lists disks holds each for a moment.
         wait_for("a mount", || {
             let mut mount = Command::new("mount");
-            mount.args([node, path]).stderr(Stdio::null()).status().unwrap().success().then_some(())
+            mount
+                .args(["-o", options])
+                .args([node, path])
+                .stderr(Stdio::null())
+                .status()
+                .unwrap()
+                .success()
+                .then_some(())
         });
         Mount { path: path.to_owned() }
     }

@@ -110,6 +110,7 @@ impl Tree {
         file("model", format!("{:<16}\n", disk.model).as_bytes());
         file("rev", format!("{:<4}\n", disk.revision).as_bytes());
         file("type", b"0\n");
+        file("rescan", b"");
         if let Some(page) = &disk.page_83 {
             file("vpd_pg83", page);
         }

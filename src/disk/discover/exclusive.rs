@@ -53,16 +53,52 @@ pub(in crate::disk) fn holders(sysroot: &Sysroot, devnos: &[String]) -> Claim {
     }
 }
 
+/// An agent that has one of these devices open for writing, which only a receiving one does: process and device. Only
+/// root sees them all.
+pub(super) fn written_by_agent(sysroot: &Sysroot, devnos: &[String]) -> Option<String> {
+    let writes = |pid: &str, fd: &str| {
+        let info = sysroot.text(format!("proc/{pid}/fdinfo/{fd}")).unwrap_or_default();
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
+        let flags = flags.and_then(|flags| i32::from_str_radix(flags.trim(), 8).ok()).unwrap_or(0);
+        flags & libc::O_ACCMODE != libc::O_RDONLY
+    };
+    agents(sysroot).into_iter().find_map(|pid| {
+        let fd = open_of(sysroot, &pid, devnos).into_iter().find(|fd| writes(&pid, fd))?;
+        let node = fs::read_link(sysroot.path(format!("proc/{pid}/fd/{fd}"))).ok()?;
+        Some(format!("mt-agent (pid {pid}) has {} open for writing", node.display()))
+    })
+}
+
+/// The processes of this program, without the present one.
+fn agents(sysroot: &Sysroot) -> Vec<String> {
+    let exe =
+        |pid: &str| fs::metadata(sysroot.path(format!("proc/{pid}/exe"))).map(|exe| (exe.dev(), exe.ino()));
+    let (own, own_exe) = (std::process::id().to_string(), exe("self").ok());
+    let is = |pid: &String| {
+        pid.bytes().all(|b| b.is_ascii_digit())
+            && *pid != own
+            && (sysroot.text(format!("proc/{pid}/comm")).as_deref() == Some("mt-agent")
+                || own_exe.is_some() && exe(pid).ok() == own_exe)
+    };
+    sysroot.names("proc").into_iter().filter(is).collect()
+}
+
 fn has_open(sysroot: &Sysroot, pid: &str, devnos: &[String]) -> bool {
+    !open_of(sysroot, pid, devnos).is_empty()
+}
+
+/// The descriptors of a process that are one of these devices.
+fn open_of(sysroot: &Sysroot, pid: &str, devnos: &[String]) -> Vec<String> {
     let dir = format!("proc/{pid}/fd");
-    sysroot.names(&dir).iter().any(|fd| {
+    let is = |fd: &String| {
         let path = sysroot.path(format!("{dir}/{fd}"));
         // The text of the link first: a stat of every socket and pipe of a host would be a long way round.
         let device = fs::read_link(&path).is_ok_and(|target| target.starts_with("/dev/"));
         device
             && fs::metadata(&path)
                 .is_ok_and(|meta| meta.file_type().is_block_device() && devnos.contains(&number(meta.rdev())))
-    })
+    };
+    sysroot.names(&dir).into_iter().filter(is).collect()
 }
 
 /// A device number as the kernel writes it.

@@ -1,4 +1,7 @@
-//! Where the identity of one block device is read: udev's database, sysfs, the device itself.
+//! Where the identity of one block device is read: sysfs, udev's database, the device itself.
+//!
+//! sysfs is first. What it has belongs to the device for as long as that is there; an entry of udev's belongs to a
+//! device number, which passes to the next disk before udev has heard of it.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
@@ -66,6 +69,8 @@ pub(in crate::disk) struct Identity {
     pub(in crate::disk) model: Option<String>,
     /// What was passed over.
     pub(in crate::disk) notes: Vec<String>,
+    /// Whether VPD page 0x83 is there and breaks the rules.
+    pub(in crate::disk) damaged: bool,
 }
 
 impl Identity {
@@ -92,17 +97,21 @@ pub(super) fn discover(sysroot: &Sysroot, name: &str, devno: &str, transport: Tr
         offer_loop(sysroot, name, &mut found);
         return found;
     }
+    if offer_sysfs(sysroot, name, transport, &mut found) {
+        return found;
+    }
     let udev = Properties::read(sysroot, devno);
     found.offer(udev.identity(), IdSource::Udev);
-    found.serial = udev.get("ID_SCSI_SERIAL").or(udev.get("ID_SERIAL_SHORT")).map(str::to_owned);
-    offer_sysfs(sysroot, name, transport, &mut found);
-    if transport == Transport::Scsi && !found.is_settled() && sysroot.is_live() && !has_page_83(sysroot, name)
-    {
+    if transport == Transport::Scsi && !found.is_settled() && sysroot.is_live() {
         // O_NONBLOCK: a device that is not ready is asked all the same, and nothing is spun up.
         let node = Path::new("/dev").join(name.replace('!', "/"));
         if let Ok(file) = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(node) {
             offer_inquiry(&file, &mut found);
         }
+    }
+    if found.serial.is_none() {
+        // Last: it has no blanks any more.
+        found.serial = udev.get("ID_SCSI_SERIAL").or(udev.get("ID_SERIAL_SHORT")).map(str::to_owned);
     }
     found
 }
@@ -112,13 +121,9 @@ pub(in crate::disk) fn from_sysfs(sysroot: &Sysroot, name: &str, transport: Tran
     let mut found = Identity::default();
     match transport {
         Transport::Loop => offer_loop(sysroot, name, &mut found),
-        _ => offer_sysfs(sysroot, name, transport, &mut found),
+        _ => _ = offer_sysfs(sysroot, name, transport, &mut found),
     }
     found
-}
-
-fn has_page_83(sysroot: &Sysroot, name: &str) -> bool {
-    sysroot.path(format!("sys/block/{name}/device/vpd_pg83")).exists()
 }
 
 fn offer_loop(sysroot: &Sysroot, name: &str, found: &mut Identity) {
@@ -142,7 +147,18 @@ pub(in crate::disk) fn backing_file(sysroot: &Sysroot, name: &str) -> Option<Str
     (!path.is_empty()).then(|| path.to_owned())
 }
 
-fn offer_sysfs(sysroot: &Sysroot, name: &str, transport: Transport, found: &mut Identity) {
+/// The identity of the disk under a multipath map by the map's own name, `mpath-` and what `scsi_id` said of a path.
+/// For a map without paths: to ask it would mean to wait for one.
+pub(super) fn of_map(sysroot: &Sysroot, name: &str) -> Identity {
+    let mut found = Identity::default();
+    let uuid = sysroot.text(format!("sys/block/{name}/dm/uuid")).unwrap_or_default();
+    let id = uuid.strip_prefix("mpath-").and_then(|wwid| format!("scsi-{wwid}").parse().ok());
+    found.offer(id, IdSource::Sysfs);
+    found
+}
+
+/// Gives whether the kernel knows what the device says of itself, so that nobody else need be asked.
+fn offer_sysfs(sysroot: &Sysroot, name: &str, transport: Transport, found: &mut Identity) -> bool {
     let device = format!("sys/block/{name}/device");
     match transport {
         Transport::Scsi => {
@@ -154,33 +170,32 @@ fn offer_sysfs(sysroot: &Sysroot, name: &str, transport: Transport, found: &mut 
                 found.vendor = sysroot.text(format!("{device}/vendor"));
                 found.model = sysroot.text(format!("{device}/model"));
             }
-            if !found.is_settled() {
-                match sysroot.bytes(format!("{device}/vpd_pg83")).filter(|page| !page.is_empty()) {
-                    Some(page) => offer_page_83(&page, IdSource::Sysfs, found),
-                    None => {
-                        let wwid = sysroot.text(format!("{device}/wwid"));
-                        found.offer(wwid.and_then(|wwid| wwid.parse().ok()), IdSource::Sysfs);
-                    }
+            let page = sysroot.bytes(format!("{device}/vpd_pg83")).filter(|page| !page.is_empty());
+            let knows = page.is_some();
+            match page {
+                Some(page) => offer_page_83(&page, IdSource::Sysfs, found),
+                None => {
+                    let wwid = sysroot.text(format!("{device}/wwid"));
+                    found.offer(wwid.and_then(|wwid| wwid.parse().ok()), IdSource::Sysfs);
                 }
             }
-            if found.serial.is_none() || found.id.is_none() {
-                let page = sysroot.bytes(format!("{device}/vpd_pg80")).unwrap_or_default();
-                offer_page_80(&page, IdSource::Sysfs, found);
-            }
+            let page = sysroot.bytes(format!("{device}/vpd_pg80")).unwrap_or_default();
+            offer_page_80(&page, IdSource::Sysfs, found);
+            knows
         }
         Transport::Nvme => {
             found.model = sysroot.text(format!("{device}/model"));
-            found.serial = sysroot.text(format!("{device}/serial")).or(found.serial.take());
-            if !found.is_settled() {
-                let wwid = sysroot.text(format!("sys/block/{name}/wwid"));
-                found.offer(wwid.and_then(|wwid| wwid.parse().ok()), IdSource::Sysfs);
-            }
+            found.serial = sysroot.text(format!("{device}/serial"));
+            let wwid = sysroot.text(format!("sys/block/{name}/wwid"));
+            found.offer(wwid.and_then(|wwid| wwid.parse().ok()), IdSource::Sysfs);
+            found.id.is_some()
         }
         Transport::Virtio => {
             found.serial = sysroot.text(format!("sys/block/{name}/serial"));
             found.offer(found.serial.as_deref().and_then(DiskId::virtio), IdSource::Sysfs);
+            found.id.is_some()
         }
-        Transport::Xen | Transport::Loop => {}
+        Transport::Xen | Transport::Loop => false,
     }
 }
 
@@ -188,9 +203,13 @@ fn offer_page_83(page: &[u8], source: IdSource, found: &mut Identity) {
     match vpd::parse_identification(page) {
         Ok(identification) => {
             found.offer(identification.identity(), source);
+            found.damaged |= !identification.notes.is_empty();
             found.notes.extend(identification.notes.iter().map(ToString::to_string));
         }
-        Err(error) => found.notes.push(format!("VPD page 0x83: {error}")),
+        Err(error) => {
+            found.damaged = true;
+            found.notes.push(format!("VPD page 0x83: {error}"));
+        }
     }
 }
 
@@ -216,7 +235,7 @@ pub(in crate::disk) fn offer_inquiry(file: &File, found: &mut Identity) -> bool 
     if let Some(page) = page {
         offer_page_83(&page, IdSource::SgIo, found);
     }
-    if found.id.is_none()
+    if (found.id.is_none() || found.serial.is_none())
         && let Ok(Some(page)) = ioctl::inquiry(file, Some(0x80))
     {
         if found.model.is_none()

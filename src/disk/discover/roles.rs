@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use super::sysfs::Sysroot;
+use crate::error::chain;
 
 /// What this host uses, by the device that it stands on.
 #[derive(Default, Debug)]
@@ -14,6 +15,8 @@ pub(super) struct Usage {
     swaps: HashSet<String>,
     /// Kernel names of the members of mounted btrfs file systems, with the UUID of the file system.
     btrfs: HashMap<String, String>,
+    /// Why it is not known what is mounted or swap: then every disk may be.
+    unknown: Vec<String>,
 }
 
 #[derive(Debug)]
@@ -64,19 +67,17 @@ impl Usage {
     /// Reads mounts, swaps and btrfs members.
     pub(super) fn read(sysroot: &Sysroot, retention: Option<&Path>) -> Usage {
         let mut usage = Usage::default();
-        let table = sysroot.bytes("proc/self/mountinfo").unwrap_or_default();
+        let table = known(mount_table(sysroot), &mut usage.unknown);
         let mut mounts: Vec<(String, PathBuf)> = Vec::new();
-        for line in String::from_utf8_lossy(&table).lines() {
-            if let Some((devno, point, source)) = mountinfo(line) {
-                // btrfs has a number of its own; its source says where it lies.
-                let devno = match devno.strip_prefix("0:") {
-                    Some(_) if source.starts_with("/dev/") => {
-                        resolve(sysroot, &source).and_then(|name| devno_of(sysroot, &name)).unwrap_or(devno)
-                    }
-                    _ => devno,
-                };
-                mounts.push((devno, point));
-            }
+        for (devno, point, source) in table {
+            // btrfs has a number of its own; its source says where it lies.
+            let devno = match devno.strip_prefix("0:") {
+                Some(_) if source.starts_with("/dev/") => {
+                    resolve(sysroot, &source).and_then(|name| devno_of(sysroot, &name)).unwrap_or(devno)
+                }
+                _ => devno,
+            };
+            mounts.push((devno, point));
         }
         let covering = retention.and_then(|path| {
             let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
@@ -96,9 +97,7 @@ impl Usage {
                 mounts.push(Mount { point, retention });
             }
         }
-        let swaps = sysroot.bytes("proc/swaps").unwrap_or_default();
-        for line in String::from_utf8_lossy(&swaps).lines().skip(1) {
-            let path = unescape(line.split_whitespace().next().unwrap_or_default());
+        for path in known(swap_table(sysroot), &mut usage.unknown) {
             usage.swaps.extend(resolve(sysroot, &path));
         }
         for uuid in sysroot.names("sys/fs/btrfs") {
@@ -109,10 +108,16 @@ impl Usage {
         usage
     }
 
+    /// Why it is not known what is mounted or swap, one reason a line.
+    pub(super) fn unknown(&self) -> &[String] {
+        &self.unknown
+    }
+
     /// What uses the block device `sys/block/<name>`, without counting the map `own` that makes one disk of
     /// several paths.
     pub(super) fn of(&self, sysroot: &Sysroot, name: &str, own: Option<&str>) -> Findings {
-        let mut findings = Findings::default();
+        let mut findings = Findings { held: !self.unknown.is_empty(), ..Findings::default() };
+        findings.evidence.extend(self.unknown.iter().cloned());
         self.walk(sysroot, name, &format!("sys/block/{name}"), name, own, 0, &mut findings);
         findings
     }
@@ -210,10 +215,40 @@ fn holder_of(sysroot: &Sysroot, holder: &str) -> (String, &'static str) {
     }
 }
 
+/// The entries of a table, or none and the reason.
+fn known<T>(table: Result<Vec<T>, String>, unknown: &mut Vec<String>) -> Vec<T> {
+    table.unwrap_or_else(|why| {
+        unknown.push(format!("what this host has in use is not known, and so this disk may be: {why}"));
+        Vec::new()
+    })
+}
+
+/// What is mounted: see [`mountinfo`].
+fn mount_table(sysroot: &Sysroot) -> Result<Vec<(String, PathBuf, String)>, String> {
+    let text = sysroot.table("proc/self/mountinfo").map_err(|error| chain(&error))?;
+    let mounts: Option<Vec<_>> = text.lines().map(mountinfo).collect();
+    // Something is mounted everywhere.
+    mounts.filter(|mounts| !mounts.is_empty()).ok_or("/proc/self/mountinfo is no table of mounts".to_owned())
+}
+
+/// The paths of what is swap (proc_swaps(5)).
+fn swap_table(sysroot: &Sysroot) -> Result<Vec<String>, String> {
+    let text = sysroot.table("proc/swaps").map_err(|error| chain(&error))?;
+    let mut lines = text.lines();
+    if !lines.next().is_some_and(|line| line.starts_with("Filename")) {
+        return Err("/proc/swaps is no table of swaps".to_owned());
+    }
+    Ok(lines.map(|line| unescape(line.split_whitespace().next().unwrap_or_default())).collect())
+}
+
 /// Device number, mount point and source of a line of `mountinfo` (proc_pid_mountinfo(5)).
 fn mountinfo(line: &str) -> Option<(String, PathBuf, String)> {
     let mut fields = line.split(' ');
     let devno = fields.nth(2)?.to_owned();
+    let (major, minor) = devno.split_once(':')?;
+    if major.parse::<u32>().is_err() || minor.parse::<u32>().is_err() {
+        return None;
+    }
     let point = unescape(fields.nth(1)?);
     // Optional fields, ended by a dash; then the type and the source.
     let source = unescape(fields.skip_while(|field| *field != "-").nth(2)?);
@@ -270,6 +305,7 @@ mod tests {
             ("98:0", r"/mnt two/\x", "/dev/root")
         );
         assert!(mountinfo("").is_none());
+        assert!(mountinfo("36 35 x:0 / /mnt rw - ext3 /dev/root rw").is_none());
         assert!(mountinfo("36 35 98:0 / /mnt rw shared:1 propagate_from:2").is_none());
         assert_eq!(unescape(r"\400\09\"), r"\400\09\");
     }

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::Error;
@@ -22,6 +23,9 @@ impl Default for Sysroot {
 
 /// The longest attribute that is read: a VPD page has no more than 4 + 65535 bytes.
 const LONGEST_ATTRIBUTE: u64 = 128 << 10;
+
+/// The longest table that is read: tens of thousands of mounts.
+const LONGEST_TABLE: u64 = 16 << 20;
 
 impl Sysroot {
     /// The tree under `root`.
@@ -44,8 +48,25 @@ impl Sysroot {
     pub(super) fn bytes(&self, path: impl AsRef<Path>) -> Option<Vec<u8>> {
         use io::Read;
         let mut bytes = Vec::new();
-        fs::File::open(self.path(path)).ok()?.take(LONGEST_ATTRIBUTE).read_to_end(&mut bytes).ok()?;
+        // A pipe in a tree that was made would be waited for.
+        let file =
+            fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(self.path(path)).ok()?;
+        file.take(LONGEST_ATTRIBUTE).read_to_end(&mut bytes).ok()?;
         Some(bytes)
+    }
+
+    /// A table that the kernel always has, whole: without it nothing is known.
+    pub(super) fn table(&self, path: impl AsRef<Path>) -> Result<String, IoError> {
+        use io::Read;
+        let path = self.path(path);
+        let failed = |error| IoError::new("read", path.display().to_string(), error);
+        let file = fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path);
+        let mut bytes = Vec::new();
+        file.and_then(|file| file.take(LONGEST_TABLE + 1).read_to_end(&mut bytes)).map_err(failed)?;
+        if bytes.len() as u64 > LONGEST_TABLE {
+            return Err(failed(io::ErrorKind::FileTooLarge.into()));
+        }
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
 
     /// The text of an attribute without the white space around it, or `None` where there is none.
@@ -77,23 +98,34 @@ impl Sysroot {
         Ok(self.names("sys/block"))
     }
 
-    /// Asks every SCSI host to look for new disks, and gives how many were asked. Needs root.
+    /// Asks every SCSI disk for its size and its identification again, then every SCSI host to look for new disks,
+    /// and gives how many hosts were asked: not every bus tells when a disk comes or grows. Needs root.
     pub fn rescan(&self) -> Result<usize, Error> {
+        let disks = self.names("sys/block").into_iter().filter(|name| name.starts_with("sd"));
+        for path in disks.map(|name| format!("sys/block/{name}/device/rescan")) {
+            // One that went, or does not answer, does not keep the others from being asked.
+            if let Err(refused @ Error::Refused(_)) = self.order(&path, b"1") {
+                return Err(refused);
+            }
+        }
         let hosts = self.names("sys/class/scsi_host");
         for host in &hosts {
-            let path = self.path(format!("sys/class/scsi_host/{host}/scan"));
-            // Not created where it is missing: sysfs has it, and another tree shall not gain files.
-            let file = fs::OpenOptions::new().write(true).open(&path);
-            file.and_then(|mut file| io::Write::write_all(&mut file, b"- - -")).map_err(
-                |error| match error.kind() {
-                    io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => Error::Refused(
-                        format!("{host} may be asked to look again by root only; run this with sudo"),
-                    ),
-                    _ => Error::Io(IoError::new("write", path.display().to_string(), error)),
-                },
-            )?;
+            self.order(&format!("sys/class/scsi_host/{host}/scan"), b"- - -")?;
         }
         Ok(hosts.len())
+    }
+
+    /// Writes into an attribute by which the kernel takes orders.
+    fn order(&self, path: &str, order: &[u8]) -> Result<(), Error> {
+        let path = self.path(path);
+        // Not created where it is missing: sysfs has it, and another tree shall not gain files.
+        let file = fs::OpenOptions::new().write(true).open(&path);
+        file.and_then(|mut file| io::Write::write_all(&mut file, order)).map_err(|error| match error.kind() {
+            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => Error::Refused(
+                "SCSI hosts may be asked to look again by root only; run this with sudo".to_owned(),
+            ),
+            _ => Error::Io(IoError::new("write", path.display().to_string(), error)),
+        })
     }
 
     /// Whether every SCSI disk that the kernel knows has its block device, which comes a moment after it.

@@ -18,8 +18,8 @@ use crate::units::ByteLen;
 
 /// Events come in bursts: looking waits until there was none for this long…
 const QUIET: Duration = Duration::from_millis(150);
-/// …but no longer than this.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// …but no longer than this: where there is no end of events, too, a disk is told of within two seconds.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// What no event tells (a new mount, an opener) is seen at the latest after this long.
 const LOOK_ANYWAY: Duration = Duration::from_secs(30);
 
@@ -60,7 +60,8 @@ pub fn compare(before: &[Disk], after: &[Disk]) -> Vec<Change> {
     for new in after {
         match before.iter().find(|old| same(old, new)) {
             None => changes.push(Change::Attached { disk: new.clone() }),
-            Some(old) if old.size != new.size => {
+            // One that lost its medium or its last path is no smaller disk.
+            Some(old) if old.size != new.size && old.size.0 > 0 && new.size.0 > 0 => {
                 changes.push(Change::Resized { disk: new.clone(), from: old.size });
             }
             Some(old) if old != new => changes.push(Change::Changed { disk: new.clone() }),

@@ -122,6 +122,18 @@ impl Identity {
         Ok(identity)
     }
 
+    /// Tries whether an identity of `machine` could be kept, so that a token is not spent on one that cannot. Blocking.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub(in crate::net) fn rehearse(state_dir: &Path, machine: &Name) -> Result<(), Error> {
+        durable::private_dir(state_dir)?;
+        // An identity is smaller than this, and a directory for it.
+        let path = state_dir.join(format!(".{machine}.room"));
+        durable::write(&path, &[b'\n'; 16 << 10], 0o600)?;
+        Ok(durable::remove(&path)?)
+    }
+
     /// Keeps the identity, in place of an earlier one of the same machine. Blocking.
     ///
     /// # Errors

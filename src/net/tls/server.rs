@@ -9,12 +9,12 @@ use std::sync::Arc;
 use rcgen::string::Ia5String;
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType, ExtendedKeyUsagePurpose,
-    IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType, SerialNumber,
+    IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber,
 };
 use rustls::RootCertStore;
 use rustls::ServerConfig;
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use time::{Duration, OffsetDateTime};
 
@@ -229,12 +229,37 @@ fn load(dir: &Path) -> Result<Identity, Error> {
     let server_text = text(&server_pem)?;
 
     let key = KeyPair::from_pem(&ca_key_text).map_err(corrupt(&ca_key))?;
+    let authority_key = key.subject_public_key_info();
     let issuer = Issuer::from_ca_cert_pem(&ca_text, key).map_err(corrupt(&ca_pem))?;
     let ca = CertificateDer::from_pem_slice(ca_text.as_bytes()).map_err(corrupt(&ca_pem))?;
     let server = CertificateDer::from_pem_slice(server_text.as_bytes()).map_err(corrupt(&server_pem))?;
-    let server_key =
-        PrivateKeyDer::from_pem_slice(server_key_text.as_bytes()).map_err(corrupt(&server_key))?;
-    Ok(Identity { issuer, ca, ca_pem: ca_text, server, server_key })
+    let key = KeyPair::from_pem(&server_key_text).map_err(corrupt(&server_key))?;
+    let serving_key = key.subject_public_key_info();
+    let secret = PrivateKeyDer::from_pem_slice(server_key_text.as_bytes()).map_err(corrupt(&server_key))?;
+    // That they belong together is found here, and not by every client at its handshake.
+    if public_key(&ca).map_err(corrupt(&ca_pem))? != authority_key {
+        return Err(corrupt(&ca_pem)("it is not the certificate of ca.key"));
+    }
+    if public_key(&server).map_err(corrupt(&server_pem))? != serving_key {
+        return Err(corrupt(&server_key)("it is not the key of server.pem"));
+    }
+    serves_under(&server, &ca).map_err(corrupt(&server_pem))?;
+    Ok(Identity { issuer, ca, ca_pem: ca_text, server, server_key: secret })
+}
+
+/// The public key in a certificate.
+fn public_key(certificate: &CertificateDer<'_>) -> Result<Vec<u8>, webpki::Error> {
+    Ok(webpki::EndEntityCert::try_from(certificate)?.subject_public_key_info().to_vec())
+}
+
+/// Whether clients will take `server` for a server of the authority `ca`.
+fn serves_under(server: &CertificateDer<'_>, ca: &CertificateDer<'_>) -> Result<(), webpki::Error> {
+    let anchors = [webpki::anchor_from_trusted_cert(ca)?];
+    let leaf = webpki::EndEntityCert::try_from(server)?;
+    let algorithms = provider().signature_verification_algorithms.all;
+    let usage = webpki::KeyUsage::server_auth();
+    leaf.verify_for_usage(algorithms, &anchors, &[], UnixTime::now(), usage, None, None)?;
+    leaf.verify_is_valid_for_subject_name(&super::server_name())
 }
 
 fn corrupt<E: Into<Box<dyn std::error::Error + Send + Sync>>>(path: &Path) -> impl FnOnce(E) -> Error + '_ {
@@ -266,6 +291,8 @@ fn missing(path: &Path, error: IoError) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use base64::Engine;
+
     use super::super::{NameError, machine_of};
     use super::*;
 
@@ -350,13 +377,60 @@ mod tests {
     }
 
     #[test]
-    fn a_key_that_is_not_the_certificates_is_refused() {
+    fn files_that_do_not_belong_together_are_named() {
+        let other = tempfile::tempdir().unwrap();
+        Identity::load_or_create(other.path()).unwrap();
+        // Each is sound, and of another authority.
+        let foreign = [
+            (&[CA_KEY][..], CA_CERT),
+            (&[CA_CERT], CA_CERT),
+            (&[CA_KEY, CA_CERT], SERVER_CERT),
+            (&[SERVER_KEY], SERVER_KEY),
+            (&[SERVER_CERT], SERVER_KEY),
+            (&[SERVER_KEY, SERVER_CERT], SERVER_CERT),
+        ];
+        for (files, named) in foreign {
+            let state = tempfile::tempdir().unwrap();
+            Identity::load_or_create(state.path()).unwrap();
+            for file in files {
+                fs::copy(other.path().join(DIR).join(file), state.path().join(DIR).join(file)).unwrap();
+            }
+            match Identity::load_or_create(state.path()) {
+                Err(Error::Corrupt { path, .. }) => assert_eq!(path, state.path().join(DIR).join(named)),
+                other => panic!("{files:?}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_damaged_certificate_of_the_server_is_not_shown_to_anyone() {
         let state = tempfile::tempdir().unwrap();
-        Identity::load_or_create(state.path()).unwrap();
-        let key = state.path().join(DIR).join(SERVER_KEY);
-        fs::write(key, KeyPair::generate().unwrap().serialize_pem()).unwrap();
         let identity = Identity::load_or_create(state.path()).unwrap();
-        assert!(matches!(identity.server_config(), Err(Error::Crypto(_))));
+        let path = state.path().join(DIR).join(SERVER_CERT);
+        let write = |der: &[u8]| {
+            let base64 = base64::engine::general_purpose::STANDARD.encode(der);
+            fs::write(
+                &path,
+                format!(
+                    "-----BEGIN CERTIFICATE-----
+{base64}
+-----END CERTIFICATE-----
+"
+                ),
+            )
+            .unwrap();
+        };
+        write(&identity.server);
+        Identity::load_or_create(state.path()).unwrap();
+        for at in 0..identity.server.len() {
+            let mut damaged = identity.server.to_vec();
+            damaged[at] ^= 1;
+            write(&damaged);
+            assert!(
+                matches!(Identity::load_or_create(state.path()), Err(Error::Corrupt { .. })),
+                "byte {at}"
+            );
+        }
     }
 
     #[test]

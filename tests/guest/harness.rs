@@ -1,0 +1,273 @@
+//! A guest for a test. The test calls [`Guest::run`] with its body. On the host that boots a guest, in which this
+//! very program is run again for this one test; there, `run` calls the body. So a body is written like that of any
+//! other test, with the whole of `support`, and what it asserts is asserted in the guest.
+//!
+//! The program, what it tests and its sources are in the guest where they are on the host, read-only; everything
+//! else there is memory, and goes with the guest.
+// Each test uses a part of this.
+#![allow(dead_code)]
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Condvar, Mutex, OnceLock};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::hypervisor;
+use crate::support;
+
+/// Where the guest finds what passes between it and the host. That it is set says that this is the guest.
+const SHARE: &str = "MT_AGENT_GUEST_SHARE";
+
+/// How many guests run at once: they share the processors and the memory of the host with other tests.
+const AT_ONCE: usize = 2;
+
+/// What a guest is made of.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Kind {
+    /// User-mode Linux.
+    Small,
+    /// QEMU.
+    Full,
+}
+
+/// A guest that is not booted yet.
+#[derive(Debug)]
+pub struct Guest {
+    kind: Kind,
+    memory: u64,
+    udev: bool,
+    limit: Duration,
+}
+
+/// User-mode Linux: one processor, no PCI; SCSI disks are made in it, see `lio`.
+pub fn small() -> Guest {
+    Guest { kind: Kind::Small, memory: 768, udev: true, limit: Duration::from_secs(240) }
+}
+
+/// QEMU with an adapter of each kind, into which disks are plugged while it runs, see `hypervisor`. It emulates the
+/// processor, and so is slow.
+pub fn full() -> Guest {
+    Guest { kind: Kind::Full, memory: 768, udev: true, limit: Duration::from_secs(180) }
+}
+
+/// What a body in the guest is given.
+pub struct Inside {
+    /// A directory of the host: what a test leaves there, [`Guest::run`] returns on the host.
+    pub share: PathBuf,
+}
+
+impl Guest {
+    /// With so many MiB of memory, of which the host gives what is used.
+    pub fn memory(self, memory: u64) -> Guest {
+        Guest { memory, ..self }
+    }
+
+    /// Without udevd: nobody but the kernel says what there is.
+    pub fn without_udev(self) -> Guest {
+        Guest { udev: false, ..self }
+    }
+
+    /// It may take so long.
+    pub fn limit(self, limit: Duration) -> Guest {
+        Guest { limit, ..self }
+    }
+
+    /// Runs `body` in the guest, under the name of the test that calls this. On the host, gives back what the body
+    /// left in [`Inside::share`]; `None` in the guest, or where no guest can run, which is said.
+    pub fn run(self, body: impl FnOnce(&Inside)) -> Option<tempfile::TempDir> {
+        if let Some(share) = std::env::var_os(SHARE) {
+            body(&Inside { share: share.into() });
+            return None;
+        }
+        // The thread of a test has its name.
+        let test = thread::current().name().expect("a test has a name").to_owned();
+        if !support::root(&test) {
+            return None;
+        }
+        match self.kind.assembled() {
+            Ok(root) => Some(self.boot(root, &test)),
+            Err(why) => {
+                support::skipped(&test, why);
+                None
+            }
+        }
+    }
+
+    fn boot(&self, root: &Path, test: &str) -> tempfile::TempDir {
+        let _place = Place::take();
+        let share = support::directory();
+        fs::write(share.path().join("environment"), self.environment(test)).unwrap();
+        let mut command = self.kind.command(self, root, share.path());
+        println!("{command:?}");
+        let mut console = Console::start(&mut command);
+        console.follow(self.limit);
+        let status = fs::read_to_string(share.path().join("status"));
+        let status = status.unwrap_or_else(|error| panic!("the guest ended and left no status: {error}"));
+        assert_eq!(status.trim(), "0", "the test failed in the guest");
+        share
+    }
+
+    /// What the guest's init is told: variables of a shell.
+    fn environment(&self, test: &str) -> Vec<u8> {
+        let program = std::env::current_exe().unwrap();
+        let mut text = Vec::new();
+        let mut variable = |name: &str, values: &[&[u8]]| {
+            text.extend_from_slice(name.as_bytes());
+            text.extend_from_slice(b"=(");
+            for value in values {
+                text.push(b'\'');
+                value.iter().for_each(|byte| match byte {
+                    b'\'' => text.extend_from_slice(br"'\''"),
+                    byte => text.push(*byte),
+                });
+                text.extend_from_slice(b"' ");
+            }
+            text.extend_from_slice(b")\n");
+        };
+        let bytes = |path: &Path| path.as_os_str().as_bytes().to_vec();
+        let [tree, built] = read_directories().map(bytes);
+        variable("MT_AGENT_GUEST_READS", &[&tree, &built]);
+        variable("MT_AGENT_GUEST_DIRECTORY", &[&tree]);
+        variable("MT_AGENT_GUEST_UDEV", &[self.udev.to_string().as_bytes()]);
+        let arguments = ["--exact", test, "--nocapture", "--test-threads=1", "--include-ignored"];
+        let mut words = vec![bytes(&program)];
+        words.extend(arguments.map(|word| word.as_bytes().to_vec()));
+        let words: Vec<&[u8]> = words.iter().map(Vec::as_slice).collect();
+        variable("MT_AGENT_GUEST_COMMAND", &words);
+        text
+    }
+}
+
+/// The directories of the host that a guest reads: the sources, and target/debug, wherever that is, which has the
+/// programs under test beside `deps`.
+pub fn read_directories() -> [&'static Path; 2] {
+    let program = Path::new(env!("CARGO_BIN_EXE_mt-agent"));
+    [Path::new(env!("CARGO_MANIFEST_DIR")), program.parent().unwrap()]
+}
+
+impl Kind {
+    /// The directory that `assemble` made for this kind, or why there is none.
+    fn assembled(self) -> Result<&'static Path, &'static str> {
+        static SMALL: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+        static FULL: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+        let (made, name) = match self {
+            Kind::Small => (&SMALL, "small"),
+            Kind::Full => (&FULL, "full"),
+        };
+        let made = made.get_or_init(|| {
+            let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/guest/assemble");
+            let output = Command::new(&script).arg(name).stdin(Stdio::null()).output().unwrap();
+            let errors = String::from_utf8_lossy(&output.stderr);
+            match output.status.code() {
+                Some(0) => Ok(String::from_utf8(output.stdout).unwrap().trim_end().into()),
+                Some(3) => Err(errors.trim_end().lines().last().unwrap_or("no guest can be made").to_owned()),
+                _ => panic!("{}: {}\n{errors}", script.display(), output.status),
+            }
+        });
+        made.as_deref().map_err(String::as_str)
+    }
+
+    /// The machine, which ends when this process does.
+    fn command(self, guest: &Guest, root: &Path, share: &Path) -> Command {
+        // Each end takes the next with it: this thread the first process, that one the first of a PID namespace, and
+        // so all of it.
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", "unshare", "--pid", "--kill-child"]);
+        let share_variable = format!("{SHARE}={}", share.display());
+        match self {
+            Kind::Small => {
+                // The guest's memory is a file of the host's, in memory.
+                command.env("TMPDIR", "/dev/shm").env("LD_PRELOAD", root.join("xstate.so"));
+                command.arg(root.join("usr/bin/linux.uml"));
+                command.arg(format!("mem={}M", guest.memory));
+                command.args(["root=/dev/root", "rootfstype=hostfs", "ro", "init=/guest-init"]);
+                command.arg(format!("rootflags={}", root.display()));
+                command.arg(format!("uml_dir={}/", share.display()));
+                command.args(["con=null", "con0=null,fd:1", "ssl=null", "quiet", "panic=-1"]);
+                command.arg(share_variable);
+            }
+            Kind::Full => hypervisor::machine(&mut command, root, share, guest.memory, &share_variable),
+        }
+        command
+    }
+}
+
+/// What a guest says, and when it ends.
+struct Console {
+    machine: Child,
+    lines: mpsc::Receiver<String>,
+}
+
+impl Console {
+    fn start(command: &mut Command) -> Console {
+        let (reader, writer) = std::io::pipe().unwrap();
+        command.stdin(Stdio::null()).stdout(writer.try_clone().unwrap()).stderr(writer);
+        let machine = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+        // The command has the writing end, too, as long as it lives.
+        *command = Command::new("true");
+        let (sender, lines) = mpsc::channel();
+        thread::spawn(move || {
+            let mut reader = BufReader::new(reader);
+            let mut line = Vec::new();
+            while reader.read_until(b'\n', &mut line).is_ok_and(|count| count > 0) {
+                if sender.send(String::from_utf8_lossy(&line).trim_end().to_owned()).is_err() {
+                    return;
+                }
+                line.clear();
+            }
+        });
+        Console { machine, lines }
+    }
+
+    /// Prints what it says, into the output of this test, until it ends.
+    fn follow(&mut self, limit: Duration) {
+        let start = Instant::now();
+        loop {
+            match self.lines.recv_timeout(limit.saturating_sub(start.elapsed())) {
+                Ok(line) => {
+                    println!("{:6.2} | {line}", start.elapsed().as_secs_f64());
+                    // User-mode Linux says so as the last thing it does, and then, rarely, does not end.
+                    if line == "reboot: System halted" {
+                        break;
+                    }
+                }
+                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => panic!("the guest runs after {limit:?}"),
+            }
+        }
+    }
+}
+
+impl Drop for Console {
+    fn drop(&mut self) {
+        // Both do nothing to one that has ended.
+        self.machine.kill().unwrap();
+        self.machine.wait().unwrap();
+    }
+}
+
+/// One of the places for guests that run at once.
+struct Place;
+
+static FREE: Mutex<usize> = Mutex::new(AT_ONCE);
+static FREED: Condvar = Condvar::new();
+
+impl Place {
+    fn take() -> Place {
+        let mut free = FREED.wait_while(FREE.lock().unwrap(), |free| *free == 0).unwrap();
+        *free -= 1;
+        Place
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        *FREE.lock().unwrap() += 1;
+        FREED.notify_one();
+    }
+}

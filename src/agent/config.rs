@@ -395,11 +395,12 @@ fn unknown(key: &str) -> String {
         true => 1,
         false => distance(&plain, known),
     };
-    let nearest = KEYS.iter().map(|known| (far(known), *known)).min();
+    let nearest = KEYS.iter().map(|known| far(known)).min();
+    let near: Vec<&str> = KEYS.into_iter().filter(|known| Some(far(known)) == nearest).collect();
     let shown: String = key.escape_debug().take(100).collect();
     match nearest {
-        Some((distance, known)) if distance <= known.len() / 3 => {
-            format!("there is no key `{shown}`: did you mean `{known}`?")
+        Some(distance) if near.iter().all(|known| distance <= known.len() / 3) => {
+            format!("there is no key `{shown}`: did you mean `{}`?", near.join("` or `"))
         }
         _ => format!("there is no key `{shown}`: the keys are {}", KEYS.join(", ")),
     }

@@ -215,8 +215,8 @@ fn read_pass(shelf: &dyn Shelf, number: u64, segments: Vec<(u32, String)>) -> Re
         let reader = shelf.open(&name)?;
         let mut block = [0; BLOCK_LEN];
         if reader.size() < BLOCK {
-            pass.damage = damage(0, "the segment is cut off");
-            return Ok(pass);
+            // A crash came between its creation and the reservation of its space.
+            continue;
         }
         reader.read_at(0, &mut block)?;
         let segment = match format::parse_segment(&block) {

@@ -28,7 +28,8 @@ pub struct Client {
     pub pass: PassId,
     /// What its pass will be, as the service's answer to the opening asks for.
     pub kind: PassKind,
-    pub disk: Option<Name>,
+    /// The disk that was opened last, or `d0`.
+    pub disk: Name,
 }
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -59,7 +60,12 @@ impl Client {
         let stream = TlsConnector::from(config).connect(tls::server_name(), tcp).await.unwrap();
         let mut id = [0; 16];
         getrandom::fill(&mut id).unwrap();
-        Client { stream, pass: PassId(u128::from_le_bytes(id)), kind: PassKind::Initial, disk: None }
+        Client {
+            stream,
+            pass: PassId(u128::from_le_bytes(id)),
+            kind: PassKind::Initial,
+            disk: "d0".parse().unwrap(),
+        }
     }
 
     /// With the disk `disk` open for a source of `size` bytes, and the pass begun.
@@ -72,7 +78,7 @@ impl Client {
 
     pub async fn open(&mut self, disk: &str, size: u64) -> Result<OpenReply, message::Error> {
         let compression = vec![Encoding::Lz4, Encoding::Zstd];
-        self.disk = Some(disk.parse().unwrap());
+        self.disk = disk.parse().unwrap();
         let reply: Result<OpenReply, message::Error> =
             self.ask(&Open { disk: disk.parse().unwrap(), size, sector: 512, compression }).await;
         if reply.as_ref().is_ok_and(|reply| reply.baseline.is_some()) {
@@ -83,13 +89,7 @@ impl Client {
 
     pub async fn begin(&mut self) -> Result<BeginReply, message::Error> {
         let (pass, kind) = (self.pass, self.kind);
-        self.ask(&Begin {
-            pass,
-            kind,
-            point: PointId(self.pass.0),
-            disks: self.disk.iter().cloned().collect(),
-        })
-        .await
+        self.ask(&Begin { pass, kind, point: PointId(self.pass.0), disks: vec![self.disk.clone()] }).await
     }
 
     pub async fn commit(&mut self, frames: u64, bytes: u64) -> Result<Committed, message::Error> {

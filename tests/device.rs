@@ -7,7 +7,7 @@ use std::fs::{self, File, OpenOptions};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
+use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -19,6 +19,13 @@ use mt_agent::disk::id::DiskId;
 use mt_agent::units::ByteLen;
 
 const MIB: u64 = 1 << 20;
+
+/// One test at a time: `losetup` and discovery open every loop device for a moment, and who has a disk open is what these
+/// tests are about.
+fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 fn loop_id(path: &Path) -> DiskId {
     DiskId::loop_file(path).unwrap()
@@ -63,6 +70,7 @@ fn attached(name: &str) -> Option<(tempfile::TempDir, PathBuf, LoopDev)> {
 
 #[test]
 fn a_free_disk_is_opened_with_its_identity_and_geometry() {
+    let _turn = turn();
     let Some((_dir, path, device)) = attached("free disk.img") else { return };
     let disk = open(&path).unwrap();
     assert_eq!((disk.id.clone(), disk.name.as_str()), (loop_id(&path), device.name()));
@@ -86,6 +94,7 @@ fn a_free_disk_is_opened_with_its_identity_and_geometry() {
 
 #[test]
 fn a_mounted_disk_is_refused() {
+    let _turn = turn();
     let Some((dir, path, device)) = attached("mounted.img") else { return };
     run("mkfs.ext4", &["-q", device.node.to_str().unwrap()]);
     assert_eq!(open(&path).unwrap().content().unwrap().to_string(), "ext4 (at byte 1080)");
@@ -107,6 +116,7 @@ fn a_mounted_disk_is_refused() {
 
 #[test]
 fn a_mounted_partition_holds_its_disk() {
+    let _turn = turn();
     if !available() {
         return;
     }
@@ -141,6 +151,7 @@ fn a_mounted_partition_holds_its_disk() {
 
 #[test]
 fn swap_is_refused() {
+    let _turn = turn();
     let Some((_dir, path, device)) = attached("swap.img") else { return };
     let node = device.node.to_str().unwrap();
     run("mkswap", &["-q", node]);
@@ -155,6 +166,7 @@ fn swap_is_refused() {
 
 #[test]
 fn two_devices_on_one_file_are_clones() {
+    let _turn = turn();
     let Some((_dir, path, first)) = attached("twice.img") else { return };
     let second = LoopDev::attach(&path, &[]);
     let (role, evidence) = role(open(&path));
@@ -166,6 +178,7 @@ fn two_devices_on_one_file_are_clones() {
 
 #[test]
 fn another_s_exclusive_open_is_refused_with_who_it_is() {
+    let _turn = turn();
     let Some((_dir, path, device)) = attached("held.img") else { return };
     // A process of another program: it opens the device for itself and waits.
     let script = "import os,sys,time; os.open(sys.argv[1], os.O_RDONLY|os.O_EXCL); print('held', flush=True); time.sleep(60)";
@@ -193,6 +206,7 @@ fn another_s_exclusive_open_is_refused_with_who_it_is() {
 
 #[test]
 fn a_file_that_was_replaced_under_its_device_is_not_the_disk() {
+    let _turn = turn();
     let Some((_dir, path, device)) = attached("replaced.img") else { return };
     let file = File::open(&device.node).unwrap();
     let sysroot = Sysroot::default();
@@ -217,6 +231,7 @@ fn a_file_that_was_replaced_under_its_device_is_not_the_disk() {
 
 #[test]
 fn a_part_of_a_file_is_not_the_disk() {
+    let _turn = turn();
     if !guard::available() {
         return;
     }
@@ -232,15 +247,24 @@ fn a_part_of_a_file_is_not_the_disk() {
 
 #[test]
 fn a_name_that_passed_to_another_disk_is_not_written_to() {
-    let Some((_dir, path, device)) = attached("first.img") else { return };
-    let listed = listed(&path);
-    let id = loop_id(&path);
-    device::open_listed(listed.clone(), &id, &TargetOptions::default()).unwrap();
-    // The same /dev name, another disk.
-    let other = path.with_file_name("other.img");
-    image(&other, 32 * MIB);
-    run("losetup", &["-d", device.node.to_str().unwrap()]);
-    run("losetup", &[device.node.to_str().unwrap(), other.to_str().unwrap()]);
+    let _turn = turn();
+    // Others look for a free device at the same time, and may take the name first: then it is tried again.
+    let (_dirs, path, device, listed) = 'free: loop {
+        let Some((dir, path, device)) = attached("first.img") else { return };
+        let listed = listed(&path);
+        device::open_listed(listed.clone(), &loop_id(&path), &TargetOptions::default()).unwrap();
+        // The same /dev name, another disk.
+        let other = path.with_file_name("other.img");
+        image(&other, 32 * MIB);
+        run("losetup", &["-d", device.node.to_str().unwrap()]);
+        let attach = std::process::Command::new("losetup").arg(&device.node).arg(&other).output().unwrap();
+        if attach.status.success() {
+            break 'free (dir, path, device, listed);
+        }
+        // It is somebody else's now, who will detach it.
+        std::mem::forget(device);
+    };
+    let (id, other) = (loop_id(&path), path.with_file_name("other.img"));
     let result = device::open_listed(listed.clone(), &id, &TargetOptions::default());
     let found = Some(loop_id(&other));
     assert_eq!(refusal(result), Refusal::Changed { node: device.node.display().to_string(), found });
@@ -249,6 +273,7 @@ fn a_name_that_passed_to_another_disk_is_not_written_to() {
 
 #[test]
 fn size_assignment_and_read_only_are_checked() {
+    let _turn = turn();
     let Some((_dir, path, device)) = attached("rules.img") else { return };
     let id = loop_id(&path);
     let needed = ByteLen(32 * MIB + 1);
@@ -276,6 +301,7 @@ fn size_assignment_and_read_only_are_checked() {
 
 #[test]
 fn only_whole_block_devices_have_an_identity() {
+    let _turn = turn();
     let file = tempfile::tempfile().unwrap();
     let error = device::read_identity(&file, &Sysroot::default()).unwrap_err();
     assert!(matches!(error, Error::NoDisk { .. }), "{error}");
@@ -283,6 +309,7 @@ fn only_whole_block_devices_have_an_identity() {
 
 #[test]
 fn this_machine_s_own_disk_is_refused() {
+    let _turn = turn();
     let disks = discover::discover(&Sysroot::default(), &Options::default()).unwrap();
     let Some(system) =
         disks.iter().find(|disk| disk.evidence.iter().any(|line| line.ends_with("is mounted on /")))
@@ -309,6 +336,7 @@ fn this_machine_s_own_disk_is_refused() {
 
 #[test]
 fn targets_can_be_opened_side_by_side() {
+    let _turn = turn();
     if !available() {
         return;
     }
@@ -333,6 +361,7 @@ fn targets_can_be_opened_side_by_side() {
 
 #[test]
 fn a_watch_sees_a_disk_come_grow_and_go() {
+    let _turn = turn();
     if !available() {
         return;
     }

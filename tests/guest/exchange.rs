@@ -143,7 +143,7 @@ fn a_disk_exchanged_behind_the_kernels_back_is_refused() {
         assert_eq!(read, Some((new.parse().unwrap(), IdSource::SgIo)));
         let before = fs::read(&node).unwrap();
         let source = rig.random("source", MIB);
-        rig.send(&[("d0", &source)], &[]).fails(3, &[old, new, "the disks changed meanwhile"]);
+        rig.send(&[("d0", &source)], &[]).fails(3, &[new, "the disks changed meanwhile"]);
         assert!(fs::read(&node).unwrap() == before);
         // Nor is it assigned under a name that is not its own.
         let config = rig.service.config();

@@ -36,10 +36,15 @@ impl Array {
         let luns: Vec<Lun> = stores.iter().zip(0..).map(|(store, lun)| target.attach(lun, store)).collect();
         settle();
         let array = Array { rig, target, luns };
-        let all: Vec<String> = (0..stores.len()).map(|disk| format!("d{disk}={}", array.id(disk))).collect();
-        let config = array.rig.service.config();
-        run(&["protect", "add", MACHINE, "--config", &config, "--overwrite", "--disk", &all.join(",")]).ok();
+        array.assign();
         array
+    }
+
+    fn assign(&self) {
+        let all: Vec<String> =
+            (0..self.luns.len()).map(|disk| format!("d{disk}={}", self.id(disk))).collect();
+        let config = self.rig.service.config();
+        run(&["protect", "add", MACHINE, "--config", &config, "--overwrite", "--disk", &all.join(",")]).ok();
     }
 
     fn id(&self, disk: usize) -> String {
@@ -77,6 +82,9 @@ fn arrives_with(engine: &str) {
     let from = array.target.attach(9, &Store::existing(&first, &Identity::vmware(9)));
     // What was there goes, also where the source has zeros.
     write_random(&array.backing(0), 0, 48 * MIB);
+    // It was empty when it was assigned, and nobody said then that what came since may go.
+    run(&["protect", "remove", MACHINE, "--config", &rig.service.config()]).ok();
+    array.assign();
     let disks: [(&str, &Path); 2] = [("d0", &from.node()), ("d1", &second)];
     let send = rig.start_into_pass(&disks, &["--engine", engine, "--bwlimit", "20M"]);
     for disk in ["d0", "d1"] {
@@ -247,6 +255,8 @@ fn a_disk_that_stands_still_holds_up_no_other() {
     small().run(|_| {
         let rig = Rig::new(&[]);
         let under = Loop::create(&rig.path("d0.img"), 16 * MIB);
+        // It holds something, which may go: else it would be looked at again when it is opened.
+        write_random(under.backing(), 0, 4096);
         let still = Mapped::new("still", under.node(), 0, 16 * MIB);
         let stores = [
             Store::block(&still.node(), &Identity::vmware(0)),

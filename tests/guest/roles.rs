@@ -117,7 +117,7 @@ fn the_root_is_refused(house: &House, volume: &str) {
     assert!(disk["evidence"].as_array().unwrap().contains(&said.as_str().into()), "{disk:#}");
     let (config, disk) = (house.rig.service.config(), format!("root={}", used.id));
     inside(&["protect", "add", MACHINE, "--config", &config, "--overwrite", "--disk", &disk])
-        .fails(3, &["it carries this system", &said]);
+        .fails(3, &["this system uses it", &said]);
     tool("umount", &["--recursive", "/sysroot"]);
 }
 

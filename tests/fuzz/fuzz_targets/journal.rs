@@ -16,7 +16,9 @@ fuzz_target!(|bytes: &[u8]| {
         assert_eq!(format::parse_segment(&format::encode_segment(&segment)), Ok(segment));
     }
     if let Ok(record) = format::parse_record(&block) {
-        assert!(record.len() >= format::BLOCK && record.len() <= format::BLOCK + u64::from(format::MAX_PAYLOAD));
+        assert!(
+            record.len() >= format::BLOCK && record.len() <= format::BLOCK + u64::from(format::MAX_PAYLOAD)
+        );
         let again = format::encode_record(&record).expect("what was parsed keeps the rules");
         assert_eq!(format::parse_record(&again), Ok(record));
     }

@@ -139,7 +139,8 @@ impl Receiver {
         let (released, journal) = read.map_err(|error| commit::refuse(&error))?;
         if let Some(point) = released {
             let text = format!(
-                "machine {machine} was failed over to point {point}: its disks are not written to;                  `mt-agent failover {machine} --undo` on the master target takes that back"
+                "machine {machine} was failed over to point {point}: its disks are not written to; \
+                 `mt-agent failover {machine} --undo` on the master target takes that back"
             );
             return Err(message::Error::new(Code::Refused, text));
         }

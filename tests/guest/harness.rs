@@ -4,8 +4,6 @@
 //!
 //! The program, what it tests and its sources are in the guest where they are on the host, read-only; everything
 //! else there is memory, and goes with the guest.
-// Each test uses a part of this.
-#![allow(dead_code)]
 
 use std::fs;
 use std::io::{BufRead, BufReader};

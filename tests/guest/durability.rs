@@ -118,5 +118,8 @@ fn survives(engine: &str, samples: usize) {
             seen.insert((passed, state));
         });
         println!("{states} states of the records: {seen:?}");
+        assert!(
+            seen.contains(&("acknowledged", "synchronized")) && seen.contains(&("receiving", "receiving"))
+        );
     });
 }

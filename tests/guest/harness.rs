@@ -5,6 +5,7 @@
 //! The program, what it tests and its sources are in the guest where they are on the host, read-only; everything
 //! else there is memory, and goes with the guest.
 
+use std::cell::Cell;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::ffi::OsStrExt;
@@ -59,6 +60,9 @@ pub struct Inside {
     pub share: PathBuf,
 }
 
+/// What a body leaves in the share when it is through.
+const RAN: &str = "ran";
+
 impl Guest {
     /// With so many MiB of memory, of which the host gives what is used.
     pub fn memory(self, memory: u64) -> Guest {
@@ -75,15 +79,21 @@ impl Guest {
         Guest { limit, ..self }
     }
 
-    /// Runs `body` in the guest, under the name of the test that calls this. On the host, gives back what the body
-    /// left in [`Inside::share`]; `None` in the guest, or where no guest can run, which is said.
+    /// Runs `body` in the guest, under the name of the test that calls this, once in a test and from its own thread. On
+    /// the host, gives back what the body left in [`Inside::share`]; `None` in the guest, or where no guest can run, which
+    /// is said. What a test does outside of `body` it does on both sides.
     pub fn run(self, body: impl FnOnce(&Inside)) -> Option<tempfile::TempDir> {
         if let Some(share) = std::env::var_os(SHARE) {
-            body(&Inside { share: share.into() });
+            let share = PathBuf::from(share);
+            body(&Inside { share: share.clone() });
+            // A guest in which no test of this name was found ends well, too.
+            fs::write(share.join(RAN), "").unwrap();
             return None;
         }
         // The thread of a test has its name.
         let test = thread::current().name().expect("a test has a name").to_owned();
+        thread_local!(static USED: Cell<bool> = const { Cell::new(false) });
+        assert!(!USED.replace(true), "one guest a test: its bodies would all run in each of them");
         if !support::root(&test) {
             return None;
         }
@@ -107,6 +117,7 @@ impl Guest {
         let status = fs::read_to_string(share.path().join("status"));
         let status = status.unwrap_or_else(|error| panic!("the guest ended and left no status: {error}"));
         assert_eq!(status.trim(), "0", "the test failed in the guest");
+        assert!(share.path().join(RAN).exists(), "no body of a test {test} ran in the guest");
         share
     }
 
@@ -230,7 +241,8 @@ impl Console {
                 Ok(line) => {
                     println!("{:6.2} | {line}", start.elapsed().as_secs_f64());
                     // User-mode Linux says so as the last thing it does, and then, rarely, does not end.
-                    if line == "reboot: System halted" {
+                    // Where its kernel panics, it may not end at all.
+                    if line == "reboot: System halted" || line.starts_with("Kernel panic") {
                         break;
                     }
                 }

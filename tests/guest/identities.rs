@@ -229,6 +229,7 @@ fn two_paths_are_clones_until_a_map_makes_them_one_without_udevd() {
         let rig = Rig::new(&[]);
         let paths = TwoPaths::new(&rig.path("disk"));
         paths.are_clones();
+        discovered().iter().for_each(|disk| agrees(disk, From::Sysfs));
         let id = Identity::vmware(7).canonical();
         for disk in [id.clone(), format!("/dev/{}", paths.names()[0])] {
             protect_add(&rig.service, &format!("root={disk}"))
@@ -302,6 +303,14 @@ fn two_paths_are_one_disk_with_multipath_and_one_may_fail_while_it_is_written() 
             (&lsblk["type"], &lsblk["size"], &lsblk["maj:min"]),
             (&"mpath".into(), &map["size"], &map["devno"])
         );
+
+        // Each path says of itself what the map has, and udev's names are the map's.
+        for path in disk.names() {
+            let said = said("/lib/udev/scsi_id", &["-g", "-u", "-d", &format!("/dev/{path}")]);
+            assert_eq!(said, format!("3{}", &id[4..]), "{path}");
+        }
+        let link = format!("/dev/disk/by-id/dm-uuid-mpath-3{}", &id[4..]);
+        assert_eq!(fs::canonicalize(&link).unwrap(), Path::new("/dev/dm-0"), "{link}");
 
         // By any of its names, it is the map that is written; a path that fails takes nothing with it.
         let path = format!("root=/dev/{}", disk.names()[0]);

@@ -13,7 +13,8 @@ use std::path::{Path, PathBuf};
 
 use crate::disk::id::DiskId;
 use crate::error::IoError;
-use crate::journal::recover::{self, History, Pass, recover};
+use crate::journal::recover::{self, Damage, History, Pass, recover};
+use crate::journal::writer::segment_name;
 use crate::name::Name;
 use crate::points::{self, Log, PointId, VolumeAt};
 use crate::protection;
@@ -79,6 +80,8 @@ pub struct Journal {
     pub newest: Option<(PointId, u64)>,
     /// The pass that led to the oldest point that is kept.
     pub oldest: Option<u64>,
+    /// All passes that led to points, or back to one, in order.
+    led: Vec<u64>,
 }
 
 impl Journal {
@@ -93,17 +96,38 @@ impl Journal {
         let shelf = Directory::at(place(retention, machine, disk));
         let history = recover(&shelf)?;
         let of_disk = |volume: &&VolumeAt| volume.disk == *disk && volume.id == *target;
-        let mut passes = log.points(machine).filter_map(|point| {
-            point.volumes_of(machine).find(of_disk).map(|volume| (point.id, volume.pass))
-        });
-        let oldest = passes.next();
-        let mut newest = passes.next_back().or(oldest);
+        let passes: Vec<(PointId, u64)> = log
+            .points(machine)
+            .filter_map(|point| {
+                let volume = point.volumes_of(machine).find(of_disk)?;
+                Some((point.id, volume.pass))
+            })
+            .collect();
+        let oldest = passes.first().copied();
+        let mut newest = passes.last().copied();
+        let mut led: Vec<u64> = passes.iter().map(|(_, pass)| *pass).collect();
         // Going back made a pass of its own, which is a part of what the disk stands at.
         if let (Some((_, pass)), Some(released)) = (&mut newest, log.released(machine)) {
             let back = released.passes.iter().find(|back| back.disk == *disk);
             *pass = back.map_or(*pass, |back| back.pass);
+            led.extend(back.map(|back| back.pass));
         }
-        Ok(Journal { shelf, history, newest, oldest: oldest.map(|(_, pass)| pass) })
+        Ok(Journal { shelf, history, newest, oldest: oldest.map(|(_, pass)| pass), led })
+    }
+
+    /// Whether the way back to the point after this pass is whole: every pass since then that led to a point is there, to
+    /// its end, and nothing is known to be damaged.
+    pub fn reaches(&self, pass: u64) -> Result<(), recover::Error> {
+        self.history.after(pass)?;
+        for led in self.led.iter().filter(|led| **led > pass) {
+            let whole = self.history.passes.get(led).is_some_and(|found| found.ended);
+            if !whole {
+                let (segment, what) =
+                    (segment_name(*led, 0), "segments of this pass, or its end, are missing");
+                return Err(recover::Error::Corrupt { pass: *led, damage: Damage { segment, at: 0, what } });
+            }
+        }
+        Ok(())
     }
 
     /// Removes what nobody needs any more. For the one that writes the disk.

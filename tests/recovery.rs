@@ -127,7 +127,7 @@ fn a_pass_that_broke_off_is_rolled_back_or_goes_on() {
     let (mut rig, source, versions) = with_versions(2, &mut dice);
     for round in 0..2 {
         support::write_random(&source, 0, SIZE);
-        let slow = ["--bwlimit", "16M", "--compression", "off"];
+        let slow = ["--bwlimit", "4M", "--compression", "off"];
         let send = rig.start_into_pass(&[("d0", &source)], &slow);
         std::thread::sleep(Duration::from_millis(300));
         // While it runs, and the disk is neither the one nor the other, the point is there.
@@ -216,6 +216,40 @@ fn a_damaged_segment_costs_the_points_that_need_it() {
     exported(&rig, &id(&points[2]), &versions[2]);
     command(&rig, &["failover", MACHINE, "--to", &id(&points[0])]).fails(1, &["damaged"]);
     assert_equal(&versions[2], rig.targets[0].backing());
+    // One that is missing, or lost its end, is no shorter way back.
+    let out = rig.path("out");
+    fs::create_dir(&out).unwrap();
+    for harm in
+        [|path: &Path| File::create(path).map(drop).unwrap(), |path: &Path| fs::remove_file(path).unwrap()]
+    {
+        harm(newest);
+        for point in &points[..2] {
+            let what = format!("{MACHINE}@{}", id(point));
+            command(&rig, &["failover", MACHINE, "--to", &id(point)]).fails(1, &["damaged", "missing"]);
+            command(&rig, &["export", &what, "--dir", out.to_str().unwrap()]).fails(1, &["damaged"]);
+        }
+        assert_equal(&versions[2], rig.targets[0].backing());
+        exported(&rig, &id(&points[2]), &versions[2]);
+    }
+}
+
+/// A disk that is taken away is nobody's: its points go with it, and the machine begins anew.
+#[test]
+fn points_go_with_their_disks() {
+    require_root!();
+    let mut dice = Dice::seed_from_u64(5);
+    let (rig, source, _) = with_versions(2, &mut dice);
+    command(&rig, &["failover", MACHINE, "--to", &id(&points(&rig)[0])]).ok();
+    command(&rig, &["protect", "remove", MACHINE, "--disk", "d0"]).fails(3, &["is failed over", "--undo"]);
+    let removed = command(&rig, &["protect", "remove", MACHINE]).ok();
+    assert!(removed.stdout.contains("2 recovery points are given up"), "{removed:#?}");
+    support::write_random(rig.targets[0].backing(), 0, SIZE);
+    rig.service.protect_add(MACHINE, "d0", &rig.targets[0]).ok();
+    assert_eq!(points(&rig).len(), 0);
+    command(&rig, &["failover", MACHINE, "--to", "latest"]).fails(3, &["has no points"]);
+    rig.send(&[("d0", &source)], &[]).ok();
+    assert_equal(&source, rig.targets[0].backing());
+    assert_eq!(points(&rig).len(), 1);
 }
 
 /// Another installation, given the retention directory and the disks, knows the machines and points, and carries on.
@@ -335,6 +369,21 @@ fn a_pass_without_room_waits_and_goes_on() {
     support::tool("mount", &["-o", "remount,size=64m", "none", retention.to_str().unwrap()]);
     send.finish().ok();
     assert_equal(&source, rig.targets[0].backing());
+    // Nor does going back wait for room for ever.
+    let tight = run(&[&["points", MACHINE, "--json"][..], &place].concat()).ok().json();
+    if tight["points"].as_array().unwrap().len() == 2 {
+        rig.service.process().kill();
+        let stat = nix::sys::statvfs::statvfs(&retention).unwrap();
+        let used = (stat.blocks() - stat.blocks_free()) * stat.fragment_size();
+        let room = format!("remount,size={}k", (used + 3 * MIB) / KIB);
+        support::tool("mount", &["-o", &room, "none", retention.to_str().unwrap()]);
+        let first = id(&tight["points"][0]);
+        run(&[&["failover", MACHINE, "--to", &first][..], &place].concat()).fails(3, &["has no room"]);
+        support::tool("mount", &["-o", "remount,size=64m", "none", retention.to_str().unwrap()]);
+        run(&[&["failover", MACHINE, "--to", "latest"][..], &place].concat()).ok();
+        assert_equal(&source, rig.targets[0].backing());
+        run(&[&["failover", MACHINE, "--undo"][..], &place].concat()).ok();
+    }
     let out = rig.path("out");
     fs::create_dir(&out).unwrap();
     let list = run(&[&["points", MACHINE, "--json"][..], &place].concat()).ok().json();

@@ -7,6 +7,7 @@ use mt_agent::disk::device;
 use mt_agent::disk::discover::{self, Disk, Sysroot};
 use mt_agent::error::chain;
 use mt_agent::name::Name;
+use mt_agent::points::{Dropped, Log, Point, PointId, Reason, Record, TakenBack};
 use mt_agent::protection::assign::{self, Allowed, Planned, Request};
 use mt_agent::protection::{Assignment, Error, Listed, State, Store};
 use mt_agent::units::{ByteLen, rfc3339};
@@ -318,9 +319,35 @@ fn disk_json(disk: &Assignment) -> Value {
 fn remove(args: &RemoveArgs) -> Result<(), Failure> {
     let config = args.places.load()?;
     let store = Store::open(&config.retention_dir);
+    let planned = store.remove_dry(&args.machine, args.disk.as_ref())?;
+    let mut log = Log::open(&config.retention_dir)?;
+    if let (Some(released), Some(disk)) = (log.released(&args.machine), &args.disk) {
+        let (machine, point) = (&args.machine, released.point);
+        return Err(Failure::refused(format!(
+            "machine {machine} is failed over to point {point}: take all of it away, or take the failover back first, with \
+             `mt-agent failover {machine} --undo`; disk {disk} stays"
+        )));
+    }
+    let names = |point: &&Point| {
+        point.volumes_of(&args.machine).any(|at| planned.iter().any(|disk| disk.name == at.disk))
+    };
+    let points: Vec<PointId> = log.points(&args.machine).filter(names).map(|point| point.id).collect();
     let taken = match args.dry_run {
-        true => store.remove_dry(&args.machine, args.disk.as_ref())?,
-        false => store.remove(&args.machine, args.disk.as_ref())?,
+        true => planned,
+        false => {
+            // The points go with their disks, which anyone may write to then; and go first: a crash in between leaves
+            // assigned disks without points, and no points of disks that are nobody's.
+            if !points.is_empty() {
+                let alone = store.exclude(&args.machine)?;
+                let (time, reason) = (OffsetDateTime::now_utc(), Reason::Asked);
+                if log.released(&args.machine).is_some() {
+                    log.append(Record::TakenBack(TakenBack { machine: args.machine.clone(), time }))?;
+                }
+                log.append(Record::Dropped(Dropped { time, reason, points: points.clone() }))?;
+                drop(alone);
+            }
+            store.remove(&args.machine, args.disk.as_ref())?
+        }
     };
     if args.json {
         return print_json(&json!({
@@ -339,6 +366,10 @@ fn remove(args: &RemoveArgs) -> Result<(), Failure> {
     }
     if taken.is_empty() {
         text = format!("{}: its protection, which could not be read, {done} removed\n", args.machine);
+    }
+    if !points.is_empty() {
+        let (count, gone) = (points.len(), if args.dry_run { "would be" } else { "are" });
+        text.push_str(&format!("{}: {count} recovery points {gone} given up with it\n", args.machine));
     }
     if args.dry_run {
         text.push_str("dry run: nothing was written\n");

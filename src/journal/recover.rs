@@ -1,6 +1,8 @@
 //! Reads a shelf of segments back into what can be used: which passes there are, and where their images lie.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::time::Duration;
 
 use super::format::{self, BLOCK, BLOCK_LEN, Body, MAX_IMAGE};
 use super::writer::{gone_name, parse_gone, parse_name, segment_name};
@@ -73,8 +75,6 @@ pub struct Pass {
     pub damage: Option<Damage>,
     pub(super) next_sequence: u64,
     pub(super) next_index: u32,
-    /// Where the next record would stand.
-    tail: Option<(String, u64)>,
 }
 
 /// Where an image lies.
@@ -104,6 +104,10 @@ impl Image {
     }
 }
 
+/// How often, and how long after, a pass that seems damaged is read again.
+const AGAIN: u32 = 3;
+const PAUSE: Duration = Duration::from_millis(5);
+
 /// Reads the headers of all segments. What is damaged is said pass by pass; an error is only what concerns all.
 pub fn recover(shelf: &dyn Shelf) -> Result<History, Error> {
     let mut names: Vec<(u64, u32, String)> = Vec::new();
@@ -123,7 +127,16 @@ pub fn recover(shelf: &dyn Shelf) -> Result<History, Error> {
     for group in names.chunk_by(|a, b| a.0 == b.0) {
         let segments: Vec<(u32, String)> =
             group.iter().map(|(_, index, name)| (*index, name.clone())).collect();
-        let pass = read_pass(shelf, group[0].0, segments)?;
+        let mut pass = read_pass(shelf, group[0].0, segments.clone())?;
+        // Whoever reads beside the writer may find a record half written, and the next one behind it a moment later: that
+        // is no damage. Damage stays.
+        for _ in 0..AGAIN {
+            if pass.damage.is_none() || pass.ended {
+                break;
+            }
+            std::thread::sleep(PAUSE);
+            pass = read_pass(shelf, group[0].0, segments.clone())?;
+        }
         history.passes.insert(pass.number, pass);
     }
     Ok(history)
@@ -136,7 +149,11 @@ pub fn recover(shelf: &dyn Shelf) -> Result<History, Error> {
 pub fn discard(pass: &Pass, shelf: &dyn Shelf) -> Result<(), IoError> {
     let Some((first, others)) = pass.segments.split_first() else { return Ok(()) };
     let gone = gone_name(pass.number);
-    shelf.rename(first, &gone)?;
+    match shelf.rename(first, &gone) {
+        // Somebody else lets go of it, too.
+        Err(error) if error.source.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other?,
+    }
     shelf.remove(others)?;
     shelf.remove(&[gone])
 }
@@ -162,16 +179,8 @@ impl History {
         if names != self.names {
             return Ok(false);
         }
-        let Some((segment, at)) = self.passes.values().next_back().and_then(|pass| pass.tail.as_ref()) else {
-            return Ok(true);
-        };
-        let reader = shelf.open(segment)?;
-        let mut block = [0; BLOCK_LEN];
-        if at.saturating_add(BLOCK) > reader.size() {
-            return Ok(true);
-        }
-        reader.read_at(*at, &mut block)?;
-        Ok(format::parse_record(&block).is_err())
+        // Only a pass that has not ended grows, and then in ways that its files' names do not show.
+        Ok(self.passes.values().next_back().is_none_or(|newest| newest.ended))
     }
 
     /// The images of all passes after `pass`, in the order of their numbers, or which of them is damaged.
@@ -200,7 +209,6 @@ fn read_pass(shelf: &dyn Shelf, number: u64, segments: Vec<(u32, String)>) -> Re
         bytes: 0,
         damage: None,
         next_sequence: 0,
-        tail: None,
         next_index: segments.last().map_or(0, |(index, _)| index.saturating_add(1)),
     };
     // How much the last record brought: it is void where the next segment begins with its number.
@@ -287,7 +295,6 @@ fn read_pass(shelf: &dyn Shelf, number: u64, segments: Vec<(u32, String)>) -> Re
         newest = Some((name, reader, segment.generation, at));
     }
     let Some((segment, reader, generation, at)) = newest else { return Ok(pass) };
-    pass.tail = Some((segment.clone(), at));
     if pass.ended {
         return Ok(pass);
     }

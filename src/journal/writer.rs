@@ -8,8 +8,8 @@ use super::saved::Saved;
 use crate::checksum::crc32c;
 use crate::units::Extent;
 
-/// The first segment of a pass has this length, in bytes; each further one twice that of the one before, up to the
-/// limit. A small pass does not reserve much, and a large one has few files.
+/// The first segment of a pass has this length, in bytes; each further one about as much as was written before it, up to
+/// the limit. A small pass does not reserve much, and a large one has few files.
 const SHORTEST: u64 = 1 << 20;
 
 /// The pass that is being written.
@@ -136,7 +136,8 @@ impl Writer {
         if self.open.as_ref().is_some_and(|open| open.at + len <= open.len) {
             return None;
         }
-        let doubled = self.shortest.saturating_mul(1 << self.index.min(32)).min(self.longest);
+        // By what was written, and not by the index: a pass that is interrupted again and again reserves no more for it.
+        let doubled = self.bytes.next_power_of_two().clamp(self.shortest, self.longest);
         // The end of a pass that changed nothing more takes no more room than it needs.
         let segment_len = if len == BLOCK { 2 * BLOCK } else { doubled.max(BLOCK + len) };
         let segment = Segment { pass: self.pass, index: self.index, generation, sequence: self.sequence };

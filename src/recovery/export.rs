@@ -10,7 +10,7 @@ use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use super::{Error, place};
+use super::{Error, Journal, place};
 use crate::disk::discover::{self, Options, Sysroot};
 use crate::error::IoError;
 use crate::journal::View;
@@ -55,8 +55,13 @@ pub fn export(
     let mut images = Vec::new();
     for disk in &protection.disks {
         let Some(at) = point.volumes_of(machine).find(|at| at.disk == disk.name && at.id == disk.id) else {
-            continue;
+            let text =
+                format!("point {} has no disk {} ({}) of machine {machine}", point.id, disk.name, disk.id);
+            return Err(Error::Refused(text));
         };
+        let failed = |source| Error::Journal { machine: machine.clone(), disk: disk.name.clone(), source };
+        let journal = Journal::read(retention, machine, &disk.name, &disk.id, log).map_err(failed)?;
+        journal.reaches(at.pass).map_err(failed)?;
         let Some(found) = listed.iter().find(|found| found.id.as_ref() == Some(&disk.id)) else {
             return Err(Error::Refused(format!("disk {} ({}) is not attached", disk.name, disk.id)));
         };

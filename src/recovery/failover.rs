@@ -14,17 +14,18 @@
 
 use std::path::Path;
 use std::sync::mpsc::channel;
+use std::time::Duration;
 
 use time::OffsetDateTime;
 
 use super::{Error, Journal, LONGEST_SEGMENT};
 use crate::disk::device::{OpenDisk, TargetOptions, open_target};
 use crate::disk::discover::Options;
-use crate::journal::recover::{discard, roll_back, verify};
+use crate::journal::recover::{self, discard, roll_back, verify};
 use crate::journal::{View, Writer};
 use crate::name::Name;
 use crate::points::{Kind, Log, PassOf, Point, PointId, Record, Released, TakenBack};
-use crate::protection::{Assignment, Store};
+use crate::protection::{self, Assignment, Hold, Store};
 use crate::storage::Geometry;
 use crate::storage::device::{Device, EngineChoice};
 use crate::sys::aligned::Arena;
@@ -119,7 +120,7 @@ pub fn fail_over(
 ) -> Result<Report, Error> {
     let protection = store.load(machine)?;
     // Nobody receives, and nobody begins to, until this is done.
-    let _alone = store.exclude(machine)?;
+    let _alone = alone(store, machine)?;
     log.settle()?;
     if let Some(released) = log.released(machine) {
         let text = format!(
@@ -144,6 +145,13 @@ pub fn fail_over(
             return Err(Error::Refused(format!("{text}: it was assigned later, or not sent")));
         };
         let journal = read(retention, machine, disk, log)?;
+        // Everything that will be written is read before anything is, on any disk: a journal that is damaged leaves them
+        // as they are.
+        let failed = |source| Error::Journal { machine: machine.clone(), disk: disk.name.clone(), source };
+        journal.reaches(at.pass).map_err(failed)?;
+        for pass in journal.history.after(at.pass).map_err(failed)? {
+            verify(pass, &journal.shelf).map_err(failed)?;
+        }
         plan.push((disk, at.pass, journal));
     }
     let mut disks = Vec::new();
@@ -161,12 +169,6 @@ pub fn fail_over(
         open.iter().for_each(|pass| drop(history.passes.remove(&pass.number)));
         let view = View::after(&history, pass, &journal.shelf).map_err(failed)?;
         report.brought_back = view.len();
-        // Everything that will be written is read once before anything is: a journal that is damaged leaves the disk as it
-        // is.
-        for pass in &open {
-            verify(pass, &journal.shelf).map_err(failed)?;
-        }
-        view.each(|_, _| Ok(())).map_err(failed)?;
         if !how.dry_run && (!open.is_empty() || !view.is_empty()) {
             let target = open_disk(store, retention, machine, disk)?;
             journal.tidy()?;
@@ -199,11 +201,20 @@ pub fn undo(
     engine: EngineChoice,
 ) -> Result<Report, Error> {
     let protection = store.load(machine)?;
-    let _alone = store.exclude(machine)?;
+    let _alone = alone(store, machine)?;
     log.settle()?;
     let Some(released) = log.released(machine).cloned() else {
         return Err(Error::Refused(format!("machine {machine} is not failed over")));
     };
+    // All of it is read before anything is written.
+    for disk in &protection.disks {
+        let failed = |source| Error::Journal { machine: machine.clone(), disk: disk.name.clone(), source };
+        let journal = read(retention, machine, disk, log)?;
+        let back = released.passes.iter().find(|back| back.disk == disk.name);
+        if let Some(pass) = back.and_then(|back| journal.history.passes.get(&back.pass)) {
+            verify(pass, &journal.shelf).map_err(failed)?;
+        }
+    }
     let (mut disks, mut gone) = (Vec::new(), Vec::new());
     for disk in &protection.disks {
         let failed = |source| Error::Journal { machine: machine.clone(), disk: disk.name.clone(), source };
@@ -230,6 +241,20 @@ pub fn undo(
     }
     let point = log.newest(machine).map_or((released.point, released.time), |point| (point.id, point.time));
     Ok(Report { point: point.0, time: point.1, disks })
+}
+
+/// The machine for ourselves: against senders, and against the service's look at the retention, which takes a moment.
+fn alone(store: &Store, machine: &Name) -> Result<Hold, Error> {
+    let mut tries = 20;
+    loop {
+        match store.exclude(machine) {
+            Err(protection::Error::Receiving { .. }) if tries > 0 => {
+                tries -= 1;
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            other => return Ok(other?),
+        }
+    }
 }
 
 fn read(retention: &Path, machine: &Name, disk: &Assignment, log: &Log) -> Result<Journal, Error> {
@@ -265,6 +290,18 @@ fn device(target: &OpenDisk, disk: &Assignment, engine: EngineChoice) -> Result<
     Ok((device, arena))
 }
 
+/// Why going back ends early.
+enum Back {
+    Volume(Error),
+    Journal(recover::Error),
+}
+
+impl From<recover::Error> for Back {
+    fn from(error: recover::Error) -> Back {
+        Back::Journal(error)
+    }
+}
+
 /// One pass back to what the view shows.
 fn go_back(
     machine: &Name,
@@ -282,32 +319,50 @@ fn go_back(
     let report = Box::new(move |event| drop(sender.send(event)));
     let volume = Volume::start(disk.name.as_str(), Box::new(device), target.size.0, arena, report)?;
     volume.save(Writer::new(number, LONGEST_SEGMENT));
+    let no_room = || {
+        let text = format!(
+            "the retention file system has no room for what going back overwrites on disk {}: free some; nothing was \
+             released",
+            disk.name
+        );
+        Error::Refused(text)
+    };
+    // What became of what was given to the volume; `true` once all of it is flushed.
+    let hear = |event| match event {
+        Event::Flushed { .. } => Ok(true),
+        Event::Faulted(source) => {
+            Err(Error::Fault { machine: machine.clone(), disk: disk.name.clone(), source })
+        }
+        Event::Paused => Err(no_room()),
+        Event::Written { .. } | Event::Resumed => Ok(false),
+    };
     let failed = |source| Error::Journal { machine: machine.clone(), disk: disk.name.clone(), source };
     view.each(|offset, bytes| {
-        let mut buffer = volume.arena().alloc_blocking(bytes.len());
+        let mut buffer = loop {
+            match volume.arena().try_alloc(bytes.len()) {
+                Some(buffer) => break buffer,
+                // Writes under way hold it, or the journal waits for room.
+                None => drop(events.recv().map(hear).unwrap_or(Ok(false)).map_err(Back::Volume)?),
+            }
+        };
         buffer.copy_from_slice(bytes);
         if volume.write(offset, buffer, 0).is_err() {
             unreachable!("a before-image lies where its disk was written");
         }
         Ok(())
     })
-    .map_err(failed)?;
+    .map_err(|error| match error {
+        Back::Volume(error) => error,
+        Back::Journal(error) => failed(error),
+    })?;
     volume.flush();
     loop {
         match events.recv() {
-            Ok(Event::Flushed { .. }) => break,
-            Ok(Event::Faulted(source)) => {
-                return Err(Error::Fault { machine: machine.clone(), disk: disk.name.clone(), source });
+            Ok(event) => {
+                if hear(event)? {
+                    break;
+                }
             }
-            Ok(Event::Paused) => {
-                let text = format!(
-                    "the retention file system has no room for what going back overwrites on disk {}: free some, or let \
-                     older points go; nothing was released",
-                    disk.name
-                );
-                return Err(Error::Refused(text));
-            }
-            Ok(Event::Written { .. } | Event::Resumed) => {}
             Err(_) => unreachable!("the volume's thread answers every flush, or says why not"),
         }
     }

@@ -453,8 +453,8 @@ fn reap(storage: &mut dyn Storage, done: &mut Vec<Completion>) -> Result<usize, 
     Ok(count)
 }
 
-/// Reads everything of a pass that has ended, and says whether it is as it was written: every image, what fills it up to
-/// a whole block, and the zeros behind the last record.
+/// Reads all records of a pass, and says whether they are as they were written: every image, and what fills it up to a whole
+/// block. What lies behind the last record is not looked at.
 pub fn verify(pass: &Pass, shelf: &dyn Shelf) -> Result<(), Error> {
     let corrupt = |damage| Error::Corrupt { pass: pass.number, damage };
     if let Some(damage) = &pass.damage {

@@ -6,7 +6,6 @@ use super::format::BLOCK;
 use super::recover::{Error, History, Image, Images};
 use super::saved::Saved;
 use crate::storage::Shelf;
-use crate::units::Extent;
 
 /// Which image holds which part of the older content. Parts that are in no image are on the disk as they were.
 pub struct View<'a> {
@@ -41,11 +40,6 @@ impl<'a> View<'a> {
             pass.images.iter().for_each(|image| covered.insert(image.extent()));
         }
         Ok(View { shelf, parts })
-    }
-
-    /// The ranges of the disk that may differ from now, in order.
-    pub fn ranges(&self) -> impl Iterator<Item = Extent> {
-        self.parts.iter().filter_map(|(offset, part)| Extent::new(*offset, part.len))
     }
 
     /// How many bytes that are.

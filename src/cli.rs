@@ -1,6 +1,7 @@
 //! The command line: one file a subcommand, each with its arguments and its `run`.
 
 mod check;
+mod digest;
 mod discover_disks;
 mod enroll;
 mod export;
@@ -69,6 +70,7 @@ enum Command {
     Failover(failover::Args),
     Export(export::Args),
     Check(check::Args),
+    Digest(digest::Args),
     Serve(serve::Args),
     Send(send::Args),
     Status(status::Args),
@@ -86,6 +88,7 @@ pub fn run() -> ExitCode {
         Command::Failover(args) => failover::run(args),
         Command::Export(args) => export::run(args),
         Command::Check(args) => check::run(args),
+        Command::Digest(args) => digest::run(args),
         Command::Serve(args) => serve::run(args),
         Command::Send(args) => send::run(args),
         Command::Status(args) => status::run(args),

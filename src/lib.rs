@@ -2,7 +2,7 @@
 //!
 //! The library holds everything but the command line. Its rooms, from the ground up:
 //!
-//! - [`units`], [`name`], [`pass`], [`checksum`], [`error`]: plain values that everyone may use.
+//! - [`units`], [`name`], [`pass`], [`checksum`], [`digest`], [`error`]: plain values that everyone may use.
 //! - [`durable`]: small files that are replaced whole or not at all.
 //! - [`sys`]: the only room with `unsafe` code: ioctls, aligned memory, the io_uring.
 //! - [`storage`]: what a device looks like to the code above it, and the fault-injecting backend of the tests.
@@ -20,6 +20,7 @@
 
 pub mod agent;
 pub mod checksum;
+pub mod digest;
 pub mod disk;
 pub mod durable;
 pub mod error;

@@ -37,9 +37,9 @@
 //! | 4 | 1 | version | 1: the layout of this header |
 //! | 5 | 1 | type | section 3 |
 //! | 6 | 2 | flags | in Data, bits 0 and 1 are the payload's encoding: 0 raw, 1 LZ4, 2 Zstandard; 3 is invalid. All other bits, and all bits in other types, are 0 |
-//! | 8 | 8 | sequence | Data, Zero and Commit: the frame's number in its pass. Progress: section 5. Error: the number of the frame that it is about, or 0. Otherwise 0 |
-//! | 16 | 8 | offset | Data and Zero: the first byte on the volume. Otherwise 0 |
-//! | 24 | 8 | length | Data and Zero: how many bytes of the volume the frame covers. Progress: section 5. Otherwise 0 |
+//! | 8 | 8 | sequence | Data, Zero and Commit: the frame's number in its pass. Progress: section 5. Digests: the *unit*, how many bytes of the volume each digest is of. Error: the number of the frame that it is about, or 0. Otherwise 0 |
+//! | 16 | 8 | offset | Data, Zero, Refused, Digests and Refine: the first byte on the volume. Otherwise 0 |
+//! | 24 | 8 | length | Data, Zero, Refused, Digests and Refine: how many bytes of the volume the frame is about. Progress and Covered: section 5. Otherwise 0 |
 //! | 32 | 4 | payload_len | bytes of payload after this header |
 //! | 36 | 4 | payload_crc | CRC-32C of the payload as sent; 0 without one |
 //! | 40 | 4 | reserved | 0 |
@@ -56,7 +56,10 @@
 //!   2^64; `payload_len` equal to `length` for raw, from 1 to `length` for the others (what compression makes
 //!   no smaller is sent raw).
 //! - Zero: `length` from 1 byte to 1 GiB; `offset + length` below 2^64; no payload.
-//! - Progress: `offset` 0; no payload.
+//! - Progress and Covered: `offset` 0; no payload.
+//! - Refine: `length` from 1 to 1 MiB; `offset + length` below 2^64; no payload.
+//! - Digests: `length` from 1 byte to 2 GiB; `offset + length` below 2^64; `sequence` a power of two from 4096 to 2^20;
+//!   `payload_len` 32 for each `sequence` bytes of `length`, or a part of them, and at most 64 KiB.
 //! - Refused: `sequence`, `offset` and `length` of the data frame that it is about; no payload.
 //! - All others (*control*): `offset` and `length` 0; `payload_len` from 1 to 64 KiB.
 //!
@@ -86,6 +89,9 @@
 //! | Error | 14 | either | JSON |
 //! | Refused | 15 | server | none |
 //! | Notice | 16 | server | JSON |
+//! | Digests | 17 | server | digests, 32 bytes each |
+//! | Covered | 18 | client | none |
+//! | Refine | 19 | client | none |
 //!
 //! A control payload is one JSON object (RFC 8259) in UTF-8, with nothing but white space after it. A
 //! receiver MUST pass over members that it does not know, so that later versions can add some; a member that
@@ -106,7 +112,8 @@
 //!   Begin          ------->
 //!                  <-------     BeginReply
 //!   Data, Zero …   ------->
-//!                  <-------     Progress …, Refused …, Notice …
+//!   Covered …, Refine …
+//!                  <-------     Progress …, Refused …, Notice …, Digests …
 //!   Commit         ------->
 //!                  <-------     Progress …, Committed
 //!                               and the connection ends
@@ -148,7 +155,8 @@
 //!   a Data frame may cover, at most 1 MiB; `volume_size`, that of the target, at least `size`; `block`, the
 //!   alignment at which the server writes without reading first; `compression`, the offered ones that the
 //!   server takes. Data in another encoding is an error (`protocol`). `baseline`, optional, the
-//!   point (32 lower-case hexadecimal digits) at which the volume stands or to which it can be brought back.
+//!   point (32 lower-case hexadecimal digits) at which the volume stands or to which it can be brought back; `alike`,
+//!   optional, true where the volume likely holds much of what the source does, so that comparing pays.
 //!
 //! The server opens the target (and checks its identity) before it answers. From OpenReply on, the volume is
 //! this connection's alone; a second one is refused with `busy`.
@@ -156,8 +164,9 @@
 //! ### Begin, BeginReply, Commit, Committed
 //!
 //! - Begin: `pass`, 128 random bits chosen by the client, as 32 lower-case hexadecimal digits; `kind`, `initial` or, where
-//!   OpenReply named a baseline, `delta`; `point`, 128 random bits, the same for all disks of the machine that are sent
-//!   together; `disks`, an array of their names, this one's among them.
+//!   OpenReply named a baseline, `delta`, or `verify`; `point`, 128 random bits, the same for all disks of the machine that are sent
+//!   together; `disks`, an array of their names, this one's among them; `compare`, optional, the unit of the digests that
+//!   the client wants, a power of two from 4096 to 2^20 (this agent uses 65536).
 //! - BeginReply: no members.
 //! - Commit: `pass`; `frames`, how many Data and Zero frames the pass had; `bytes`, the sum of their lengths;
 //!   `point_in_time`, true if the source stood still while it was read; `time`, the moment that the point stands for, by
@@ -197,6 +206,20 @@
 //! It need not cover the source: what it leaves out stays as it is at the baseline, or as an interrupted pass left it; so
 //! a client that does not send everything MUST send all that changed since the baseline. What is sent and is there
 //! already costs neither journal nor write.
+//!
+//! **Comparing.** Where Begin asked for it, the server sends, after BeginReply and beside everything else, the digests of
+//! what the volume holds: of the source's size, in ascending order, without a gap, each BLAKE3 (32 bytes) of one unit, the
+//! last of what is left. It sends them for up to 256 MiB beyond what Covered said, and MUST NOT send them further ahead.
+//! Covered says that the client has dealt with the first `length` bytes: what of them was neither sent nor refused is the
+//! same on both sides, and stays as it is; `length` only grows, to the source's size at most, and frames for what is
+//! covered are an overlap, but for what was refused. Refine asks for the digests of a range in units of 4096, which is
+//! answered in Digests with that unit, one frame for each Refine, in their order; at most 64 may wait for their answer. An
+//! initial pass with digests need not send what is the same: it is whole once everything before the source's size was
+//! covered or sent. Without digests Covered may be sent as well; it spares the server the memory of a pass's ranges.
+//!
+//! A pass whose kind is `verify` carries neither Data nor Zero nor Commit: the client compares, and closes the connection.
+//!
+//! A pass that broke off is not gone on with: another one compares, and finds what arrived of it in place.
 //!
 //! **Notice.** `message`, a text for the user, at any moment of a pass; the pass goes on. A server that has no room to save
 //! what it overwrites says so, gives back no window until it has, and says so then.

@@ -3,14 +3,15 @@
 //! Each disk has a thread that reads ahead, finds zeros, compresses and checksums ([`source`]), and a connection
 //! of its own (`session`). [`send`] runs them side by side and returns when the last commit was acknowledged.
 
+mod compare;
 mod encode;
 pub mod limit;
 mod session;
 pub mod source;
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rustls::ClientConfig;
@@ -33,6 +34,8 @@ use crate::storage::device::EngineChoice;
 use limit::Limiter;
 use source::Source;
 
+use crate::units::Extent;
+
 /// What to send, and where.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -50,6 +53,20 @@ pub struct Plan {
     pub name: Option<Name>,
     /// Whether the sources stand still while they are read.
     pub point_in_time: bool,
+    /// What to send, or to look at.
+    pub scope: Scope,
+}
+
+/// What a pass is about.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Scope {
+    /// What differs, where the target likely holds much of the source; else everything.
+    #[default]
+    Differences,
+    /// Everything.
+    Whole,
+    /// Nothing is sent: what differs is told.
+    Verify,
 }
 
 /// The point to which the passes of all disks lead.
@@ -76,15 +93,27 @@ pub struct Progress {
     pub read: AtomicU64,
     /// Of these, how many were found to be zeros and not sent.
     pub zero: AtomicU64,
+    /// Of these, how many the receiver has already.
+    pub same: AtomicU64,
     /// Bytes of payload that went over the wire.
     pub sent: AtomicU64,
     /// Bytes of the source that are sent (or skipped as zeros).
     pub done: AtomicU64,
+    /// Where the receiver has something else, when source and target are only compared: the first [`MOST_DIFFERENCES`].
+    pub differences: Mutex<Vec<Extent>>,
+    /// How many bytes of such there are in all.
+    pub differs: AtomicU64,
     /// Frames that the receiver refused as damaged, and that were sent again.
     pub again: AtomicU64,
     /// Whether the receiver cannot take it yet, and is asked again.
     pub waiting: AtomicBool,
 }
+
+/// How many ranges that differ are told of.
+pub const MOST_DIFFERENCES: usize = 10_000;
+
+/// How much of its volume a receiver may send digests of before they are looked at.
+const AHEAD: u64 = 256 << 20;
 
 /// Why a disk was not sent.
 #[derive(Debug, thiserror::Error)]
@@ -166,6 +195,15 @@ impl From<HandshakeError> for Error {
     }
 }
 
+/// What became of a disk.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Done {
+    /// It was sent, and is durable.
+    Committed(Committed),
+    /// It was compared.
+    Compared,
+}
+
 /// A disk that is ready to be sent.
 #[derive(Debug)]
 pub struct Prepared {
@@ -195,7 +233,7 @@ pub async fn send(
     plan: &Plan,
     tls: Arc<ClientConfig>,
     disks: Vec<Prepared>,
-    mut ended: impl FnMut(usize, Result<Committed, Error>),
+    mut ended: impl FnMut(usize, Result<Done, Error>),
 ) {
     let limiter = plan.limit.map(|rate| Arc::new(Limiter::new(rate)));
     let names: Vec<Name> = disks.iter().map(|disk| disk.name.clone()).collect();
@@ -222,6 +260,7 @@ pub async fn send(
             compression: plan.compression,
             engine: plan.engine,
             limiter: limiter.clone(),
+            scope: plan.scope,
         };
         let (to, tls) = (plan.to.clone(), tls.clone());
         tasks.spawn(async move { (index, send_one(&to, tls, job).await) });
@@ -269,7 +308,7 @@ fn tries(error: &Error) -> u32 {
     }
 }
 
-async fn send_one(to: &Address, tls: Arc<ClientConfig>, job: session::Job) -> Result<Committed, Error> {
+async fn send_one(to: &Address, tls: Arc<ClientConfig>, job: session::Job) -> Result<Done, Error> {
     let mut tried = 1;
     loop {
         let result = match connect(to, tls.clone()).await {

@@ -6,6 +6,7 @@
 //! ([`fault`]). A volume's journal goes through the same queue: beside the disk it has one segment file at a time, out
 //! of a [`Shelf`] of them.
 
+pub mod ahead;
 pub mod device;
 pub mod fault;
 pub mod shelf;

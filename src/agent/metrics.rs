@@ -93,8 +93,11 @@ impl Collector for Snapshot {
 impl Snapshot {
     fn counters(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
         let bytes = Some(&Unit::Bytes);
-        let families: [(&str, &str, Option<&Unit>, Figure); 8] = [
+        let families: [(&str, &str, Option<&Unit>, Figure); 9] = [
             ("volume_received", "Bytes of the volume that arrived", bytes, |t| t.received_bytes),
+            ("volume_same", "Bytes of the volume that were compared and are the same", bytes, |t| {
+                t.same_bytes
+            }),
             ("volume_wire", "Bytes of payloads on the wire", bytes, |t| t.wire_bytes),
             ("volume_written", "Bytes whose writing completed", bytes, |t| t.written_bytes),
             ("volume_zeroed", "Bytes made zero without being written", bytes, |t| t.zeroed_bytes),

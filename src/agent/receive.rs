@@ -19,7 +19,7 @@ use crate::journal::recover;
 use crate::name::Name;
 use crate::net::frame::MAX_DATA;
 use crate::net::message::{self, Begin, Code, Commit, Enroll, EnrollReply, Open, PassKind};
-use crate::net::session::{Decision, Host, Opened, Passes};
+use crate::net::session::{DIGEST_DEPTH, Decision, Host, Opened, Passes, Reader};
 use crate::net::token::TokenStore;
 use crate::net::{enrolment, tls};
 use crate::pass::PassId;
@@ -85,8 +85,16 @@ impl Host for Receiver {
             .map_err(|error| failed(IoError::new("map", "a window", error)))?;
         let geometry = Geometry { size: disk.size.0, block: disk.logical_block };
         let choice = self.config.engine;
+        let name = disk.id.to_string();
+        let again =
+            disk.file.try_clone().map_err(|error| failed(IoError::new("duplicate", &*name, error)))?;
+        let reader_name = name.clone();
+        let reader: Reader = Box::new(move |arena| {
+            let (device, _) = Device::new(again, reader_name, geometry, choice, DIGEST_DEPTH, arena)?;
+            Ok(Box::new(device))
+        });
         let (storage, engine) =
-            Device::new(disk.file, disk.id.to_string(), geometry, choice, DEPTH, &arena).map_err(failed)?;
+            Device::new(disk.file, name, geometry, choice, DEPTH, &arena).map_err(failed)?;
         tracing::info!(
             %machine, disk = %open.disk, id = %disk.id, node = %disk.node.display(), engine = %engine,
             size = %disk.size, source = %ByteLen(open.size), "volume opened"
@@ -105,12 +113,15 @@ impl Host for Receiver {
             ticket: None,
             volume: None,
             target: assignment.id.clone(),
+            size: open.size,
             journal,
             counters: counters.clone(),
             _shown: self.live.show(machine.clone(), open.disk.clone(), counters.clone()),
         };
         Ok(Opened {
             baseline: ledger.journal.newest.map(|(point, _)| point),
+            alike: assignment.state != State::Empty,
+            reader,
             volume,
             device_size: disk.size.0,
             block: disk.logical_block,
@@ -181,6 +192,8 @@ struct Ledger {
     ticket: Option<Ticket>,
     volume: Option<VolumeAt>,
     target: DiskId,
+    /// That of the source, in bytes.
+    size: u64,
     journal: Journal,
     counters: Arc<Counters>,
     _shown: Shown,
@@ -205,8 +218,8 @@ impl Passes for Ledger {
                 };
                 (writer.pass(), Some(writer))
             }
-            // The session has refused it.
-            PassKind::Unknown => {
+            // The session has refused the one, and records nothing of the other.
+            PassKind::Verify | PassKind::Unknown => {
                 return Err(message::Error::new(Code::UnsupportedFeature, "an unknown kind of pass"));
             }
             PassKind::Initial => {
@@ -248,7 +261,7 @@ impl Passes for Ledger {
     fn committed(&mut self, commit: &Commit) -> Result<(), message::Error> {
         let pass = commit.pass;
         self.store
-            .commit_pass(&self.machine, &self.disk, pass, commit.bytes, commit.point_in_time)
+            .commit_pass(&self.machine, &self.disk, pass, self.size, commit.point_in_time)
             .map_err(|error| refuse(&error))?;
         tracing::info!(machine = %self.machine, disk = %self.disk, %pass, bytes = commit.bytes, "pass committed");
         Ok(())

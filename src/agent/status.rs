@@ -17,7 +17,7 @@
 //!       "disk": "root", "id": "naa.6000c2939d1a4b6f0e8c2d7a5b1f3e90", "size": 10737418240,
 //!       "phase": "receiving", "pass": "000102030405060708090a0b0c0d0e0f", "total_bytes": 10737418240,
 //!       "received_bytes": 4294967296, "written_bytes": 2147483648, "zeroed_bytes": 2147483648,
-//!       "wire_bytes": 1610612736, "rate": 104857600, "eta": 62, "lag": 86400,
+//!       "same_bytes": 0, "wire_bytes": 1610612736, "rate": 104857600, "eta": 62, "lag": 86400,
 //!       "last_commit": {"pass": "…", "time": "…", "bytes": 10737418240, "point_in_time": true},
 //!       "engine": {"name": "io-uring", "why": "probed"}, "error": null
 //!     }]
@@ -64,6 +64,8 @@ struct Volumes {
 pub struct Totals {
     /// Bytes of the volume that arrived.
     pub received_bytes: u64,
+    /// Bytes of the volume that were found to be the same.
+    pub same_bytes: u64,
     /// Bytes of payloads on the wire.
     pub wire_bytes: u64,
     /// Bytes written.
@@ -85,6 +87,7 @@ impl Totals {
         let phase = counters.phase();
         Totals {
             received_bytes: counters.received_bytes.load(Ordering::Relaxed),
+            same_bytes: counters.same_bytes.load(Ordering::Relaxed),
             wire_bytes: counters.wire_bytes.load(Ordering::Relaxed),
             written_bytes: counters.written_bytes.load(Ordering::Relaxed),
             zeroed_bytes: counters.zeroed_bytes.load(Ordering::Relaxed),
@@ -97,6 +100,7 @@ impl Totals {
 
     fn add(&mut self, other: Totals) {
         self.received_bytes += other.received_bytes;
+        self.same_bytes += other.same_bytes;
         self.wire_bytes += other.wire_bytes;
         self.written_bytes += other.written_bytes;
         self.zeroed_bytes += other.zeroed_bytes;
@@ -250,10 +254,13 @@ pub struct VolumeReport {
     pub phase: String,
     /// The pass that runs, was interrupted or faulted.
     pub pass: Option<String>,
-    /// The size of what the pass brings; `null`, as are the next seven, while no session has the volume.
+    /// The size of what the pass brings; `null`, as are the next eight, while no session has the volume.
     pub total_bytes: Option<u64>,
     /// Bytes of the volume that arrived in this pass, zeros included.
     pub received_bytes: Option<u64>,
+    /// Bytes of the volume that were compared in this pass and are the same on both sides. What arrived and these are what
+    /// is done of `total_bytes`.
+    pub same_bytes: Option<u64>,
     /// Bytes whose writing completed.
     pub written_bytes: Option<u64>,
     /// Bytes that were made zero without being written.
@@ -282,7 +289,7 @@ pub struct CommitReport {
     /// When.
     #[serde(with = "time::serde::rfc3339")]
     pub time: OffsetDateTime,
-    /// How many bytes of the volume it brought.
+    /// The size of the source, in bytes.
     pub bytes: u64,
     /// Whether the source stood still while it was read.
     pub point_in_time: bool,
@@ -311,7 +318,7 @@ pub struct Board {
 struct Smoothed {
     counters: Arc<Counters>,
     at: Instant,
-    received: u64,
+    done: u64,
     rate: Option<f64>,
 }
 
@@ -321,11 +328,11 @@ impl Smoothed {
         if interval < CLOSEST {
             return;
         }
-        let received = self.counters.received_bytes.load(Ordering::Relaxed);
-        let rate = received.saturating_sub(self.received) as f64 / interval.as_secs_f64();
+        let done = self.counters.done();
+        let rate = done.saturating_sub(self.done) as f64 / interval.as_secs_f64();
         let weight = 1.0 - (-interval.as_secs_f64() / SMOOTHING.as_secs_f64()).exp();
         self.rate = Some(self.rate.map_or(rate, |before| before + weight * (rate - before)));
-        (self.at, self.received) = (now, received);
+        (self.at, self.done) = (now, done);
     }
 }
 
@@ -344,7 +351,7 @@ impl Board {
             let smoothed = rates.entry(key).or_insert_with(|| Smoothed {
                 at: counters.started(),
                 counters,
-                received: 0,
+                done: 0,
                 rate: None,
             });
             smoothed.sample(now);
@@ -402,6 +409,7 @@ impl Board {
             pass,
             total_bytes: None,
             received_bytes: None,
+            same_bytes: None,
             written_bytes: None,
             zeroed_bytes: None,
             wire_bytes: None,
@@ -413,12 +421,14 @@ impl Board {
             error,
         };
         let Some(counters) = live else { return report };
-        let Totals { received_bytes, wire_bytes, written_bytes, zeroed_bytes, .. } = Totals::of(counters);
+        let Totals { received_bytes, same_bytes, wire_bytes, written_bytes, zeroed_bytes, .. } =
+            Totals::of(counters);
         let phase = counters.phase();
         (if counters.is_paused() { "paused" } else { phase.name() }).clone_into(&mut report.phase);
         report.pass = counters.pass().or(report.pass);
         report.total_bytes = Some(counters.total());
         report.received_bytes = Some(received_bytes);
+        report.same_bytes = Some(same_bytes);
         report.wire_bytes = Some(wire_bytes);
         report.written_bytes = Some(written_bytes);
         report.zeroed_bytes = Some(zeroed_bytes);
@@ -427,7 +437,7 @@ impl Board {
         if phase == Phase::Receiving {
             let rate = self.rate(key, counters);
             report.rate = rate.map(|rate| rate.round() as u64);
-            let left = counters.total().saturating_sub(received_bytes);
+            let left = counters.total().saturating_sub(counters.done());
             report.eta = rate.filter(|rate| *rate >= 1.0).map(|rate| (left as f64 / rate).ceil() as u64);
         }
         report
@@ -439,8 +449,7 @@ impl Board {
         let smoothed = rates.get(key).filter(|smoothed| Arc::ptr_eq(&smoothed.counters, counters));
         smoothed.and_then(|smoothed| smoothed.rate).or_else(|| {
             let elapsed = counters.elapsed();
-            let received = counters.received_bytes.load(Ordering::Relaxed);
-            (elapsed >= CLOSEST).then(|| received as f64 / elapsed.as_secs_f64())
+            (elapsed >= CLOSEST).then(|| counters.done() as f64 / elapsed.as_secs_f64())
         })
     }
 }

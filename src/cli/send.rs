@@ -13,9 +13,8 @@ use mt_agent::disk::discover::Sysroot;
 use mt_agent::error::chain;
 use mt_agent::name::Name;
 use mt_agent::net::address::Address;
-use mt_agent::net::message::Committed;
 use mt_agent::net::tls::client::Identity;
-use mt_agent::send::{self, Compression, Error, Plan, Prepared, Progress};
+use mt_agent::send::{self, Compression, Done, Error, Plan, Prepared, Progress, Scope};
 use mt_agent::storage::device::EngineChoice;
 use mt_agent::units::{ByteLen, rfc3339};
 use serde_json::{Value, json};
@@ -45,6 +44,10 @@ pub struct Args {
     /// Send at most so many bytes a second, all disks together: 10M, 512K
     #[arg(long, value_name = "BYTES", value_parser = limit)]
     bwlimit: Option<ByteLen>,
+    /// Send everything, also where the master target likely has most of it: by default, both sides are compared by digests
+    /// then, and only what differs is sent
+    #[arg(long)]
+    whole: bool,
     /// How to read: auto, io-uring or threads
     #[arg(long, default_value = "auto")]
     engine: EngineChoice,
@@ -96,7 +99,7 @@ enum Unsent {
 
 /// How it went with a disk, and after what time.
 struct Ended {
-    result: Result<Committed, Unsent>,
+    result: Result<Done, Unsent>,
     after: Duration,
 }
 
@@ -126,6 +129,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         compression: args.compression,
         engine: args.engine,
         limit: args.bwlimit.map(|limit| limit.0),
+        scope: if args.whole { Scope::Whole } else { Scope::Differences },
     };
     let disks = send::prepare(&plan).map_err(|error| match error.is_refusal() {
         true => Failure::refused(error),
@@ -245,12 +249,16 @@ struct Shown {
 
 impl Shown {
     fn json(&self, Ended { result, after }: &Ended) -> Value {
-        let committed = result.as_ref().ok();
+        let committed = match result {
+            Ok(Done::Committed(committed)) => Some(committed),
+            _ => None,
+        };
         json!({
             "disk": self.name,
             "size": self.size,
             "seconds": after.as_secs_f64(),
             "read_bytes": self.progress.read.load(Ordering::Relaxed),
+            "same_bytes": self.progress.same.load(Ordering::Relaxed),
             "zero_bytes": self.progress.zero.load(Ordering::Relaxed),
             "sent_bytes": self.progress.sent.load(Ordering::Relaxed),
             "refused_frames": self.progress.again.load(Ordering::Relaxed),
@@ -336,16 +344,21 @@ impl Screen {
             return Ok(());
         }
         let say = || match result {
-            Ok(committed) => {
+            Ok(Done::Committed(committed)) => {
                 let seconds = after.as_secs_f64();
                 let zero = ByteLen(progress.zero.load(Ordering::Relaxed));
                 let sent = ByteLen(progress.sent.load(Ordering::Relaxed));
+                let same = match progress.same.load(Ordering::Relaxed) {
+                    0 => String::new(),
+                    same => format!(", {} there already", ByteLen(same)),
+                };
                 let rate = ByteLen((size.0 as f64 / seconds) as u64);
                 print(&format!(
-                    "{name}: {size} committed as pass {} in {seconds:.1} s ({rate}/s); {sent} sent, {zero} zeros\n",
+                    "{name}: {size} committed as pass {} in {seconds:.1} s ({rate}/s); {sent} sent, {zero} zeros{same}\n",
                     committed.pass
                 ))
             }
+            Ok(Done::Compared) => Ok(()),
             Err(error) => {
                 eprintln!("mt-agent: {name}: {}", chain(error));
                 Ok(())

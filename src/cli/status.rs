@@ -217,7 +217,9 @@ fn row(machine: &Name, volume: &VolumeReport) -> Vec<String> {
         volume.disk.to_string(),
         table::printable(&volume.id),
         table::printable(&volume.phase),
-        volume.received_bytes.map_or_else(none, |bytes| ByteLen(bytes).to_string()),
+        volume
+            .received_bytes
+            .map_or_else(none, |bytes| ByteLen(bytes + volume.same_bytes.unwrap_or(0)).to_string()),
         ByteLen(volume.total_bytes.unwrap_or(volume.size)).to_string(),
         volume.rate.map_or_else(none, |rate| format!("{}/s", ByteLen(rate))),
         volume.eta.map_or_else(none, duration),

@@ -13,6 +13,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::checksum::crc32c;
+use crate::digest;
 
 /// How many bytes a header has on the wire.
 pub const HEADER_LEN: usize = 48;
@@ -28,6 +29,13 @@ pub const MAX_DATA: u64 = 1 << 20;
 pub const MAX_ZERO: u64 = 1 << 30;
 /// The longest control payload, in bytes: 64 KiB.
 pub const MAX_CONTROL: u32 = 1 << 16;
+/// The length of a digest, in bytes.
+const DIGEST_LEN: u32 = 32;
+const _: () = assert!(digest::LEN == 32);
+/// How many bytes of a volume each digest of a [`Kind::Digests`] frame may be of: a power of two in this range.
+pub const DIGEST_UNITS: std::ops::RangeInclusive<u64> = 4096..=MAX_DATA;
+/// The most bytes of a volume that one frame of digests is about: as many digests as a control payload has room for.
+pub const MAX_DIGESTED: u64 = 2048 * MAX_DATA;
 /// The unit of the window's accounting, in bytes: a data frame costs its length rounded up to it, a zero frame
 /// costs one.
 pub const COST_UNIT: u64 = 4096;
@@ -67,10 +75,16 @@ pub enum Kind {
     Refused,
     /// Something that the client's user should know. Server.
     Notice,
+    /// Digests of what the volume holds. Server.
+    Digests,
+    /// Everything up to here is dealt with: what of it was not sent is the same on both sides. Client.
+    Covered,
+    /// A range that differs: its digests are wanted in small units. Client.
+    Refine,
 }
 
 /// The kinds by number: the place in this list is the byte on the wire, counted from 1.
-const KINDS: [Kind; 16] = [
+const KINDS: [Kind; 19] = [
     Kind::Hello,
     Kind::HelloReply,
     Kind::Enroll,
@@ -87,6 +101,9 @@ const KINDS: [Kind; 16] = [
     Kind::Error,
     Kind::Refused,
     Kind::Notice,
+    Kind::Digests,
+    Kind::Covered,
+    Kind::Refine,
 ];
 
 impl Kind {
@@ -109,6 +126,9 @@ impl Kind {
             Kind::Error => 14,
             Kind::Refused => 15,
             Kind::Notice => 16,
+            Kind::Digests => 17,
+            Kind::Covered => 18,
+            Kind::Refine => 19,
         }
     }
 
@@ -119,7 +139,16 @@ impl Kind {
 
     /// Whether the payload is a JSON message.
     pub const fn is_control(self) -> bool {
-        !matches!(self, Kind::Data | Kind::Zero | Kind::Progress | Kind::Refused)
+        !matches!(
+            self,
+            Kind::Data
+                | Kind::Zero
+                | Kind::Progress
+                | Kind::Refused
+                | Kind::Digests
+                | Kind::Covered
+                | Kind::Refine
+        )
     }
 }
 
@@ -164,12 +193,13 @@ pub struct Header {
     pub encoding: Encoding,
     /// Data, zero and commit: the frame's number in its pass, from 0. Progress: how many of them were carried
     /// out. Refused: the number of the data frame.
-    /// Error: the number of the frame that it is about, where there is one. Otherwise 0, and not looked at.
+    /// Error: the number of the frame that it is about, where there is one. Digests: how many bytes of the volume each
+    /// of them is of. Otherwise 0, and not looked at.
     pub sequence: u64,
-    /// Data, zero and refused: the first byte on the volume. Otherwise 0.
+    /// Data, zero, refused, digests and refine: the first byte on the volume. Otherwise 0.
     pub offset: u64,
-    /// Data, zero and refused: how many bytes of the volume the frame covers. Progress: the window cost given back since
-    /// the pass began. Otherwise 0.
+    /// Data, zero, refused, digests and refine: how many bytes of the volume the frame is about. Progress: the window cost
+    /// given back since the pass began. Covered: how many bytes from the start of the volume. Otherwise 0.
     pub length: u64,
     /// How many payload bytes follow the header.
     pub payload_len: u32,
@@ -207,6 +237,24 @@ impl Header {
     /// The header (and all) that refuses a data frame, whose payload did not have the checksum it states.
     pub fn refused(data: &Header) -> Header {
         Header { offset: data.offset, length: data.length, ..Header::bare(Kind::Refused, data.sequence) }
+    }
+
+    /// The header of a frame of digests of `unit` bytes each, for the `length` bytes at `offset`; `payload` holds them
+    /// one after another. `None` where its length does not fit.
+    pub fn digests(unit: u32, offset: u64, length: u64, payload: &[u8]) -> Option<Header> {
+        let payload_len = u32::try_from(payload.len()).ok()?;
+        let payload_crc = crc32c(payload);
+        Some(Header { offset, length, payload_len, payload_crc, ..Header::bare(Kind::Digests, unit.into()) })
+    }
+
+    /// The header (and all) that says that the first `bytes` of the volume are dealt with.
+    pub fn covered(bytes: u64) -> Header {
+        Header { length: bytes, ..Header::bare(Kind::Covered, 0) }
+    }
+
+    /// The header (and all) that asks for the digests of a range in units of [`digest::FINE`].
+    pub fn refine(offset: u64, length: u64) -> Header {
+        Header { offset, length, ..Header::bare(Kind::Refine, 0) }
     }
 
     /// The header of a control frame whose payload is `payload`, or `None` where its length does not fit.
@@ -309,9 +357,10 @@ impl Header {
     fn check_extent(&self) -> Result<(), Error> {
         let Header { kind, offset, length, .. } = *self;
         let limit = match kind {
-            Kind::Data | Kind::Refused => MAX_DATA,
+            Kind::Data | Kind::Refused | Kind::Refine => MAX_DATA,
             Kind::Zero => MAX_ZERO,
-            Kind::Progress if offset == 0 => return Ok(()),
+            Kind::Digests => MAX_DIGESTED,
+            Kind::Progress | Kind::Covered if offset == 0 => return Ok(()),
             _ if offset == 0 && length == 0 => return Ok(()),
             _ => return Err(Error::UnexpectedExtent { kind, offset, length }),
         };
@@ -327,7 +376,7 @@ impl Header {
     fn check_payload(&self) -> Result<(), Error> {
         let Header { kind, encoding, length, payload_len, payload_crc, .. } = *self;
         match kind {
-            Kind::Zero | Kind::Progress | Kind::Refused => {
+            Kind::Zero | Kind::Progress | Kind::Refused | Kind::Covered | Kind::Refine => {
                 if payload_len != 0 || payload_crc != 0 {
                     return Err(Error::UnexpectedPayload { kind, payload_len, payload_crc });
                 }
@@ -340,6 +389,17 @@ impl Header {
                 };
                 if wrong {
                     return Err(Error::PayloadLength { encoding, payload_len, length });
+                }
+            }
+            Kind::Digests => {
+                let unit = self.sequence;
+                if !unit.is_power_of_two() || !DIGEST_UNITS.contains(&unit) {
+                    return Err(Error::DigestUnit { unit });
+                }
+                let digests = u64::from(payload_len).checked_div(DIGEST_LEN.into());
+                let whole = payload_len.is_multiple_of(DIGEST_LEN);
+                if payload_len > MAX_CONTROL || !whole || digests != Some(length.div_ceil(unit)) {
+                    return Err(Error::DigestsLength { payload_len, length, unit });
                 }
             }
             _ => {
@@ -454,6 +514,22 @@ pub enum Error {
         /// How many bytes of the volume it stands for.
         length: u64,
     },
+    /// Digests of a unit that is no power of two, too small or too large.
+    #[error("digests of {unit} bytes each: a power of two from 4 KiB to 1 MiB is allowed")]
+    DigestUnit {
+        /// The unit, in bytes.
+        unit: u64,
+    },
+    /// Another number of digests than the range has units.
+    #[error("{payload_len} bytes of digests for {length} bytes of the volume, of {unit} bytes each")]
+    DigestsLength {
+        /// The payload's length, in bytes.
+        payload_len: u32,
+        /// How many bytes of the volume they are for, in bytes.
+        length: u64,
+        /// How many bytes each is of.
+        unit: u64,
+    },
     /// A control payload that is empty or too long.
     #[error("a {kind:?} message of {payload_len} bytes: 1 to {MAX_CONTROL} are allowed")]
     ControlLength {
@@ -529,7 +605,7 @@ mod tests {
             assert_eq!(Kind::from_number(kind.number()), Some(*kind));
         }
         assert_eq!(Kind::from_number(0), None);
-        assert_eq!(Kind::from_number(17), None);
+        assert_eq!(Kind::from_number(20), None);
     }
 
     #[test]
@@ -547,7 +623,7 @@ mod tests {
 
     #[test]
     fn kind_flags_and_reserved() {
-        for number in [0, 17, 255] {
+        for number in [0, 20, 255] {
             assert_eq!(patched(data(), 5, &[number]), Err(Error::UnknownKind { number }));
         }
         for flags in [3u16, 4, 0x8000, 0xffff] {
@@ -614,6 +690,38 @@ mod tests {
     }
 
     #[test]
+    fn digests_are_as_many_as_the_range_has_units() {
+        let header = Header::digests(65536, 4096, 65537, &[7; 64]).unwrap();
+        assert_eq!(Header::parse(&header.encode()), Ok(header));
+        for unit in [0u64, 2048, 65535, 2 << 20, u64::MAX] {
+            assert_eq!(patched(header, 8, &unit.to_le_bytes()), Err(Error::DigestUnit { unit }));
+        }
+        for payload_len in [0, 32, 63, 65, 96, u32::MAX] {
+            let error = Error::DigestsLength { payload_len, length: 65537, unit: 65536 };
+            assert_eq!(patched(header, 32, &payload_len.to_le_bytes()), Err(error));
+        }
+        assert_eq!(patched(header, 24, &[0; 8]), Err(Error::EmptyLength { kind: Kind::Digests }));
+        let most = Header::digests(1 << 20, 0, MAX_DIGESTED, &vec![0; MAX_CONTROL as usize]).unwrap();
+        assert_eq!(Header::parse(&most.encode()), Ok(most));
+        let error =
+            Error::LengthTooLarge { kind: Kind::Digests, length: MAX_DIGESTED + 1, limit: MAX_DIGESTED };
+        assert_eq!(patched(most, 24, &(MAX_DIGESTED + 1).to_le_bytes()), Err(error));
+    }
+
+    #[test]
+    fn what_is_covered_has_no_offset_and_what_is_refined_is_no_more_than_a_data_frame() {
+        let covered = Header::covered(u64::MAX);
+        assert_eq!(Header::parse(&covered.encode()), Ok(covered));
+        let error = Error::UnexpectedExtent { kind: Kind::Covered, offset: 1, length: u64::MAX };
+        assert_eq!(patched(covered, 16, &[1]), Err(error));
+        let refine = Header::refine(4096, MAX_DATA);
+        assert_eq!(Header::parse(&refine.encode()), Ok(refine));
+        let error = Error::LengthTooLarge { kind: Kind::Refine, length: MAX_DATA + 1, limit: MAX_DATA };
+        assert_eq!(patched(refine, 24, &(MAX_DATA + 1).to_le_bytes()), Err(error));
+        assert_eq!(patched(refine, 24, &[0; 8]), Err(Error::EmptyLength { kind: Kind::Refine }));
+    }
+
+    #[test]
     fn the_window_cost_is_rounded_up() {
         let cost = |length| Header { length, ..data() }.window_cost();
         assert_eq!([cost(1), cost(4096), cost(4097), cost(MAX_DATA)], [4096, 4096, 8192, MAX_DATA]);
@@ -639,6 +747,12 @@ mod tests {
             (any::<u64>(), any::<u64>()).prop_map(|(w, r)| Header::progress(w, r)),
             (any::<u64>(), 0..=1u64 << 50, 1..=MAX_DATA)
                 .prop_map(|(s, o, l)| Header { kind: Kind::Refused, ..Header::zero(s, o, l) }),
+            (12u32..=20, 0..=1u64 << 50, 1..=1u64 << 20).prop_map(|(shift, offset, length)| {
+                let payload = vec![1; length.div_ceil(1 << shift) as usize * digest::LEN];
+                Header::digests(1 << shift, offset, length, &payload).unwrap()
+            }),
+            any::<u64>().prop_map(Header::covered),
+            (0..=1u64 << 50, 1..=MAX_DATA).prop_map(|(o, l)| Header::refine(o, l)),
             (prop::sample::select(KINDS.to_vec()), 1..=MAX_CONTROL, payload)
                 .prop_filter("control only", |(kind, ..)| kind.is_control())
                 .prop_map(|(kind, payload_len, (sequence, payload_crc))| {
@@ -662,7 +776,7 @@ mod tests {
 
         /// What parses is what would be encoded: no two spellings of one header.
         #[test]
-        fn what_parses_is_canonical(bytes in prop::array::uniform32(any::<u8>()), kind in 0u8..16) {
+        fn what_parses_is_canonical(bytes in prop::array::uniform32(any::<u8>()), kind in 0u8..20) {
             let mut header = [0; HEADER_LEN];
             header[8..40].copy_from_slice(&bytes);
             header[..6].copy_from_slice(&[b'M', b'T', b'A', b'G', VERSION, kind]);

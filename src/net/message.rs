@@ -211,6 +211,9 @@ pub struct OpenReply {
     /// The point at which the volume stands, or would be brought to: only then a delta pass is possible.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub baseline: Option<PointId>,
+    /// Whether the volume likely holds much of what the source does, so that comparing pays.
+    #[serde(default)]
+    pub alike: bool,
 }
 
 fn known_encodings<'de, D: Deserializer<'de>>(names: D) -> Result<Vec<Encoding>, D::Error> {
@@ -233,6 +236,8 @@ pub enum PassKind {
     /// What is different from the point at which the volume stands, or more than that: what is overwritten is saved
     /// first, so that the point can be gone back to.
     Delta,
+    /// Nothing: the source and the volume are compared, and neither is changed.
+    Verify,
     /// A kind that this version does not know, from a newer peer.
     #[serde(other)]
     Unknown,
@@ -250,6 +255,9 @@ pub struct Begin {
     /// All disks of the machine that are sent for this point, this one among them: it is there once each of their
     /// passes is durable, and for all of them at once.
     pub disks: Vec<Name>,
+    /// For comparing: digests of what the volume holds are wanted, one for so many bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compare: Option<u32>,
 }
 
 /// The answer to [`Begin`]: frames may come.
@@ -500,7 +508,7 @@ mod tests {
         assert_eq!(text(&open), json);
         assert_eq!(parse::<Open>(json.as_bytes()).unwrap(), open);
         let (point, disks) = (PointId(1), vec!["sda".parse().unwrap()]);
-        let begin = Begin { pass: pass(), kind: PassKind::Initial, point, disks };
+        let begin = Begin { pass: pass(), kind: PassKind::Initial, point, disks, compare: None };
         let json = r#"{"pass":"000102030405060708090a0b0c0d0e0f","kind":"initial","point":"00000000000000000000000000000001","disks":["sda"]}"#;
         assert_eq!(text(&begin), json);
         assert_eq!(parse::<Begin>(json.as_bytes()).unwrap(), begin);

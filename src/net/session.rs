@@ -5,6 +5,7 @@
 //! nothing is allocated before it is bounded, bytes with a bad checksum do not reach the volume, and a commit
 //! is answered after the volume's flush succeeded and the host's record of it is durable.
 
+mod digester;
 mod receiving;
 
 use std::net::SocketAddr;
@@ -13,17 +14,20 @@ use std::time::Duration;
 
 use time::OffsetDateTime;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
-use tokio::sync::{Mutex, oneshot, watch};
+use tokio::sync::{Mutex, mpsc, oneshot, watch};
 use tokio::time::timeout;
 
-use self::receiving::{Ended, Receiving, Report, protocol};
+pub use self::digester::DEPTH as DIGEST_DEPTH;
+use self::receiving::{Comparing, Ended, Receiving, Report, protocol};
 use super::frame::{Encoding, Kind, MAX_DATA};
 use super::message::{self, Begin, Code, Commit, Enroll, EnrollReply, Hello, HelloReply, Open, OpenReply};
 use super::wire;
-use crate::error::chain;
+use crate::error::{IoError, chain};
 use crate::journal::Writer;
 use crate::name::Name;
 use crate::points::PointId;
+use crate::storage::Storage;
+use crate::sys::aligned::Arena;
 use crate::volume::counters::Counters;
 use crate::volume::{Events, Fault, Volume};
 
@@ -45,8 +49,12 @@ pub struct Opened {
     pub device_size: u64,
     /// Its logical block size in bytes.
     pub block: u32,
+    /// Opens the same device once more, for reading, with buffers from the arena.
+    pub reader: Reader,
     /// The point at which it stands.
     pub baseline: Option<PointId>,
+    /// Whether it likely holds much of what the source does.
+    pub alike: bool,
     /// The window to grant, in bytes; at least one data frame and at most the volume's arena.
     pub window: u64,
     /// What the session counts.
@@ -56,6 +64,9 @@ pub struct Opened {
     /// What must last until the volume is closed, however long that takes: the right to write to it.
     pub hold: Box<dyn Send>,
 }
+
+/// Opens a queue of [`DIGEST_DEPTH`] requests for reading a volume.
+pub type Reader = Box<dyn FnOnce(&Arena) -> Result<Box<dyn Storage>, IoError> + Send>;
 
 /// The durable record of a volume's passes. What a method did is on stable storage when it returns.
 ///
@@ -238,7 +249,18 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
     let events = report.clone().events(fault_sender);
     let encodings = open.compression.clone();
     let opened = off_runtime(move || host.open(&machine, &open, events)).await??;
-    let Opened { volume, device_size, block, baseline, window, counters, passes, hold } = opened;
+    let Opened {
+        volume,
+        device_size,
+        block,
+        reader: digests_of,
+        baseline,
+        alike,
+        window,
+        counters,
+        passes,
+        hold,
+    } = opened;
     report.counters.get_or_init(|| counters.clone());
     let reply = OpenReply {
         window,
@@ -247,7 +269,9 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
         block,
         compression: encodings.into_iter().filter(|encoding| *encoding != Encoding::Raw).collect(),
         baseline,
+        alike,
     };
+    let (digests, mut digested) = mpsc::channel(2);
     let mut pass = Receiving {
         volume,
         passes,
@@ -259,16 +283,20 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
         patience,
         pass: None,
         compressed: Vec::new(),
+        comparing: Comparing::Possible { reader: digests_of, output: digests },
     };
     let result = async {
         wire::write_message(&mut *writer.lock().await, 0, &reply).await?;
-        pass.run(reader, writer, &mut fault, stopping).await
+        pass.run(reader, writer, &mut fault, &mut digested, stopping).await
     }
     .await;
+    // Its thread has nobody to talk to any more, and ends.
+    drop(digested);
     // The device is closed before the connection is: a sender that connects again finds it free. Only a disk that
     // hangs keeps it open longer, and that is no reason to let the sender wait for its answer.
-    let Receiving { volume, mut passes, .. } = pass;
+    let Receiving { volume, mut passes, comparing, .. } = pass;
     let closing = off_runtime(move || {
+        drop(comparing);
         volume.close();
         drop(hold);
     });

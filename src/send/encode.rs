@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use crate::digest::is_zero;
 use crate::net::compress::pack;
 use crate::net::frame::{Encoding, Header, MAX_ZERO};
 use crate::sys::aligned::Buffer;
@@ -99,15 +100,21 @@ impl Encoder {
         Encoder { compression, zeros: None, skip: 0, backoff: 1 }
     }
 
-    /// The pieces of a chunk.
-    pub(super) fn chunk(&mut self, offset: u64, buffer: Buffer, out: &mut Vec<Piece>) {
-        let buffer = Arc::new(buffer);
-        let mut at = 0;
-        while at < buffer.len() {
-            let zero = is_zero(cell(&buffer, at));
+    /// The pieces of a part of a chunk that begins at `offset`.
+    pub(super) fn chunk(
+        &mut self,
+        offset: u64,
+        buffer: &Arc<Buffer>,
+        part: Range<usize>,
+        out: &mut Vec<Piece>,
+    ) {
+        let cell = |at: usize| &buffer[at..part.end.min(at + CELL)];
+        let mut at = part.start;
+        while at < part.end {
+            let zero = is_zero(cell(at));
             let mut end = at;
-            while end < buffer.len() && is_zero(cell(&buffer, end)) == zero {
-                end += cell(&buffer, end).len();
+            while end < part.end && is_zero(cell(end)) == zero {
+                end += cell(end).len();
             }
             // Not empty, and inside a disk: an extent it is.
             let Some(extent) = Extent::new(offset + at as u64, (end - at) as u64) else { return };
@@ -115,7 +122,7 @@ impl Encoder {
                 self.zero(extent, out);
             } else {
                 out.extend(self.flush());
-                out.push(self.data(extent, &buffer, at..end));
+                out.push(self.data(extent, buffer, at..end));
             }
             at = end;
         }
@@ -185,17 +192,6 @@ impl Encoder {
     }
 }
 
-fn cell(buffer: &[u8], at: usize) -> &[u8] {
-    &buffer[at..buffer.len().min(at + CELL)]
-}
-
-/// Whether all bytes are zero. Random data is found out in the first block, zeros go at the speed of memory: a
-/// comparison of slices is the C library's, whatever this was compiled for.
-fn is_zero(bytes: &[u8]) -> bool {
-    const ZEROS: [u8; 4096] = [0; 4096];
-    bytes.chunks(ZEROS.len()).all(|block| *block == ZEROS[..block.len()])
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -212,7 +208,9 @@ mod tests {
             let mut copied = Vec::new();
             let mut buffer = arena.alloc_blocking(chunk.len());
             buffer.copy_from_slice(chunk);
-            encoder.chunk((index << 20) as u64, buffer, &mut copied);
+            let buffer = Arc::new(buffer);
+            encoder.chunk((index << 20) as u64, &buffer, 0..chunk.len(), &mut copied);
+            drop(buffer);
             // The arena holds one chunk: what refers to it is copied out.
             pieces.extend(copied.into_iter().map(|piece| match piece.payload {
                 Payload::Raw(..) => {

@@ -1,9 +1,10 @@
 //! One disk's connection, seen from its sender. The protocol is specified in [`crate::net`].
 
+use std::collections::VecDeque;
 use std::pin::pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
@@ -12,10 +13,11 @@ use tokio::time::{sleep, timeout};
 
 use super::encode::Piece;
 use super::limit::Limiter;
-use super::source::{self, Output, Source};
-use super::{Compression, Error, PATIENCE, Point, Progress};
+use super::source::{self, Ask, Output, Source};
+use super::{AHEAD, Compression, Done, Error, MOST_DIFFERENCES, PATIENCE, Point, Progress, Scope};
+use crate::digest::{self, Digest};
 use crate::name::Name;
-use crate::net::frame::{Kind, MAX_DATA};
+use crate::net::frame::{Header, Kind, MAX_DATA};
 use crate::net::message::{
     Begin, BeginReply, Commit, Committed, Hello, HelloReply, Notice, Open, OpenReply, PROTOCOL, PassKind,
 };
@@ -33,6 +35,7 @@ pub(super) struct Job {
     pub(super) compression: Compression,
     pub(super) engine: EngineChoice,
     pub(super) limiter: Option<Arc<Limiter>>,
+    pub(super) scope: Scope,
 }
 
 /// How many frames may come back as damaged before it is no accident any more.
@@ -41,22 +44,21 @@ const MAX_DAMAGED: u64 = 16;
 /// How many frames wait between the reading thread and the connection.
 const QUEUE: usize = 8;
 
-/// Sends an initial pass over a fresh connection; returns when it was acknowledged.
-pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
-    mut stream: S,
-    job: &Job,
-) -> Result<Committed, Error> {
+/// Carries out a pass over a fresh connection; returns when it was acknowledged.
+pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, job: &Job) -> Result<Done, Error> {
     let begun = timeout(PATIENCE, begin(&mut stream, job));
-    let (pass, reply) = begun.await.map_err(|_| Error::Silent(PATIENCE))??;
+    let (pass, compare, reply) = begun.await.map_err(|_| Error::Silent(PATIENCE))??;
     let compression = match job.compression.encodings().iter().all(|one| reply.compression.contains(one)) {
         true => job.compression,
         false => Compression::Off,
     };
     job.progress.waiting.store(false, Ordering::Relaxed);
-    for counter in [&job.progress.read, &job.progress.zero, &job.progress.sent, &job.progress.done] {
+    let Progress { read, zero, same, sent, done, differs, .. } = &*job.progress;
+    for counter in [read, zero, same, sent, done, differs] {
         counter.store(0, Ordering::Relaxed);
     }
-    let (extents, wanted) = mpsc::channel();
+    job.differences().clear();
+    let (asks, wanted) = mpsc::channel();
     let (output, pieces) = tokio::sync::mpsc::channel(QUEUE);
     let (source, engine, progress) = (job.source.clone(), job.engine, job.progress.clone());
     // It ends when this future is dropped: the channels' other ends are gone then.
@@ -64,36 +66,50 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
         source::read(source, engine, compression, progress, wanted, output);
     });
     // The thread was just started, and holds the other end.
-    extents.send(job.source.extent()).ok();
+    let first = match compare {
+        true => Ask::Compare { verify: job.scope == Scope::Verify },
+        false => Ask::Send(job.source.extent()),
+    };
+    asks.send(first).ok();
 
     let (mut reader, mut writer) = tokio::io::split(stream);
     let shared = Shared {
         pass,
         window: reply.window,
-        extents,
+        asks,
         returned: AtomicU64::new(0),
         carried_out: AtomicU64::new(0),
         refused: AtomicU64::new(0),
         refused_bytes: AtomicU64::new(0),
+        committed_bytes: AtomicU64::new(0),
         committing: AtomicBool::new(false),
+        digested: AtomicU64::new(0),
+        covered: AtomicU64::new(0),
+        refining: Mutex::new(VecDeque::new()),
         news: Notify::new(),
     };
     let failed = {
         let mut listen = pin!(shared.listen(&mut reader, job));
         let talk = pin!(shared.talk(&mut writer, pieces, job));
-        tokio::select! {
-            result = &mut listen => Ok(result?),
-            error = talk => Err((error, timeout(LAST_WORD, listen).await)),
+        let sent = tokio::select! {
+            result = &mut listen => Err(result),
+            sent = talk => Ok(sent),
+        };
+        match sent {
+            Err(early) => Ok(Done::Committed(early?)),
+            Ok(Ok(())) if job.scope == Scope::Verify => Ok(Done::Compared),
+            Ok(Ok(())) => Ok(Done::Committed(listen.await?)),
+            Ok(Err(error)) => Err((error, timeout(LAST_WORD, listen).await)),
         }
     };
     match failed {
-        Ok(committed) => {
+        Ok(done) => {
             // Everything is acknowledged: that the goodbye arrives makes no difference.
             timeout(LAST_WORD, writer.shutdown()).await.ok();
-            Ok(committed)
+            Ok(done)
         }
         // Where writing failed, the peer has likely said why before it closed: that is the better answer.
-        Err((Error::Wire(wire::Error::Io { .. }), Ok(result))) => result,
+        Err((Error::Wire(wire::Error::Io { .. }), Ok(result))) => result.map(Done::Committed),
         Err((error, _)) => Err(error),
     }
 }
@@ -104,7 +120,7 @@ const LAST_WORD: Duration = Duration::from_secs(3);
 async fn begin<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
     job: &Job,
-) -> Result<(PassId, OpenReply), Error> {
+) -> Result<(PassId, bool, OpenReply), Error> {
     // Nothing was sent yet: a refusal here is an answer, not a broken pass.
     let refused = |error| match error {
         wire::Error::Peer(refusal) => Error::Refused(refusal),
@@ -142,27 +158,51 @@ async fn begin<S: AsyncRead + AsyncWrite + Unpin>(
         .map_err(|error| wire::Error::Io { op: "draw random bits", source: error.into() })?;
     let pass = PassId(u128::from_le_bytes(id));
     // A volume that stands at a point goes on from it.
-    let kind = if reply.baseline.is_some() { PassKind::Delta } else { PassKind::Initial };
+    let kind = match (job.scope, reply.baseline) {
+        (Scope::Verify, _) => PassKind::Verify,
+        (_, Some(_)) => PassKind::Delta,
+        (_, None) => PassKind::Initial,
+    };
+    let compare = match job.scope {
+        Scope::Differences => reply.alike,
+        Scope::Whole => false,
+        Scope::Verify => true,
+    };
     let (point, disks) = (job.point.id, job.point.disks.clone());
-    wire::write_message(stream, 0, &Begin { pass, kind, point, disks }).await.map_err(refused)?;
+    let begin = Begin { pass, kind, point, disks, compare: compare.then_some(digest::UNIT) };
+    wire::write_message(stream, 0, &begin).await.map_err(refused)?;
     let BeginReply {} = wire::read_message(stream).await.map_err(refused)?;
-    Ok((pass, reply))
+    Ok((pass, compare, reply))
+}
+
+impl Job {
+    fn differences(&self) -> MutexGuard<'_, Vec<Extent>> {
+        // A list is whole whoever panicked beside it.
+        self.progress.differences.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// What listening and talking have in common.
 struct Shared {
     pass: PassId,
     window: u64,
-    /// Asks the reading thread for a range.
-    extents: mpsc::Sender<Extent>,
+    /// Asks the reading thread for what is to be sent, and tells it what comes.
+    asks: mpsc::Sender<Ask>,
     /// Window cost given back, and frames carried out, both since the pass began.
     returned: AtomicU64,
     carried_out: AtomicU64,
     /// Ranges that were refused, and so asked for again.
     refused: AtomicU64,
     refused_bytes: AtomicU64,
+    /// What the commit says that was sent.
+    committed_bytes: AtomicU64,
     /// Whether the commit was sent, or is being.
     committing: AtomicBool,
+    /// Up to where digests came, and up to where the peer was told that they are dealt with.
+    digested: AtomicU64,
+    covered: AtomicU64,
+    /// Ranges whose blocks' digests were asked for.
+    refining: Mutex<VecDeque<Extent>>,
     /// One of the above changed.
     news: Notify,
 }
@@ -188,7 +228,7 @@ impl Shared {
                     }
                     self.refused_bytes.fetch_add(extent.len(), Ordering::Relaxed);
                     // Before the count is raised: who sees the count can count on the thread's answer.
-                    self.extents.send(extent).ok();
+                    self.asks.send(Ask::Send(extent)).ok();
                     self.refused.fetch_add(1, Ordering::Release);
                     self.news.notify_one();
                 }
@@ -197,6 +237,7 @@ impl Shared {
                     self.returned.fetch_max(header.length, Ordering::Release);
                     self.news.notify_one();
                 }
+                Kind::Digests => self.digests(reader, &header, job.source.size().0).await?,
                 Kind::Notice => {
                     let notice: Notice = wire::read_message_body(reader, &header).await?;
                     tracing::warn!("{}", notice.message);
@@ -213,7 +254,9 @@ impl Shared {
                     if !self.committing.load(Ordering::Acquire) {
                         return Err(Error::Broken("it acknowledged a commit before there was one"));
                     }
-                    if committed.written.checked_add(committed.zeroed) != Some(job.source.size().0) {
+                    if committed.written.checked_add(committed.zeroed)
+                        != Some(self.committed_bytes.load(Ordering::Relaxed))
+                    {
                         return Err(Error::Broken("it acknowledged another number of bytes than were sent"));
                     }
                     return Ok(committed);
@@ -222,29 +265,55 @@ impl Shared {
         }
     }
 
+    /// Takes digests, if they are those that were due, and no more than may come ahead.
+    async fn digests<S: AsyncRead + AsyncWrite>(
+        &self,
+        reader: &mut ReadHalf<S>,
+        header: &Header,
+        size: u64,
+    ) -> Result<(), Error> {
+        let Some(extent) = Extent::new(header.offset, header.length).filter(|extent| extent.end() <= size)
+        else {
+            return Err(Error::Broken("it sent digests of what the source does not have"));
+        };
+        let mut payload = vec![0; header.payload_len as usize];
+        wire::read_payload(reader, header, &mut payload).await?;
+        let (digests, rest) = payload.as_chunks::<{ digest::LEN }>();
+        debug_assert!(rest.is_empty());
+        let digests: Vec<Digest> = digests.to_vec();
+        let ask = if header.sequence == u64::from(digest::FINE) {
+            let due = self.refining.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+            if due != Some(extent) {
+                return Err(Error::Broken("it sent digests of blocks that were not asked for"));
+            }
+            Ask::Blocks(digests)
+        } else {
+            let due = self.digested.load(Ordering::Relaxed);
+            let whole = extent.end() == size || extent.end().is_multiple_of(digest::UNIT.into());
+            if header.sequence != u64::from(digest::UNIT) || extent.offset() != due || !whole {
+                return Err(Error::Broken("it sent other digests than were due"));
+            }
+            if extent.end() - self.covered.load(Ordering::Relaxed) > AHEAD + u64::from(digest::UNIT) * 2048 {
+                return Err(Error::Broken("it sends digests further ahead than it may"));
+            }
+            self.digested.store(extent.end(), Ordering::Relaxed);
+            Ask::Units(digests)
+        };
+        self.asks.send(ask).ok();
+        Ok(())
+    }
+
     /// What of `cost`, the window that all frames took so far, was not given back.
     fn outstanding(&self, cost: u64) -> Result<u64, Error> {
         cost.checked_sub(self.returned.load(Ordering::Acquire))
             .ok_or(Error::Broken("it gave back more window than was taken"))
     }
 
-    /// Sends everything and the commit; returns only what failed.
+    /// Sends everything and the commit.
     async fn talk<S: AsyncRead + AsyncWrite>(
         &self,
         writer: &mut WriteHalf<S>,
         mut pieces: tokio::sync::mpsc::Receiver<Output>,
-        job: &Job,
-    ) -> Error {
-        match self.send_all(writer, &mut pieces, job).await {
-            Ok(()) => std::future::pending().await,
-            Err(error) => error,
-        }
-    }
-
-    async fn send_all<S: AsyncRead + AsyncWrite>(
-        &self,
-        writer: &mut WriteHalf<S>,
-        pieces: &mut tokio::sync::mpsc::Receiver<Output>,
         job: &Job,
     ) -> Result<(), Error> {
         let lost = |source| Error::Wire(wire::Error::Io { op: "write", source });
@@ -300,6 +369,29 @@ impl Shared {
                         progress.zero.fetch_add(header.length, Ordering::Relaxed);
                     }
                 }
+                Some(Output::Covered(bytes)) => {
+                    self.covered.store(bytes, Ordering::Relaxed);
+                    wire::write_header(writer, &Header::covered(bytes)).await?;
+                    writer.flush().await.map_err(lost)?;
+                }
+                Some(Output::Refine(extent)) => {
+                    self.refining.lock().unwrap_or_else(PoisonError::into_inner).push_back(extent);
+                    wire::write_header(writer, &Header::refine(extent.offset(), extent.len())).await?;
+                    writer.flush().await.map_err(lost)?;
+                }
+                Some(Output::Differs(extent)) => {
+                    job.progress.differs.fetch_add(extent.len(), Ordering::Relaxed);
+                    job.progress.done.fetch_add(extent.len(), Ordering::Relaxed);
+                    let mut differences = job.differences();
+                    let joined = differences.last().filter(|last| last.end() == extent.offset());
+                    let joined =
+                        joined.and_then(|last| Extent::new(last.offset(), last.len() + extent.len()));
+                    if let (Some(joined), Some(last)) = (joined, differences.last_mut()) {
+                        *last = joined;
+                    } else if differences.len() < MOST_DIFFERENCES {
+                        differences.push(extent);
+                    }
+                }
                 Some(Output::Finished) => {
                     finished += 1;
                     writer.flush().await.map_err(lost)?;
@@ -311,6 +403,10 @@ impl Shared {
         let bytes = bytes
             .checked_sub(self.refused_bytes.load(Ordering::Relaxed))
             .ok_or(Error::Broken("it refused more bytes than were sent"))?;
+        if job.scope == Scope::Verify {
+            return Ok(());
+        }
+        self.committed_bytes.store(bytes, Ordering::Relaxed);
         self.committing.store(true, Ordering::Release);
         let Point { time, kind, name, point_in_time, .. } = job.point.clone();
         let commit = Commit { pass: self.pass, frames: sequence, bytes, point_in_time, time, kind, name };

@@ -1,6 +1,5 @@
 //! A source disk, and the thread that reads ahead of the connection.
 
-use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
@@ -13,18 +12,18 @@ use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 use tokio::sync::mpsc::Sender;
 
+use super::compare::Asks;
 use super::encode::{Encoder, Piece};
 use super::{Compression, Progress};
+use crate::digest::Digest;
 use crate::disk::discover::{Sysroot, roles, views};
 use crate::error::IoError;
+use crate::storage::Geometry;
+use crate::storage::ahead::{Ahead, CHUNK, Part};
 use crate::storage::device::{Device, EngineChoice};
-use crate::storage::{Action, Completion, Geometry, Place, Request, Storage};
-use crate::sys::aligned::{Arena, Buffer, PAGE};
+use crate::sys::aligned::{Arena, PAGE};
 use crate::sys::ioctl;
 use crate::units::{ByteLen, Extent};
-
-/// How much is read by one request.
-const CHUNK: usize = 1 << 20;
 
 /// How many requests are under way.
 const DEPTH: usize = 8;
@@ -187,27 +186,45 @@ impl Source {
     }
 }
 
+/// What the thread is asked for, and told.
+pub(super) enum Ask {
+    /// A range, whole.
+    Send(Extent),
+    /// What of the whole source is not what the receiver has; with `verify`, it is only told of.
+    Compare { verify: bool },
+    /// Digests of what the receiver has, in order: one for each unit.
+    Units(Vec<Digest>),
+    /// The same of the blocks of the oldest range that was to be refined.
+    Blocks(Vec<Digest>),
+}
+
 /// What the thread hands over.
 pub(super) enum Output {
     /// A frame to send.
     Piece(Piece),
-    /// Everything of the oldest unfinished extent was handed over.
+    /// Everything before this offset is dealt with.
+    Covered(u64),
+    /// A range that differs somewhere: the digests of its blocks are wanted.
+    Refine(Extent),
+    /// A range that differs, and is not to be sent.
+    Differs(Extent),
+    /// Everything of the oldest unfinished ask was handed over.
     Finished,
     /// The source cannot be read; nothing follows.
     Failed(Error),
 }
 
-/// Reads the extents that are asked for, in order, until nobody asks any more or nobody listens.
+/// Carries out what is asked for, in order, until nobody asks any more or nobody listens.
 pub(super) fn read(
     source: Arc<Source>,
     engine: EngineChoice,
     compression: Compression,
     progress: Arc<Progress>,
-    extents: Receiver<Extent>,
+    asks: Receiver<Ask>,
     output: Sender<Output>,
 ) {
     let result = Reader::new(source, engine, compression, progress, output.clone())
-        .and_then(|mut reader| extents.iter().try_for_each(|extent| reader.extent(extent)));
+        .and_then(|mut reader| reader.run(&mut Asks::new(asks)));
     if let Err(Stop::Failed(error)) = result {
         // The listener may be gone as well.
         output.blocking_send(Output::Failed(error)).ok();
@@ -215,7 +232,7 @@ pub(super) fn read(
 }
 
 /// Why the thread stops before it has read everything.
-enum Stop {
+pub(super) enum Stop {
     NobodyListens,
     Failed(Error),
 }
@@ -226,22 +243,81 @@ impl<E: Into<Error>> From<E> for Stop {
     }
 }
 
-/// A part of the source that is read ahead.
-enum Ahead {
-    Reading,
-    Read(Buffer),
-    Hole(Extent),
+/// Reads a source in order.
+pub(super) struct Scan {
+    pub(super) source: Arc<Source>,
+    device: Option<Ahead>,
+    arena: Arena,
+    progress: Arc<Progress>,
 }
 
-struct Reader {
-    source: Arc<Source>,
-    device: Option<Device>,
-    arena: Arena,
-    encoder: Encoder,
-    progress: Arc<Progress>,
-    output: Sender<Output>,
+pub(super) struct Reader {
+    pub(super) scan: Scan,
+    pub(super) encoder: Encoder,
+    pub(super) progress: Arc<Progress>,
+    pub(super) output: Sender<Output>,
     pieces: Vec<Piece>,
-    completions: Vec<Completion>,
+}
+
+/// A way through a range of the source.
+pub(super) struct Walk {
+    at: u64,
+    /// Up to here it is read around the page cache.
+    direct_end: u64,
+    end: u64,
+    /// Parts begin at its multiples.
+    unit: u64,
+}
+
+impl Scan {
+    fn new(source: Arc<Source>, engine: EngineChoice, progress: Arc<Progress>) -> Result<Scan, Error> {
+        let arena = Arena::new(MEMORY).map_err(|error| IoError::new("map", "memory", error))?;
+        let device = source.reader(engine, &arena)?;
+        let device = device.map(|device| Ahead::new(Box::new(device), arena.clone()));
+        Ok(Scan { source, device, arena, progress })
+    }
+
+    /// Begins to read a range, in parts that begin at multiples of `unit` where the range does.
+    pub(super) fn walk(&mut self, extent: Extent, unit: u64) -> Walk {
+        let (start, end) = (extent.offset(), extent.end());
+        // A range that is sent again may begin anywhere.
+        let direct_end = self.source.direct_end().min(end);
+        let direct_end = match &mut self.device {
+            Some(device) if start.is_multiple_of(PAGE as u64) && direct_end > start => {
+                let direct_end = (direct_end - direct_end % unit).max(start);
+                device.seek(start, direct_end);
+                direct_end
+            }
+            _ => start,
+        };
+        Walk { at: start, direct_end, end, unit }
+    }
+
+    /// The next part of it, in order.
+    pub(super) fn next(&mut self, walk: &mut Walk) -> Result<Option<(u64, Part)>, Error> {
+        let part = match &mut self.device {
+            Some(device) if walk.at < walk.direct_end => {
+                device.next(walk.unit, |at| self.source.hole(at))?.map(|(_, part)| part)
+            }
+            _ => match (walk.end - walk.at).min(CHUNK) {
+                0 => None,
+                len => {
+                    let mut buffer = self.arena.alloc_blocking(len as usize);
+                    let name = || self.source.path.display().to_string();
+                    self.source
+                        .file
+                        .read_exact_at(&mut buffer, walk.at)
+                        .map_err(|error| IoError::at("read", name(), walk.at, error))?;
+                    Some(Part::Bytes(buffer))
+                }
+            },
+        };
+        let Some(part) = part else { return Ok(None) };
+        let (at, len) = (walk.at, part.len());
+        walk.at += len;
+        self.progress.read.fetch_add(len, Ordering::Relaxed);
+        Ok(Some((at, part)))
+    }
 }
 
 impl Reader {
@@ -252,101 +328,41 @@ impl Reader {
         progress: Arc<Progress>,
         output: Sender<Output>,
     ) -> Result<Reader, Stop> {
-        let arena = Arena::new(MEMORY).map_err(|error| IoError::new("map", "memory", error))?;
-        let device = source.reader(engine, &arena)?;
-        let encoder = Encoder::new(compression);
-        let (pieces, completions) = (Vec::new(), Vec::new());
-        Ok(Reader { source, device, arena, encoder, progress, output, pieces, completions })
+        let scan = Scan::new(source, engine, progress.clone())?;
+        Ok(Reader { scan, encoder: Encoder::new(compression), progress, output, pieces: Vec::new() })
     }
 
-    fn extent(&mut self, extent: Extent) -> Result<(), Stop> {
-        let mut at = extent.offset();
-        // A range that is sent again may begin anywhere.
-        let direct_end = self.source.direct_end().min(extent.end() - extent.end() % PAGE as u64);
-        if self.device.is_some() && at.is_multiple_of(PAGE as u64) && at < direct_end {
-            self.read_ahead(at, direct_end)?;
-            at = direct_end;
-        }
-        while at < extent.end() {
-            let len = (extent.end() - at).min(CHUNK as u64) as usize;
-            let mut buffer = self.arena.alloc_blocking(len);
-            self.source
-                .file
-                .read_exact_at(&mut buffer, at)
-                .map_err(|error| IoError::at("read", self.source.path.display().to_string(), at, error))?;
-            self.emit(at, buffer)?;
-            at += len as u64;
-        }
-        self.source.still_whole()?;
-        let rest = self.encoder.flush();
-        self.hand_over(rest)?;
-        self.output.blocking_send(Output::Finished).map_err(|_| Stop::NobodyListens)
-    }
-
-    /// Keeps `DEPTH` reads under way and emits them in the order of their offsets, and holes without reading them.
-    fn read_ahead(&mut self, start: u64, end: u64) -> Result<(), Stop> {
-        let mut next = start;
-        // The oldest first; the tag of each is its offset.
-        let mut window: VecDeque<(u64, Ahead)> = VecDeque::new();
-        loop {
-            while next < end && window.len() < DEPTH {
-                if let Some(hole) = self.source.hole(next) {
-                    let stop = hole.end().min(end);
-                    // Whole blocks of it: what is left of its last block is read with the data that follows.
-                    let stop = stop - stop % PAGE as u64;
-                    if let Some(hole) = stop.checked_sub(next).and_then(|len| Extent::new(next, len)) {
-                        window.push_back((next, Ahead::Hole(hole)));
-                        next = stop;
-                        continue;
-                    }
-                }
-                let len = (end - next).min(CHUNK as u64) as usize;
-                // Waits for memory only where nothing is under way that would have to be looked after.
-                let buffer = match window.is_empty() {
-                    true => self.arena.alloc_blocking(len),
-                    false => match self.arena.try_alloc(len) {
-                        Some(buffer) => buffer,
-                        None => break,
-                    },
-                };
-                let Some(device) = &mut self.device else { return Ok(()) };
-                device.submit(Request {
-                    tag: next,
-                    place: Place::Disk,
-                    action: Action::Read { offset: next, buffer },
-                });
-                window.push_back((next, Ahead::Reading));
-                next += len as u64;
+    fn run(&mut self, asks: &mut Asks) -> Result<(), Stop> {
+        while let Some(ask) = asks.next() {
+            match ask {
+                Ask::Send(extent) => self.send(extent)?,
+                Ask::Compare { verify } => self.compare(asks, verify)?,
+                // The connection lets none through that nobody waits for.
+                Ask::Units(_) | Ask::Blocks(_) => continue,
             }
-            match window.pop_front() {
-                None => return Ok(()),
-                Some((at, Ahead::Read(buffer))) => self.emit(at, buffer)?,
-                Some((_, Ahead::Hole(hole))) => {
-                    self.progress.read.fetch_add(hole.len(), Ordering::Relaxed);
-                    self.pass_on(|encoder, pieces| encoder.hole(hole, pieces))?;
-                }
-                Some((at, Ahead::Reading)) => {
-                    window.push_front((at, Ahead::Reading));
-                    let Some(device) = &mut self.device else { return Ok(()) };
-                    device.wait(&mut self.completions)?;
-                    for Completion { tag, buffer, result } in self.completions.drain(..) {
-                        result?;
-                        let slot = window.iter_mut().find(|(at, _)| *at == tag);
-                        if let (Some((_, slot)), Some(buffer)) = (slot, buffer) {
-                            *slot = Ahead::Read(buffer);
-                        }
-                    }
+            self.scan.source.still_whole()?;
+            let rest = self.encoder.flush();
+            self.hand_over(rest)?;
+            self.output.blocking_send(Output::Finished).map_err(|_| Stop::NobodyListens)?;
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, extent: Extent) -> Result<(), Stop> {
+        let mut walk = self.scan.walk(extent, PAGE as u64);
+        while let Some((at, part)) = self.scan.next(&mut walk)? {
+            match part {
+                Part::Hole(hole) => self.pass_on(|encoder, pieces| encoder.hole(hole, pieces))?,
+                Part::Bytes(buffer) => {
+                    let (len, buffer) = (buffer.len(), Arc::new(buffer));
+                    self.pass_on(|encoder, pieces| encoder.chunk(at, &buffer, 0..len, pieces))?;
                 }
             }
         }
+        Ok(())
     }
 
-    fn emit(&mut self, at: u64, buffer: Buffer) -> Result<(), Stop> {
-        self.progress.read.fetch_add(buffer.len() as u64, Ordering::Relaxed);
-        self.pass_on(|encoder, pieces| encoder.chunk(at, buffer, pieces))
-    }
-
-    fn pass_on(&mut self, encode: impl FnOnce(&mut Encoder, &mut Vec<Piece>)) -> Result<(), Stop> {
+    pub(super) fn pass_on(&mut self, encode: impl FnOnce(&mut Encoder, &mut Vec<Piece>)) -> Result<(), Stop> {
         let mut pieces = std::mem::take(&mut self.pieces);
         encode(&mut self.encoder, &mut pieces);
         let result = self.hand_over(pieces.drain(..));
@@ -354,11 +370,36 @@ impl Reader {
         result
     }
 
-    fn hand_over(&self, pieces: impl IntoIterator<Item = Piece>) -> Result<(), Stop> {
+    pub(super) fn hand_over(&self, pieces: impl IntoIterator<Item = Piece>) -> Result<(), Stop> {
         pieces.into_iter().try_for_each(|piece| {
             self.output.blocking_send(Output::Piece(piece)).map_err(|_| Stop::NobodyListens)
         })
     }
+}
+
+/// The BLAKE3 digest of all bytes of a source. `progress` counts what was read.
+pub fn digest(source: Source, engine: EngineChoice, progress: Arc<Progress>) -> Result<Digest, Error> {
+    static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+    let mut hasher = blake3::Hasher::new();
+    let mut scan = Scan::new(Arc::new(source), engine, progress)?;
+    let mut walk = scan.walk(scan.source.extent(), PAGE as u64);
+    while let Some((_, part)) = scan.next(&mut walk)? {
+        match part {
+            Part::Bytes(buffer) => {
+                hasher.update(&buffer);
+            }
+            Part::Hole(hole) => {
+                let mut left = hole.len();
+                while left > 0 {
+                    let zeros = &ZEROS[..left.min(ZEROS.len() as u64) as usize];
+                    hasher.update(zeros);
+                    left -= zeros.len() as u64;
+                }
+            }
+        }
+    }
+    scan.source.still_whole()?;
+    Ok(*hasher.finalize().as_bytes())
 }
 
 #[cfg(test)]
@@ -396,7 +437,7 @@ mod tests {
         let source = Arc::new(Source::open(&path).unwrap());
         let (extents, wanted) = std::sync::mpsc::channel();
         let (output, mut pieces) = tokio::sync::mpsc::channel(1);
-        extents.send(source.extent()).unwrap();
+        extents.send(Ask::Send(source.extent())).unwrap();
         drop(extents);
         let reading = std::thread::spawn(move || {
             read(source, EngineChoice::Threads, Compression::Off, Arc::default(), wanted, output);

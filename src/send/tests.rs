@@ -12,12 +12,13 @@ use tokio::sync::{oneshot, watch};
 
 use super::session::{Job, run};
 use super::*;
+use crate::error::IoError;
 use crate::journal::Writer;
 use crate::net::frame::{HEADER_LEN, Header, Kind};
 use crate::net::message::{
     Begin, BeginReply, Code, Commit, Enroll, EnrollReply, Hello, HelloReply, Open, OpenReply,
 };
-use crate::net::session::{self as server, Decision, Host, Opened, Passes, Patience};
+use crate::net::session::{self as server, Decision, Host, Opened, Passes, Patience, Reader};
 use crate::storage::Storage;
 use crate::storage::device::Engine;
 use crate::storage::fault::FaultDisk;
@@ -30,6 +31,7 @@ const WINDOW: u64 = 3 << 20;
 /// A host with one disk, which writes down what happened.
 struct Bench {
     disk: FaultDisk,
+    alike: bool,
     counters: Arc<Counters>,
     story: Arc<Mutex<Vec<String>>>,
 }
@@ -40,9 +42,19 @@ impl Bench {
         let disk = FaultDisk::new(vec![0xaa; size.next_multiple_of(512)], 512);
         Arc::new(Bench {
             disk,
+            alike: false,
             counters: Arc::new(Counters::new(size as u64, engine)),
             story: Arc::default(),
         })
+    }
+
+    /// With a disk that holds an older copy.
+    fn over(mut old: Vec<u8>) -> Arc<Bench> {
+        let size = old.len();
+        old.resize(size.next_multiple_of(512), 0xaa);
+        let disk = FaultDisk::new(old, 512);
+        let bench = Arc::into_inner(Bench::new(size)).unwrap();
+        Arc::new(Bench { disk, alike: true, ..bench })
     }
 
     fn story(&self) -> Vec<String> {
@@ -64,11 +76,18 @@ impl Host for Bench {
         let arena = Arena::new(WINDOW as usize).unwrap();
         let volume = Volume::start("bench", Box::new(storage), open.size, arena, events).unwrap();
         let passes = Box::new(Story(self.story.clone(), self.disk.clone()));
+        let again = self.disk.clone();
+        let reader: Reader = Box::new(move |_| {
+            let again = again.open().map_err(|error| IoError::new("open", "bench", error))?;
+            Ok(Box::new(again))
+        });
         Ok(Opened {
             volume,
             device_size,
             block,
+            reader,
             baseline: None,
+            alike: self.alike,
             window: WINDOW,
             counters: self.counters.clone(),
             passes,
@@ -124,7 +143,7 @@ async fn pass_on(
 }
 
 struct Outcome {
-    sender: Result<Committed, Error>,
+    sender: Result<Done, Error>,
     receiver: Result<(), server::Error>,
     progress: Arc<Progress>,
 }
@@ -141,6 +160,16 @@ fn point() -> Point {
 }
 
 async fn transfer(bench: &Arc<Bench>, content: &[u8], compression: Compression, meddle: Meddler) -> Outcome {
+    transfer_of(bench, content, compression, Scope::Differences, meddle).await
+}
+
+async fn transfer_of(
+    bench: &Arc<Bench>,
+    content: &[u8],
+    compression: Compression,
+    scope: Scope,
+    meddle: Meddler,
+) -> Outcome {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(content).unwrap();
     let progress = Arc::new(Progress::default());
@@ -152,6 +181,7 @@ async fn transfer(bench: &Arc<Bench>, content: &[u8], compression: Compression, 
         compression,
         engine: EngineChoice::Auto,
         limiter: None,
+        scope,
     };
     let (client, near) = tokio::io::duplex(256 << 10);
     let (far, server_end) = tokio::io::duplex(256 << 10);
@@ -199,7 +229,7 @@ async fn a_pass_arrives_and_is_recorded_after_its_flush() {
         let source = content((9 << 20) + 777);
         let bench = Bench::new(source.len());
         let outcome = transfer(&bench, &source, compression, honest()).await;
-        let committed = outcome.sender.unwrap();
+        let Done::Committed(committed) = outcome.sender.unwrap() else { panic!("it was to be sent") };
         outcome.receiver.unwrap();
         assert!(stored(&bench, source.len()) == source);
         assert!(bench.disk.bytes()[source.len()..].iter().all(|&byte| byte == 0xaa), "behind the source");
@@ -305,6 +335,172 @@ async fn a_source_that_is_too_large_is_refused_before_anything_is_sent() {
     assert!(bench.story().is_empty() && bench.disk.log().is_empty());
 }
 
+/// Numbers without an end, the same in every run.
+fn numbers(seed: u64) -> impl FnMut(usize) -> usize {
+    let mut state = seed;
+    move |below| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((state >> 33) as usize) % below
+    }
+}
+
+/// A disk and an older copy of it: of the blocks in between, some differ, in a byte or in all.
+fn pair(seed: u64, size: usize) -> (Vec<u8>, Vec<u8>) {
+    let mut number = numbers(seed);
+    let old = content(size);
+    let mut new = old.clone();
+    for _ in 0..number(40) {
+        let at = number(size);
+        let len = [1, 512, 4096, 5000, 70_000, 300_000][number(6)].min(size - at);
+        match number(3) {
+            0 => new[at..at + len].fill(0),
+            1 => new[at..at + len].iter_mut().for_each(|byte| *byte = byte.wrapping_add(1)),
+            _ => new[at..at + len].iter_mut().enumerate().for_each(|(at, byte)| *byte = at as u8 ^ 0x5a),
+        }
+    }
+    (old, new)
+}
+
+fn differing(old: &[u8], new: &[u8]) -> usize {
+    old.chunks(4096).zip(new.chunks(4096)).filter(|(old, new)| old != new).map(|(old, _)| old.len()).sum()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_the_blocks_that_differ_travel() {
+    for seed in 0..24 {
+        let size = [4096, 100, 65536 + 1, (1 << 20) + 511, (3 << 20) + 777, 9 << 20][seed as usize % 6];
+        let (old, new) = pair(seed, size);
+        let bench = Bench::over(old.clone());
+        let wire = Arc::new(AtomicU64::new(0));
+        let (counted, frames) = (wire.clone(), Arc::new(AtomicU64::new(0)));
+        let headers = frames.clone();
+        let meddle = Box::new(move |header: &mut [u8; HEADER_LEN], payload: &mut Vec<u8>| {
+            if Header::parse(header).unwrap().kind == Kind::Data {
+                counted.fetch_add(payload.len() as u64, Ordering::Relaxed);
+                headers.fetch_add(1, Ordering::Relaxed);
+            }
+            true
+        });
+        let outcome = transfer(&bench, &new, Compression::Off, meddle).await;
+        outcome.sender.unwrap_or_else(|error| panic!("seed {seed}: {}", chain(&error)));
+        outcome.receiver.unwrap();
+        assert!(stored(&bench, size) == new, "seed {seed}");
+        assert!(bench.disk.bytes()[size..].iter().all(|&byte| byte == 0xaa), "behind the source");
+        let differs = differing(&old, &new) as u64;
+        let sent = wire.load(Ordering::Relaxed);
+        assert!(sent <= differs, "seed {seed}: {sent} bytes were sent, and {differs} differ");
+        let same = outcome.progress.same.load(Ordering::Relaxed);
+        // Zeros go by the unit.
+        let most = size as u64 - differs;
+        assert!(same <= most && same + 40 * 65536 * 6 >= most, "seed {seed}: {same} of {most} are the same");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_single_byte_anywhere_is_found() {
+    let size = (2 << 20) + 777;
+    let old = content(size);
+    for at in [0, 1, 4095, 4096, 65535, 65536, (1 << 20) - 1, 1 << 20, size - 778, size - 777, size - 1] {
+        let mut new = old.clone();
+        new[at] ^= 1;
+        let bench = Bench::over(old.clone());
+        let outcome = transfer(&bench, &new, Compression::Off, honest()).await;
+        outcome.sender.unwrap();
+        assert!(stored(&bench, size) == new, "byte {at}");
+        assert!(outcome.progress.sent.load(Ordering::Relaxed) <= 4096, "byte {at}");
+    }
+    // And where nothing differs, nothing is written.
+    let bench = Bench::over(old.clone());
+    let outcome = transfer(&bench, &old, Compression::Off, honest()).await;
+    outcome.sender.unwrap();
+    assert_eq!(outcome.progress.sent.load(Ordering::Relaxed), 0);
+    assert_eq!(outcome.progress.same.load(Ordering::Relaxed), size as u64);
+    assert_eq!(bench.disk.log(), [crate::storage::fault::Event::Flush]);
+}
+
+/// The refused range is dealt with, as far as the frames after it say, and comes again all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_block_comes_again_after_those_behind_it() {
+    let size = 12 << 20;
+    let (old, mut new) = (content(size), content(size));
+    for at in (0..size).step_by(1 << 20) {
+        new[at + 5000] ^= 1;
+    }
+    let bench = Bench::over(old);
+    let mut seen = 0;
+    let meddle = Box::new(move |header: &mut [u8; HEADER_LEN], payload: &mut Vec<u8>| {
+        if Header::parse(header).unwrap().kind == Kind::Data {
+            seen += 1;
+            if seen % 3 == 1 {
+                payload[17] ^= 1;
+            }
+        }
+        true
+    });
+    let outcome = transfer(&bench, &new, Compression::Off, meddle).await;
+    outcome.sender.unwrap();
+    outcome.receiver.unwrap();
+    assert!(stored(&bench, size) == new);
+    assert!(outcome.progress.again.load(Ordering::Relaxed) >= 4);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_interrupted_pass_sends_nothing_twice_but_what_was_under_way() {
+    let size = 24 << 20;
+    let (old, new) = (vec![0x11; size], content(size));
+    let bench = Bench::over(old.clone());
+    let mut frames = 0;
+    let cut = Box::new(move |_: &mut [u8; HEADER_LEN], _: &mut Vec<u8>| {
+        frames += 1;
+        frames < 35
+    });
+    let first = transfer(&bench, &new, Compression::Off, cut).await;
+    assert!(first.sender.is_err());
+    let there = size - differing(&bench.disk.bytes(), &new);
+    assert!(there > 2 << 20, "{there}");
+    let second = transfer(&bench, &new, Compression::Off, honest()).await;
+    second.sender.unwrap();
+    assert!(stored(&bench, size) == new);
+    let sent = second.progress.sent.load(Ordering::Relaxed);
+    assert!(sent <= (differing(&old, &new) - there) as u64, "{sent}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn verifying_tells_what_differs_and_changes_nothing() {
+    let (old, new) = pair(3, 9 << 20);
+    let bench = Bench::over(old.clone());
+    let outcome = transfer_of(&bench, &new, Compression::Off, Scope::Verify, honest()).await;
+    assert_eq!(outcome.sender.unwrap(), Done::Compared);
+    outcome.receiver.unwrap();
+    assert!(bench.disk.bytes() == old && bench.disk.log().is_empty() && bench.story().is_empty());
+    let found = outcome.progress.differences.lock().unwrap().clone();
+    let mut expected: Vec<u8> = vec![0; old.len()];
+    for extent in &found {
+        expected[extent.offset() as usize..extent.end() as usize].fill(1);
+    }
+    assert!(!found.is_empty());
+    for (at, (old, new)) in old.chunks(4096).zip(new.chunks(4096)).enumerate() {
+        let told = expected[at * 4096] == 1;
+        // Where the source has zeros, it is told by the unit.
+        let zeros = new.iter().all(|byte| *byte == 0);
+        assert!(told == (old != new) || (told && zeros), "block {at}");
+    }
+    let differs: u64 = found.iter().map(|extent| extent.len()).sum();
+    assert_eq!(outcome.progress.differs.load(Ordering::Relaxed), differs);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_cannot_be_read_for_comparing_ends_the_pass_with_its_reason() {
+    let (old, new) = pair(5, 4 << 20);
+    let bench = Bench::over(old);
+    bench.disk.fail_nth(0, libc::EIO);
+    let outcome = transfer(&bench, &new, Compression::Off, honest()).await;
+    let Err(Error::Wire(wire::Error::Peer(refusal))) = &outcome.sender else {
+        panic!("{:?}", outcome.sender)
+    };
+    assert!(refusal.code == Code::Io && refusal.message.contains("cannot be read"), "{refusal}");
+}
+
 /// What a server says that does not keep to the protocol.
 struct Liar {
     hello: HelloReply,
@@ -359,6 +555,7 @@ async fn lied_to(liar: Liar) -> Error {
         compression: Compression::Off,
         engine: EngineChoice::Auto,
         limiter: None,
+        scope: Scope::Differences,
     };
     // The server ends once the client is gone.
     let talk = async { tokio::join!(run(client, &job), serve) };
@@ -378,6 +575,7 @@ async fn a_server_is_not_believed_what_cannot_be() {
         block: 512,
         compression: Vec::new(),
         baseline: None,
+        alike: false,
     };
     let sound = || Liar { hello: hello(), open: open(), early: Vec::new(), committed: Some((size, 0, true)) };
     let refused = |offset, length| Header::refused(&Header { offset, length, ..Header::zero(0, 0, 1) });

@@ -12,6 +12,8 @@ use crate::storage::device::Engine;
 pub struct Counters {
     /// Bytes of the volume that arrived, zeros included.
     pub received_bytes: AtomicU64,
+    /// Bytes of the volume that were compared and are the same on both sides.
+    pub same_bytes: AtomicU64,
     /// Bytes of payloads as they came over the wire, before they were decompressed.
     pub wire_bytes: AtomicU64,
     /// Bytes whose writing completed.
@@ -67,6 +69,7 @@ impl Counters {
     pub fn new(total: u64, engine: Engine) -> Counters {
         Counters {
             received_bytes: AtomicU64::new(0),
+            same_bytes: AtomicU64::new(0),
             wire_bytes: AtomicU64::new(0),
             written_bytes: AtomicU64::new(0),
             zeroed_bytes: AtomicU64::new(0),
@@ -86,6 +89,11 @@ impl Counters {
     /// The size of what is received, in bytes.
     pub fn total(&self) -> u64 {
         self.total
+    }
+
+    /// How many bytes of it are dealt with: they arrived, or are the same.
+    pub fn done(&self) -> u64 {
+        self.received_bytes.load(Ordering::Relaxed) + self.same_bytes.load(Ordering::Relaxed)
     }
 
     /// Which engine writes.

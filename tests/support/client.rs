@@ -28,6 +28,8 @@ pub struct Client {
     pub pass: PassId,
     /// What its pass will be, as the service's answer to the opening asks for.
     pub kind: PassKind,
+    /// The unit of the digests that it asks for, if it does.
+    pub compare: Option<u32>,
     /// The disk that was opened last, or `d0`.
     pub disk: Name,
 }
@@ -64,6 +66,7 @@ impl Client {
             stream,
             pass: PassId(u128::from_le_bytes(id)),
             kind: PassKind::Initial,
+            compare: None,
             disk: "d0".parse().unwrap(),
         }
     }
@@ -89,7 +92,8 @@ impl Client {
 
     pub async fn begin(&mut self) -> Result<BeginReply, message::Error> {
         let (pass, kind) = (self.pass, self.kind);
-        self.ask(&Begin { pass, kind, point: PointId(self.pass.0), disks: vec![self.disk.clone()] }).await
+        let (point, disks) = (PointId(self.pass.0), vec![self.disk.clone()]);
+        self.ask(&Begin { pass, kind, point, disks, compare: self.compare }).await
     }
 
     pub async fn commit(&mut self, frames: u64, bytes: u64) -> Result<Committed, message::Error> {
@@ -135,11 +139,16 @@ impl Client {
         timeout(PATIENCE, wire::read_header(&mut self.stream)).await.expect("the service answers in time")
     }
 
-    /// The next message, past the frames that give window back; or the peer's last word.
+    /// The next message, past the frames that give window back, and digests; or the peer's last word.
     pub async fn answer<T: Message>(&mut self) -> Result<T, message::Error> {
         loop {
             let header = self.header().await.expect("an answer");
             if header.kind == Kind::Progress {
+                continue;
+            }
+            if header.kind == Kind::Digests {
+                let mut digests = vec![0; header.payload_len as usize];
+                wire::read_payload(&mut self.stream, &header, &mut digests).await.unwrap();
                 continue;
             }
             let body = timeout(PATIENCE, wire::read_message_body(&mut self.stream, &header)).await;

@@ -9,17 +9,19 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf, ReadHalf, WriteHalf};
-use tokio::sync::{Mutex, Notify, oneshot, watch};
+use tokio::sync::{Mutex, Notify, mpsc, oneshot, watch};
 use tokio::time::timeout;
 
-use super::{CLOSING, Decision, Error, Passes, Patience, off_runtime, stopped, within};
+use super::digester::{self, Digester};
+use super::{CLOSING, Decision, Error, Passes, Patience, Reader, off_runtime, stopped, within};
+use crate::error::{IoError, chain};
 use crate::journal::Writer;
 use crate::net::compress;
-use crate::net::frame::{COST_UNIT, Encoding, Header, Kind};
+use crate::net::frame::{COST_UNIT, DIGEST_UNITS, Encoding, Header, Kind};
 use crate::net::message::{self, Begin, BeginReply, Code, Commit, Committed, Notice, PassKind};
 use crate::net::wire;
 use crate::pass::PassId;
-use crate::sys::aligned::Buffer;
+use crate::sys::aligned::{Arena, Buffer};
 use crate::units::Extent;
 use crate::volume::counters::{Counters, Phase};
 use crate::volume::{Event, Events, Fault, Volume};
@@ -70,6 +72,10 @@ pub(super) struct Report {
     taken: AtomicU64,
     /// Bytes that came from the peer.
     heard: AtomicU64,
+    /// Frames of digests that went to it.
+    digested: AtomicU64,
+    /// The session closes: no frame of digests is begun any more.
+    ended: Notify,
     /// Progress to report, or `closing`.
     news: Notify,
     flushed: Notify,
@@ -114,9 +120,9 @@ impl Report {
         })
     }
 
-    /// Grows with every byte that comes and every bit of window that goes back.
-    fn signs(&self) -> (u64, u64) {
-        (self.heard.load(Ordering::Relaxed), self.cost.load(Ordering::Acquire))
+    /// Grows with every byte that comes and every bit of window, and every digest, that goes back.
+    fn signs(&self) -> [u64; 3] {
+        [&self.heard, &self.cost, &self.digested].map(|count| count.load(Ordering::Acquire))
     }
 
     /// Whether the volume has something to carry out. Called by the task that hands it over, and no other.
@@ -157,6 +163,19 @@ pub(super) struct Receiving {
     pub(super) pass: Option<Pass>,
     /// Holds a compressed payload; at most one data frame long.
     pub(super) compressed: Vec<u8>,
+    pub(super) comparing: Comparing,
+}
+
+/// The comparing of the source with the volume.
+pub(super) enum Comparing {
+    /// Not begun: what it would take.
+    Possible {
+        reader: Reader,
+        output: mpsc::Sender<digester::Output>,
+    },
+    Running(Digester),
+    /// Asked for, and it failed to start.
+    No,
 }
 
 /// The pass that is being received.
@@ -172,7 +191,7 @@ pub(super) struct Pass {
     /// Bytes of the volume that were accepted.
     written: u64,
     zeroed: u64,
-    covered: Coverage,
+    coverage: Coverage,
 }
 
 impl Pass {
@@ -185,10 +204,17 @@ impl Pass {
     }
 }
 
-/// Which bytes of the volume a pass has brought: runs that do not touch, by their starts. A sender that goes
-/// through its disk in order has one.
+/// Which bytes of the volume a pass has dealt with.
 #[derive(Debug, Default)]
-struct Coverage(BTreeMap<u64, u64>);
+struct Coverage {
+    /// Everything before this, but for what was refused and did not come again.
+    below: u64,
+    /// What was brought from there on: runs that do not touch, by their starts. A sender that goes through its disk in
+    /// order has one.
+    runs: BTreeMap<u64, u64>,
+    /// What was refused and did not come again, by where it starts.
+    refused: BTreeMap<u64, u64>,
+}
 
 /// How many frames of a pass may arrive damaged: more are no accident, and each leaves a line in the log.
 const MOST_DAMAGED: u32 = 64;
@@ -198,25 +224,65 @@ const MOST_RUNS: usize = 4096;
 
 impl Coverage {
     fn overlaps(&self, extent: Extent) -> bool {
-        self.0.range(..extent.end()).next_back().is_some_and(|(_, end)| *end > extent.offset())
+        if self.refused_run(extent).is_some() {
+            return false;
+        }
+        extent.offset() < self.below
+            || self.runs.range(..extent.end()).next_back().is_some_and(|(_, end)| *end > extent.offset())
+    }
+
+    /// What was refused and holds the whole of the range.
+    fn refused_run(&self, extent: Extent) -> Option<(u64, u64)> {
+        let (start, end) = self.refused.range(..=extent.offset()).next_back()?;
+        (extent.end() <= *end).then_some((*start, *end))
+    }
+
+    /// A range that overlaps none was refused: it is to come again.
+    fn refuse(&mut self, extent: Extent) {
+        if self.refused_run(extent).is_none() {
+            self.refused.insert(extent.offset(), extent.end());
+        }
     }
 
     /// Adds a range that overlaps none.
     fn add(&mut self, extent: Extent) -> Result<(), Error> {
         let (mut start, mut end) = (extent.offset(), extent.end());
-        if let Some((&before, &touching)) = self.0.range(..start).next_back()
+        if let Some((from, to)) = self.refused_run(extent) {
+            self.refused.remove(&from);
+            self.refused.extend([(from, start), (end, to)].into_iter().filter(|(from, to)| from < to));
+        }
+        if start < self.below {
+            return Ok(());
+        }
+        if let Some((&before, &touching)) = self.runs.range(..start).next_back()
             && touching == start
         {
             start = before;
         }
-        if let Some(after) = self.0.remove(&end) {
+        if let Some(after) = self.runs.remove(&end) {
             end = after;
         }
-        self.0.insert(start, end);
-        match self.0.len() {
+        self.runs.insert(start, end);
+        match self.runs.len() {
             0..=MOST_RUNS => Ok(()),
             _ => Err(protocol(format!("the pass jumps about: over {MOST_RUNS} separate ranges"))),
         }
+    }
+
+    /// Everything before this is dealt with.
+    fn pass(&mut self, below: u64) {
+        self.below = below;
+        let mut later = self.runs.split_off(&below);
+        if let Some((_, end)) = self.runs.last_key_value().filter(|(_, end)| **end > below) {
+            later.insert(below, *end);
+        }
+        self.runs = later;
+    }
+
+    /// Whether every byte before `size` was dealt with.
+    fn is_whole(&self, size: u64) -> bool {
+        let reached = self.runs.get(&self.below).copied().unwrap_or(self.below);
+        reached >= size && self.refused.is_empty()
     }
 }
 
@@ -234,16 +300,19 @@ impl Receiving {
         reader: &mut ReadHalf<S>,
         writer: &Mutex<WriteHalf<S>>,
         fault: &mut oneshot::Receiver<Fault>,
+        digests: &mut mpsc::Receiver<digester::Output>,
         mut stopping: watch::Receiver<bool>,
     ) -> Result<(), Ended> {
         let report = self.report.clone();
         let mut progress = pin!(report_progress(&report, writer));
+        let mut digests = pin!(send_digests(&report, digests, writer));
         let result = {
             let mut receive = pin!(self.receive(reader, writer));
             tokio::select! {
                 result = &mut receive => result.map_err(Ended::Session),
                 // It returns early only where writing fails.
                 result = &mut progress => return result.map_err(|error| Ended::Session(error.into())),
+                result = &mut digests => return result.map_err(Ended::Session),
                 Ok(fault) = fault => Err(Ended::Faulted(fault)),
                 error = stopped(&mut stopping) => Err(error.into()),
             }
@@ -251,7 +320,8 @@ impl Receiving {
         // Not dropped in the middle of a frame: what comes after it must be readable.
         report.closing.store(true, Ordering::Release);
         report.news.notify_one();
-        timeout(CLOSING, progress).await.ok();
+        report.ended.notify_one();
+        timeout(CLOSING, async { tokio::join!(progress, digests) }).await.ok();
         result
     }
 
@@ -276,9 +346,15 @@ impl Receiving {
                 Kind::Begin => {
                     let begin =
                         within(self.patience.handshake, wire::read_message_body(reader, &header)).await?;
-                    self.begin(begin).await?;
+                    let compare = self.begin(begin).await?;
                     wire::write_message(&mut *writer.lock().await, 0, &BeginReply {}).await?;
+                    // Not before: the reply is the first that the client hears.
+                    if let Some(unit) = compare {
+                        self.compare(unit).await?;
+                    }
                 }
+                Kind::Covered => self.covered(header.length)?,
+                Kind::Refine => self.refine(&header)?,
                 Kind::Data => {
                     let extent = self.accept(&header)?;
                     // This is where a slow disk slows its sender down, for as long as it takes: the window is
@@ -286,9 +362,12 @@ impl Receiving {
                     let buffer = self.volume.arena().alloc(extent.len() as usize).await;
                     if patiently(&report, idle, self.data(reader, &header, extent, buffer)).await? {
                         if let Some(pass) = &mut self.pass {
-                            pass.covered.add(extent)?;
+                            pass.coverage.add(extent)?;
                         }
                     } else {
+                        if let Some(pass) = &mut self.pass {
+                            pass.coverage.refuse(extent);
+                        }
                         damaged += 1;
                         if damaged > MOST_DAMAGED {
                             let text = format!(
@@ -303,7 +382,7 @@ impl Receiving {
                     let extent = self.accept(&header)?;
                     if let Some(pass) = &mut self.pass {
                         pass.zeroed += extent.len();
-                        pass.covered.add(extent)?;
+                        pass.coverage.add(extent)?;
                     }
                     report.taken.fetch_add(header.window_cost(), Ordering::Relaxed);
                     self.volume.zero(extent, header.window_cost()).map_err(out_of_range)?;
@@ -334,30 +413,94 @@ impl Receiving {
         }
     }
 
-    async fn begin(&mut self, begin: Begin) -> Result<(), Error> {
+    /// Begins a pass; gives back the unit of the digests that the client wants, if it does.
+    async fn begin(&mut self, begin: Begin) -> Result<Option<u32>, Error> {
         if self.pass.is_some() {
             return Err(protocol("a connection carries one pass"));
         }
         if begin.kind == PassKind::Unknown {
-            let text = "the client asks for a kind of pass that this agent does not have; it has `initial` and `delta`";
+            let text = "the client asks for a kind of pass that this agent does not have; it has `initial`, `delta` and \
+                        `verify`";
             return Err(message::Error::new(Code::UnsupportedFeature, text).into());
         }
         let (id, kind) = (begin.pass, begin.kind);
-        if let Some(writer) = self.record(move |passes| passes.begin(&begin)).await? {
-            self.volume.save(writer);
+        if let Some(unit) = begin.compare
+            && (!unit.is_power_of_two() || !DIGEST_UNITS.contains(&unit.into()))
+        {
+            return Err(protocol(format!(
+                "digests of {unit} bytes each: a power of two from 4 KiB to 1 MiB is allowed"
+            )));
         }
-        self.counters.begin(id.to_string());
+        let compare = begin.compare;
+        if kind == PassKind::Verify {
+            if compare.is_none() {
+                return Err(protocol("a pass that only compares, without digests"));
+            }
+        } else {
+            if let Some(writer) = self.record(move |passes| passes.begin(&begin)).await? {
+                self.volume.save(writer);
+            }
+            self.counters.begin(id.to_string());
+        }
         self.pass = Some(Pass {
             id,
             kind,
-            open: true,
+            open: kind != PassKind::Verify,
             sequence: 0,
             cost: 0,
             written: 0,
             zeroed: 0,
-            covered: Coverage::default(),
+            coverage: Coverage::default(),
         });
+        Ok(compare)
+    }
+
+    /// Begins to send digests.
+    async fn compare(&mut self, unit: u32) -> Result<(), Error> {
+        let Comparing::Possible { reader, output } = std::mem::replace(&mut self.comparing, Comparing::No)
+        else {
+            return Err(protocol("a connection carries one pass"));
+        };
+        let size = self.source_size;
+        let started = off_runtime(move || {
+            let arena = Arena::new(digester::MEMORY).map_err(|error| IoError::new("map", "memory", error))?;
+            Digester::start(reader(&arena)?, arena, size, unit, output)
+        });
+        self.comparing = Comparing::Running(started.await?.map_err(|error| unreadable(&error))?);
         Ok(())
+    }
+
+    /// The client is through with the first `bytes` of its source.
+    fn covered(&mut self, bytes: u64) -> Result<(), Error> {
+        let Some(pass) = &mut self.pass else {
+            return Err(protocol("a Covered frame outside of a pass"));
+        };
+        if bytes < pass.coverage.below || bytes > self.source_size {
+            let (before, size) = (pass.coverage.below, self.source_size);
+            return Err(protocol(format!("{bytes} bytes are covered, after {before}, of {size}")));
+        }
+        pass.coverage.pass(bytes);
+        // What came is before it, but for what was sent again.
+        let same = bytes.saturating_sub(pass.written + pass.zeroed);
+        self.counters.same_bytes.store(same, Ordering::Relaxed);
+        if let Comparing::Running(digester) = &self.comparing {
+            digester.covered(bytes);
+        }
+        Ok(())
+    }
+
+    fn refine(&self, header: &Header) -> Result<(), Error> {
+        let Comparing::Running(digester) = &self.comparing else {
+            return Err(protocol("a Refine frame where nothing is compared"));
+        };
+        let Some(extent) = Extent::new(header.offset, header.length) else {
+            return Err(protocol("an empty range"));
+        };
+        self.volume.check(extent).map_err(out_of_range)?;
+        match digester.refine(extent) {
+            true => Ok(()),
+            false => Err(protocol(format!("over {} ranges wait to be refined", digester::MOST_WISHES))),
+        }
     }
 
     /// Checks a data or zero frame against the pass, the window and the volume, before anything is allocated.
@@ -382,7 +525,7 @@ impl Receiving {
             return Err(protocol("an empty range"));
         };
         self.volume.check(extent).map_err(out_of_range)?;
-        if pass.covered.overlaps(extent) {
+        if pass.coverage.overlaps(extent) {
             return Err(protocol(format!("{extent} were sent before in this pass")));
         }
         pass.sequence += 1;
@@ -447,8 +590,15 @@ impl Receiving {
             return Err(protocol(text));
         }
         pass.expect(sequence)?;
-        // An initial pass leaves nothing out: what it does not send it makes zero.
-        if pass.kind == PassKind::Initial && commit.bytes != self.source_size {
+        if let Some((from, to)) = pass.coverage.refused.first_key_value() {
+            return Err(protocol(format!("bytes {from}..{to} were refused and did not come again")));
+        }
+        // An initial pass leaves nothing out: what it does not send it makes zero, or knows to be the same.
+        let whole = match &self.comparing {
+            Comparing::Running(_) => pass.coverage.is_whole(self.source_size),
+            _ => commit.bytes == self.source_size,
+        };
+        if pass.kind == PassKind::Initial && !whole {
             let text = format!("the pass covers {} of the source's {} bytes", commit.bytes, self.source_size);
             return Err(protocol(text));
         }
@@ -503,6 +653,37 @@ impl Passes for Gone {
 
 fn lost() -> message::Error {
     message::Error::new(Code::Internal, "the record of passes was lost; see the agent's log")
+}
+
+/// The volume cannot be read for digests.
+fn unreadable(error: &IoError) -> Error {
+    tracing::error!(error = chain(error), "the volume cannot be read for comparing");
+    message::Error::new(Code::Io, format!("the target disk cannot be read: {}", chain(error))).into()
+}
+
+/// Sends the digests that the digester's thread has for the client, until the session closes.
+async fn send_digests<S: AsyncRead + AsyncWrite>(
+    report: &Report,
+    digests: &mut mpsc::Receiver<digester::Output>,
+    writer: &Mutex<WriteHalf<S>>,
+) -> Result<(), Error> {
+    loop {
+        let output = tokio::select! {
+            biased;
+            () = report.ended.notified() => return Ok(()),
+            output = digests.recv() => output,
+        };
+        let Some(output) = output else { break };
+        let (header, payload) = output.map_err(|error| unreadable(&error))?;
+        let mut writer = writer.lock().await;
+        let failed = |source| wire::Error::Io { op: "write", source };
+        wire::write_header(&mut *writer, &header).await?;
+        writer.write_all(&payload).await.map_err(failed)?;
+        writer.flush().await.map_err(failed)?;
+        report.digested.fetch_add(1, Ordering::Release);
+    }
+    report.ended.notified().await;
+    Ok(())
 }
 
 fn out_of_range(error: crate::volume::OutOfRange) -> Error {
@@ -567,7 +748,7 @@ mod tests {
                     prop_assert!(coverage.add(extent).is_ok());
                 }
                 let runs = bytes.chunk_by(|a, b| a == b).filter(|run| run[0]).count();
-                prop_assert_eq!(coverage.0.len(), runs);
+                prop_assert_eq!(coverage.runs.len(), runs);
             }
         }
     }

@@ -1,0 +1,91 @@
+//! `mt-agent digest`: the digest of whole disks and images, to be compared by eye or by a program. They are only read.
+//!
+//! `--json` prints one object: `schema_version` (1) and `digests`, of each `what` (as it was given), `path`, `size` (bytes),
+//! `algorithm` (`blake3`) and `digest` (64 hexadecimal digits).
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use mt_agent::disk::discover::{self, Options, Sysroot, find};
+use mt_agent::send::Progress;
+use mt_agent::send::source::{self, Source};
+use mt_agent::storage::device::EngineChoice;
+use serde_json::{Value, json};
+
+use super::{Failure, print, print_json};
+
+const SCHEMA_VERSION: u32 = 1;
+
+/// Print the BLAKE3 digest of whole disks or images
+#[derive(clap::Args)]
+pub struct Args {
+    /// Disks, by identity or device node, and image files
+    #[arg(value_name = "DISK|FILE", required = true)]
+    what: Vec<String>,
+    /// How to read: auto, io-uring or threads
+    #[arg(long, default_value = "auto")]
+    engine: EngineChoice,
+    /// Print the digests as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: Args) -> Result<(), Failure> {
+    let mut digests = Vec::new();
+    for what in &args.what {
+        let path = place(what)?;
+        let (digest, size) = read(&path, args.engine)?;
+        if !args.json {
+            print(&format!("{digest}  {what}\n"))?;
+        }
+        digests.push(json!({
+            "what": what, "path": path, "size": size, "algorithm": "blake3", "digest": digest,
+        }));
+    }
+    if args.json {
+        print_json(&json!({ "schema_version": SCHEMA_VERSION, "digests": Value::from(digests) }))?;
+    }
+    Ok(())
+}
+
+/// Where a disk that was named is read. What is a path is one; else it is an identity.
+fn place(what: &str) -> Result<PathBuf, Failure> {
+    if Path::new(what).exists() {
+        return Ok(what.into());
+    }
+    let options = Options { include_loop: true, probe_exclusive: false, ..Options::default() };
+    let disks = discover::discover(&Sysroot::default(), &options).map_err(Failure::failed)?;
+    Ok(find(&disks, what).map_err(Failure::refused)?.node.clone())
+}
+
+fn read(path: &Path, engine: EngineChoice) -> Result<(String, u64), Failure> {
+    let failed = |error: source::Error| match error.is_refusal() {
+        true => Failure::refused(error),
+        false => Failure::failed(error),
+    };
+    let source = Source::open(path).map_err(failed)?;
+    let size = source.size().0;
+    let bar = match std::io::stderr().is_terminal() {
+        true => ProgressBar::new(size),
+        false => ProgressBar::hidden(),
+    };
+    let style = "{bar:30} {bytes:>11} of {total_bytes:11} {binary_bytes_per_sec:>12}  {eta}";
+    bar.set_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()));
+    let progress = Arc::new(Progress::default());
+    let digest = std::thread::scope(|scope| {
+        let counted = progress.clone();
+        let reading = scope.spawn(move || source::digest(source, engine, counted));
+        while !reading.is_finished() {
+            bar.set_position(progress.read.load(Ordering::Relaxed));
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        reading.join()
+    });
+    bar.finish_and_clear();
+    let digest = digest.unwrap_or_else(|panic| std::panic::resume_unwind(panic)).map_err(failed)?;
+    Ok((blake3::Hash::from_bytes(digest).to_hex().to_string(), size))
+}

@@ -1,0 +1,186 @@
+//! Only what differs travels: a copy that is there is compared by digests, and an interrupted pass is gone on with so.
+
+mod support;
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use mt_agent::net::frame::{Header, Kind};
+use mt_agent::net::message::{Code, PassKind};
+use support::client::Client;
+use support::{Loop, MACHINE, MIB, Rig, Service, assert_equal, directory, tool, write_random};
+
+fn sent(outcome: &serde_json::Value, field: &str) -> u64 {
+    outcome["disks"][0][field].as_u64().unwrap()
+}
+
+#[test]
+fn a_second_pass_sends_the_blocks_that_differ() {
+    require_root!();
+    let size = 16 * MIB + 3 * 4096 + 100;
+    for engine in ["io-uring", "threads"] {
+        let dir = directory();
+        let service = Service::start(dir.path(), &["--engine", engine]);
+        let target = Loop::create(&dir.path().join("d0.img"), size.next_multiple_of(4096));
+        let rig = Rig::assemble(dir, service, vec![target]);
+        let source = rig.random("source.img", size);
+        let args = ["--compression", "off", "--engine", engine, "--json"];
+        let first = rig.send(&[("d0", &source)], &args).ok().json();
+        assert_eq!((sent(&first, "sent_bytes"), sent(&first, "same_bytes")), (size, 0));
+
+        // The first and the last byte, one in the middle, and a run across two units.
+        write_random(&source, 8 * MIB - 5000, 10_000);
+        let file = File::options().read(true).write(true).open(&source).unwrap();
+        for at in [0, 5 * MIB + 777, size - 1] {
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, at).unwrap();
+            file.write_all_at(&[!byte[0]], at).unwrap();
+        }
+        let second = rig.send(&[("d0", &source)], &args).ok().json();
+        assert_equal(&source, rig.targets[0].backing());
+        let (sent_bytes, same) = (sent(&second, "sent_bytes"), sent(&second, "same_bytes"));
+        // Three blocks, the last of them of 100 bytes, and the three or four of the run.
+        assert!(
+            (2 * 4096 + 100 + 3 * 4096..=2 * 4096 + 100 + 4 * 4096).contains(&sent_bytes),
+            "{sent_bytes}"
+        );
+        assert_eq!(sent_bytes + same, size);
+        assert_eq!(rig.service.recorded(MACHINE, "d0")["last_commit"]["bytes"], size);
+
+        // All of it, where that is asked for.
+        let whole = rig.send(&[("d0", &source)], &[&args[..], &["--whole"]].concat()).ok().json();
+        assert_eq!(sent(&whole, "sent_bytes"), size);
+    }
+}
+
+/// An image with holes, and a target that has something else there: the zeros go as runs, and what is zero already stays.
+#[test]
+fn holes_are_compared_without_being_read() {
+    require_root!();
+    let size = 512 * MIB;
+    let rig = Rig::new(&[size]);
+    let source = rig.path("source.img");
+    File::create(&source).unwrap().set_len(size).unwrap();
+    for at in [3 * MIB, 200 * MIB + 12_288, size - 4096] {
+        write_random(&source, at, 4096);
+    }
+    rig.send(&[("d0", &source)], &[]).ok();
+    // A hole takes the place of data, and data that of a hole.
+    tool("fallocate", &["-p", "-o", &(3 * MIB).to_string(), "-l", "4096", source.to_str().unwrap()]);
+    write_random(&source, 100 * MIB, 8192);
+    let outcome = rig.send(&[("d0", &source)], &["--json", "--compression", "off"]).ok().json();
+    assert_equal(&source, rig.targets[0].backing());
+    assert_eq!(sent(&outcome, "sent_bytes"), 8192);
+}
+
+/// Killed in the middle of its first pass, a sender that is started again sends what did not arrive.
+#[test]
+fn a_pass_that_was_interrupted_sends_nothing_twice_but_what_was_under_way() {
+    require_root!();
+    let size = 64 * MIB;
+    let mut rig = Rig::new(&[size]);
+    let source = rig.random("source.img", size);
+    for victim in ["sender", "receiver"] {
+        rig.service.wait_until_idle();
+        let sender =
+            rig.spawn(rig.command(&[("d0", &source)], &["--compression", "off", "--bwlimit", "30M"]));
+        support::wait_for("half of the pass", || {
+            (rig.service.volume(MACHINE, "d0").received_bytes > Some(size / 2)).then_some(())
+        });
+        match victim {
+            "sender" => drop(sender),
+            _ => {
+                rig.service.process().kill();
+                drop(sender);
+                rig.service.spawn();
+            }
+        }
+        rig.service.wait_until_idle();
+        let there = same_bytes(&source, rig.targets[0].backing());
+        assert!(there > 16 * MIB, "{there}");
+        let outcome = rig.send(&[("d0", &source)], &["--json", "--compression", "off"]).ok().json();
+        assert_equal(&source, rig.targets[0].backing());
+        let again = sent(&outcome, "sent_bytes");
+        assert!(again <= size - there, "{victim}: {again} bytes were sent, and {there} were there");
+        write_random(&source, 0, size);
+    }
+}
+
+fn same_bytes(a: &Path, b: &Path) -> u64 {
+    let (a, b) = (fs::read(a).unwrap(), fs::read(b).unwrap());
+    a.chunks(4096).zip(b.chunks(4096)).filter(|(a, b)| a == b).count() as u64 * 4096
+}
+
+/// What a client says of its comparing that cannot be.
+#[tokio::test]
+async fn digests_are_for_those_who_keep_to_the_rules() {
+    require_root!();
+    let rig = Rig::new(&[8 * MIB]);
+    let begun = async |compare, kind: Option<PassKind>| {
+        let mut client = Client::connect(&rig).await;
+        client.open("d0", 4 * MIB).await.unwrap();
+        client.compare = compare;
+        client.kind = kind.unwrap_or(client.kind);
+        let reply = client.begin().await;
+        (client, reply)
+    };
+    for unit in [0, 1, 4095, 2048, 65537, 2 << 20, u32::MAX] {
+        let refusal = begun(Some(unit), None).await.1.unwrap_err();
+        assert_eq!(refusal.code, Code::Protocol, "{refusal}");
+        rig.wait_until_closed("d0");
+    }
+    let refusal = begun(None, Some(PassKind::Verify)).await.1.unwrap_err();
+    assert!(refusal.message.contains("without digests"), "{refusal}");
+    rig.wait_until_closed("d0");
+
+    let refine = Header::refine(0, 4096);
+    let cases: [(Option<u32>, Vec<Header>, Code, &str); 6] = [
+        (None, vec![refine], Code::Protocol, "where nothing is compared"),
+        (Some(65536), vec![Header::refine(4 * MIB - 4096, 8192)], Code::OutOfRange, "outside"),
+        (Some(65536), vec![Header::covered(4 * MIB + 1)], Code::Protocol, "bytes are covered"),
+        (Some(65536), vec![Header::covered(8192), Header::covered(4096)], Code::Protocol, "after 8192"),
+        (
+            Some(65536),
+            vec![Header::covered(8192), Header::zero(0, 4096, 4096)],
+            Code::Protocol,
+            "before in this pass",
+        ),
+        (
+            Some(65536),
+            vec![Header::covered(8192), Header::zero(0, 8192, 4096), Header::zero(1, 8192, 1)],
+            Code::Protocol,
+            "before in this pass",
+        ),
+    ];
+    for (compare, frames, code, text) in cases {
+        let (mut client, reply) = begun(compare, None).await;
+        reply.unwrap();
+        for header in frames {
+            client.frame(&header, &[]).await;
+        }
+        client.refused(code, text).await;
+        rig.wait_until_closed("d0");
+    }
+    // Nothing may be left out, and what is only compared is not written.
+    let (mut client, _) = begun(Some(65536), None).await;
+    client.frame(&Header::covered(4 * MIB - 1), &[]).await;
+    let refusal = client.commit(0, 0).await.unwrap_err();
+    assert!(refusal.message.contains("covers 0 of the source's"), "{refusal}");
+    rig.wait_until_closed("d0");
+    for kind in [Kind::Zero, Kind::Commit] {
+        let (mut client, reply) = begun(Some(65536), Some(PassKind::Verify)).await;
+        reply.unwrap();
+        match kind {
+            Kind::Zero => {
+                client.frame(&Header::zero(0, 0, 4096), &[]).await;
+                client.refused(Code::Protocol, "outside of a pass").await;
+            }
+            _ => {
+                let refusal = client.commit(0, 0).await.unwrap_err();
+                assert!(refusal.message.contains("a pass that is not open"), "{refusal}");
+            }
+        }
+        rig.service.wait_until_idle();
+    }
+}

@@ -13,21 +13,34 @@ use tokio::time::{sleep, timeout};
 use super::encode::Piece;
 use super::limit::Limiter;
 use super::source::{self, Output, Source};
+use super::still::{Still, Worth};
 use super::{Compression, Error, PATIENCE, Point, Progress};
 use crate::name::Name;
 use crate::net::frame::{Kind, MAX_DATA};
 use crate::net::message::{
-    Begin, BeginReply, Commit, Committed, Hello, HelloReply, Notice, Open, OpenReply, PROTOCOL, PassKind,
+    Begin, BeginReply, Code, Commit, Committed, Hello, HelloReply, Message, Notice, Open, OpenReply,
+    PROTOCOL, PassKind,
 };
 use crate::net::wire;
 use crate::pass::PassId;
 use crate::storage::device::EngineChoice;
 use crate::units::Extent;
 
+/// One disk to open on the master target.
+#[derive(Clone)]
+pub(super) struct Opening {
+    pub(super) disk: Name,
+    pub(super) source: Arc<Source>,
+    pub(super) compression: Compression,
+    pub(super) group: Option<Name>,
+    /// All disks of the point.
+    pub(super) disks: Vec<Name>,
+}
+
 /// One disk to send.
 pub(super) struct Job {
-    pub(super) disk: Name,
     pub(super) point: Point,
+    pub(super) still: Arc<Still>,
     pub(super) source: Arc<Source>,
     pub(super) progress: Arc<Progress>,
     pub(super) compression: Compression,
@@ -41,13 +54,13 @@ const MAX_DAMAGED: u64 = 16;
 /// How many frames wait between the reading thread and the connection.
 const QUEUE: usize = 8;
 
-/// Sends an initial pass over a fresh connection; returns when it was acknowledged.
+/// Sends a pass over a connection on which the disk was opened; returns when it was acknowledged.
 pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
     mut stream: S,
+    reply: &OpenReply,
     job: &Job,
 ) -> Result<Committed, Error> {
-    let begun = timeout(PATIENCE, begin(&mut stream, job));
-    let (pass, reply) = begun.await.map_err(|_| Error::Silent(PATIENCE))??;
+    let pass = begin(&mut stream, reply, job).await?;
     let compression = match job.compression.encodings().iter().all(|one| reply.compression.contains(one)) {
         true => job.compression,
         false => Compression::Off,
@@ -82,7 +95,7 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
         let mut listen = pin!(shared.listen(&mut reader, job));
         let talk = pin!(shared.talk(&mut writer, pieces, job));
         tokio::select! {
-            result = &mut listen => Ok(result?),
+            result = &mut listen => Ok(result.map_err(given_up)?),
             error = talk => Err((error, timeout(LAST_WORD, listen).await)),
         }
     };
@@ -93,7 +106,7 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
             Ok(committed)
         }
         // Where writing failed, the peer has likely said why before it closed: that is the better answer.
-        Err((Error::Wire(wire::Error::Io { .. }), Ok(result))) => result,
+        Err((Error::Wire(wire::Error::Io { .. }), Ok(result))) => result.map_err(given_up),
         Err((error, _)) => Err(error),
     }
 }
@@ -101,10 +114,16 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
 /// How long to wait for the peer's reason after writing to it failed.
 const LAST_WORD: Duration = Duration::from_secs(3);
 
-async fn begin<S: AsyncRead + AsyncWrite + Unpin>(
-    stream: &mut S,
-    job: &Job,
-) -> Result<(PassId, OpenReply), Error> {
+/// A pass that the master target does not want any more is no broken one.
+fn given_up(error: Error) -> Error {
+    match error {
+        Error::Wire(wire::Error::Peer(refusal)) if refusal.code == Code::Refused => Error::Ended(refusal),
+        error => error,
+    }
+}
+
+/// The answer to what was sent last, past what the user is told meanwhile. As long as it tells something, it is not silent.
+async fn answer<T: Message, S: AsyncRead + Unpin>(stream: &mut S) -> Result<T, Error> {
     // Nothing was sent yet: a refusal here is an answer, not a broken pass.
     let refused = |error| match error {
         wire::Error::Peer(refusal) => Error::Refused(refusal),
@@ -113,30 +132,73 @@ async fn begin<S: AsyncRead + AsyncWrite + Unpin>(
         }
         other => Error::Wire(other),
     };
-    wire::write_message(stream, 0, &Hello::ours()).await.map_err(refused)?;
-    let hello: HelloReply = wire::read_message(stream).await.map_err(refused)?;
+    let silent = |_| Error::Silent(PATIENCE);
+    loop {
+        let header = timeout(PATIENCE, wire::read_header(stream)).await.map_err(silent)?.map_err(refused)?;
+        if header.kind != Kind::Notice {
+            let message = timeout(PATIENCE, wire::read_message_body(stream, &header)).await;
+            return message.map_err(silent)?.map_err(refused);
+        }
+        let notice = timeout(PATIENCE, wire::read_message_body(stream, &header)).await;
+        let notice: Notice = notice.map_err(silent)?.map_err(refused)?;
+        tracing::warn!("{}", notice.message);
+    }
+}
+
+/// Says something that is answered.
+async fn ask<T: Message, S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut S,
+    message: &impl Message,
+) -> Result<T, Error> {
+    let written = timeout(PATIENCE, wire::write_message(stream, 0, message)).await;
+    match written.map_err(|_| Error::Silent(PATIENCE))? {
+        // The peer may have said why before it closed.
+        Ok(()) | Err(wire::Error::Io { .. }) => answer(stream).await,
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Opens a disk on the master target, over a fresh connection; for a group returns when all of its machines have.
+pub(super) async fn open<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut S,
+    opening: &Opening,
+) -> Result<OpenReply, Error> {
+    let hello: HelloReply = ask(stream, &Hello::ours()).await?;
     if hello.protocol != PROTOCOL {
         return Err(Error::Broken("it chose a version of the protocol that was not offered"));
     }
     let open = Open {
-        disk: job.disk.clone(),
-        size: job.source.size().0,
-        sector: job.source.sector(),
-        compression: job.compression.encodings(),
+        disk: opening.disk.clone(),
+        size: opening.source.size().0,
+        sector: opening.source.sector(),
+        compression: opening.compression.encodings(),
+        group: opening.group.clone(),
+        disks: opening.group.as_ref().map_or_else(Vec::new, |_| opening.disks.clone()),
     };
-    wire::write_message(stream, 0, &open).await.map_err(refused)?;
-    let reply: OpenReply = wire::read_message(stream).await.map_err(refused)?;
+    let reply: OpenReply = ask(stream, &open).await?;
     if u64::from(reply.max_payload) < MAX_DATA || reply.window < MAX_DATA {
         return Err(Error::Broken("it takes only frames that are smaller than those of this version"));
     }
     if reply.volume_size < open.size {
         return Err(Error::Broken("it opened a volume that is smaller than the source"));
     }
+    if reply.point.is_some() != open.group.is_some() {
+        return Err(Error::Broken("it does not know of groups"));
+    }
     // The target is open now, so that it can be seen to be the source; and nothing was written to it.
-    let source = job.source.clone();
+    let source = opening.source.clone();
     if let Ok(Some(receiver)) = tokio::task::spawn_blocking(move || source.receiver()).await {
         return Err(Error::Itself(receiver));
     }
+    Ok(reply)
+}
+
+/// Begins the pass; returns when all passes of the point have begun.
+async fn begin<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut S,
+    reply: &OpenReply,
+    job: &Job,
+) -> Result<PassId, Error> {
     let mut id = [0; 16];
     getrandom::fill(&mut id)
         .map_err(|error| wire::Error::Io { op: "draw random bits", source: error.into() })?;
@@ -144,9 +206,8 @@ async fn begin<S: AsyncRead + AsyncWrite + Unpin>(
     // A volume that stands at a point goes on from it.
     let kind = if reply.baseline.is_some() { PassKind::Delta } else { PassKind::Initial };
     let (point, disks) = (job.point.id, job.point.disks.clone());
-    wire::write_message(stream, 0, &Begin { pass, kind, point, disks }).await.map_err(refused)?;
-    let BeginReply {} = wire::read_message(stream).await.map_err(refused)?;
-    Ok((pass, reply))
+    let BeginReply {} = ask(stream, &Begin { pass, kind, point, disks }).await?;
+    Ok(pass)
 }
 
 /// What listening and talking have in common.
@@ -311,8 +372,9 @@ impl Shared {
         let bytes = bytes
             .checked_sub(self.refused_bytes.load(Ordering::Relaxed))
             .ok_or(Error::Broken("it refused more bytes than were sent"))?;
+        let Worth { kind, point_in_time } = job.still.read().await;
         self.committing.store(true, Ordering::Release);
-        let Point { time, kind, name, point_in_time, .. } = job.point.clone();
+        let Point { time, name, .. } = job.point.clone();
         let commit = Commit { pass: self.pass, frames: sequence, bytes, point_in_time, time, kind, name };
         wire::write_message(writer, sequence, &commit).await?;
         Ok(())

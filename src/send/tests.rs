@@ -8,16 +8,16 @@ use std::time::Instant;
 
 use time::OffsetDateTime;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::watch;
 
-use super::session::{Job, run};
+use super::session::{Job, Opening, open, run};
+use super::still::Wishes;
 use super::*;
-use crate::journal::Writer;
 use crate::net::frame::{HEADER_LEN, Header, Kind};
 use crate::net::message::{
     Begin, BeginReply, Code, Commit, Enroll, EnrollReply, Hello, HelloReply, Open, OpenReply,
 };
-use crate::net::session::{self as server, Decision, Host, Opened, Passes, Patience};
+use crate::net::session::{self as server, Begun, Ending, Host, Opened, Passes, Patience, Stage};
 use crate::storage::Storage;
 use crate::storage::device::Engine;
 use crate::storage::fault::FaultDisk;
@@ -63,12 +63,13 @@ impl Host for Bench {
         }
         let arena = Arena::new(WINDOW as usize).unwrap();
         let volume = Volume::start("bench", Box::new(storage), open.size, arena, events).unwrap();
-        let passes = Box::new(Story(self.story.clone(), self.disk.clone()));
+        let passes = Box::new(Story(self.story.clone(), self.disk.clone(), watch::Sender::new(Stage::Begun)));
         Ok(Opened {
             volume,
             device_size,
             block,
             baseline: None,
+            group: None,
             window: WINDOW,
             counters: self.counters.clone(),
             passes,
@@ -77,20 +78,19 @@ impl Host for Bench {
     }
 }
 
-struct Story(Arc<Mutex<Vec<String>>>, FaultDisk);
+struct Story(Arc<Mutex<Vec<String>>>, FaultDisk, watch::Sender<Stage>);
 
 impl Passes for Story {
-    fn begin(&mut self, _: &Begin) -> Result<Option<Writer>, message::Error> {
+    fn begin(&mut self, _: &Begin) -> Result<Begun, message::Error> {
         self.0.lock().unwrap().push(format!("begin after {} events", self.1.log().len()));
-        Ok(None)
+        Ok(Begun { writer: None, stage: self.2.subscribe() })
     }
-    fn prepare(&mut self, commit: &Commit, _: u64) -> Result<Decision, message::Error> {
+    fn prepare(&mut self, commit: &Commit, _: u64) -> Result<(), message::Error> {
         let log = self.1.log();
         assert_eq!(log.last(), Some(&crate::storage::fault::Event::Flush), "recorded before the flush");
         self.0.lock().unwrap().push(format!("commit of {} bytes", commit.bytes));
-        let (sender, decision) = oneshot::channel();
-        sender.send(Ok(OffsetDateTime::now_utc())).unwrap();
-        Ok(decision)
+        self.2.send_replace(Stage::Recorded(OffsetDateTime::now_utc()));
+        Ok(())
     }
     fn committed(&mut self, _: &Commit) -> Result<(), message::Error> {
         Ok(())
@@ -134,8 +134,6 @@ fn point() -> Point {
         id: PointId(1),
         disks: vec!["root".parse().unwrap()],
         time: OffsetDateTime::now_utc(),
-        kind: crate::points::Kind::Crash,
-        point_in_time: true,
         name: None,
     }
 }
@@ -145,8 +143,8 @@ async fn transfer(bench: &Arc<Bench>, content: &[u8], compression: Compression, 
     file.write_all(content).unwrap();
     let progress = Arc::new(Progress::default());
     let job = Job {
-        disk: "root".parse().unwrap(),
         point: point(),
+        still: Arc::new(Still::new("web01".parse().unwrap(), 1, Wishes::default())),
         source: Arc::new(Source::open(file.path()).unwrap()),
         progress: progress.clone(),
         compression,
@@ -162,16 +160,30 @@ async fn transfer(bench: &Arc<Bench>, content: &[u8], compression: Compression, 
         tokio::io::copy(&mut far_read, &mut near_write).await.ok();
         near_write.shutdown().await.ok();
     });
-    let patience = Patience { handshake: Duration::from_secs(5), idle: Duration::from_secs(5) };
-    let (_keep, stopping) = watch::channel(false);
+    let limit = Duration::from_secs(5);
+    let patience = Patience { handshake: limit, gather: limit, begin: limit, idle: limit };
+    let (_keep, ending) = watch::channel(Ending::default());
     let machine = Some("web01".parse().unwrap());
     let peer = "127.0.0.1:1".parse().unwrap();
-    let serve = tokio::spawn(server::serve(server_end, peer, machine, bench.clone(), patience, stopping));
-    let sender = run(client, &job).await;
+    let serve = tokio::spawn(server::serve(server_end, peer, machine, bench.clone(), patience, ending));
+    let sender = pass(client, &job).await;
     let receiver = serve.await.unwrap();
     there.abort();
     back.abort();
     Outcome { sender, receiver, progress }
+}
+
+/// All that a sender does with one disk over a connection.
+async fn pass(mut client: DuplexStream, job: &Job) -> Result<Committed, Error> {
+    let opening = Opening {
+        disk: "root".parse().unwrap(),
+        source: job.source.clone(),
+        compression: job.compression,
+        group: None,
+        disks: job.point.disks.clone(),
+    };
+    let reply = open(&mut client, &opening).await?;
+    run(client, &reply, job).await
 }
 
 fn honest() -> Meddler {
@@ -352,8 +364,8 @@ async fn lied_to(liar: Liar) -> Error {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(&content(12 << 20)).unwrap();
     let job = Job {
-        disk: "root".parse().unwrap(),
         point: point(),
+        still: Arc::new(Still::new("web01".parse().unwrap(), 1, Wishes::default())),
         source: Arc::new(Source::open(file.path()).unwrap()),
         progress: Arc::default(),
         compression: Compression::Off,
@@ -361,7 +373,7 @@ async fn lied_to(liar: Liar) -> Error {
         limiter: None,
     };
     // The server ends once the client is gone.
-    let talk = async { tokio::join!(run(client, &job), serve) };
+    let talk = async { tokio::join!(pass(client, &job), serve) };
     let (result, _): (_, Result<(), wire::Error>) =
         timeout(Duration::from_secs(20), talk).await.expect("an end");
     result.expect_err("what it was told cannot be")
@@ -372,6 +384,7 @@ async fn a_server_is_not_believed_what_cannot_be() {
     let size = 12 << 20;
     let hello = || HelloReply { protocol: 1, features: Vec::new(), agent: String::new() };
     let open = || OpenReply {
+        point: None,
         window: 8 << 20,
         max_payload: 1 << 20,
         volume_size: size,

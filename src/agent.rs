@@ -33,7 +33,7 @@ use crate::durable;
 use crate::error::{IoError, chain};
 use crate::net::keepalive;
 use crate::net::message::{self, Code};
-use crate::net::session::{self, Patience};
+use crate::net::session::{self, Ending, Patience};
 use crate::net::tls::{self, HandshakeError};
 use crate::net::token::TokenStore;
 use crate::points::Log;
@@ -127,18 +127,18 @@ async fn run(config: Config) -> Result<(), Error> {
     let service = Arc::new(Service::new(listen, engine.clone()));
     let board = Arc::new(Board::new(service.clone(), live.clone(), store.clone()));
     let control = Control::bind(&config.control_socket)?;
-    let (stop, stopping) = watch::channel(false);
-    let mut asked_to_stop = stopping.clone();
-    let control = tokio::spawn(control.serve(board, async move {
+    let (end, ending) = watch::channel(Ending::default());
+    let mut asked_to_stop = ending.clone();
+    let control = tokio::spawn(control.serve(board, end.clone(), async move {
         // An error means that the sender is gone, and with it the service.
-        asked_to_stop.wait_for(|stop| *stop).await.ok();
+        asked_to_stop.wait_for(|ending| ending.service).await.ok();
     }));
     let keeper = {
         let (config, store, live) = (config.clone(), store.clone(), live.clone());
-        let (coordinator, mut stopping) = (coordinator.clone(), stopping.clone());
+        let (coordinator, mut ending) = (coordinator.clone(), ending.clone());
         tokio::spawn(async move {
             // The look reads directories and small files: off the runtime, and never two at once.
-            while timeout(KEEP, stopping.wait_for(|stop| *stop)).await.is_err() {
+            while timeout(KEEP, ending.wait_for(|ending| ending.service)).await.is_err() {
                 let (config, store) = (config.clone(), store.clone());
                 let (coordinator, live) = (coordinator.clone(), live.clone());
                 let look = move || retention::run(&config, &store, &coordinator, &live);
@@ -157,13 +157,13 @@ async fn run(config: Config) -> Result<(), Error> {
         places: Arc::new(Semaphore::new(config.max_sessions as usize)),
         patience: Patience { idle: config.idle_timeout, ..Patience::default() },
         service,
-        stopping,
+        ending,
         host: Arc::new(Receiver { config, identity, tokens, store, live, coordinator }),
     };
     tell_systemd(&[NotifyState::Ready, NotifyState::Status(&format!("listening at {listen}"))]);
     let result = front.accept(listener).await;
     tell_systemd(&[NotifyState::Stopping]);
-    stop.send(true).ok();
+    end.send_modify(|ending| ending.service = true);
     let mut sessions = result?;
     let drained = timeout(DRAIN, async { while sessions.join_next().await.is_some() {} }).await;
     if drained.is_err() {
@@ -230,7 +230,7 @@ struct Front {
     places: Arc<Semaphore>,
     patience: Patience,
     service: Arc<Service>,
-    stopping: watch::Receiver<bool>,
+    ending: watch::Receiver<Ending>,
     host: Arc<Receiver>,
 }
 
@@ -301,11 +301,11 @@ impl Front {
         keepalive::set(&stream).map_err(HandshakeError::Io)?;
         let buffered = BufReader::with_capacity(READ_BUFFER, stream);
         let handshake = timeout(self.patience.handshake, self.acceptor.accept(buffered));
-        let mut stopping = self.stopping.clone();
+        let mut ending = self.ending.clone();
         let stream = tokio::select! {
             stream = handshake => stream.map_err(|_| SessionError::Slow)?.map_err(HandshakeError::from)?,
             // Nothing was said yet.
-            _ = stopping.wait_for(|stop| *stop) => return Ok(()),
+            _ = ending.wait_for(|ending| ending.service) => return Ok(()),
         };
         let machine = tls::machine_of(stream.get_ref().1.peer_certificates())?;
         // Whoever showed a certificate of ours counts as a session; who did not may only enrol, and goes on
@@ -324,8 +324,8 @@ impl Front {
                 }
             },
         };
-        let (host, stopping) = (self.host.clone(), self.stopping.clone());
-        Ok(session::serve(stream, peer, machine, host, self.patience, stopping).await?)
+        let (host, ending) = (self.host.clone(), self.ending.clone());
+        Ok(session::serve(stream, peer, machine, host, self.patience, ending).await?)
     }
 }
 

@@ -6,6 +6,7 @@ mod discover_disks;
 mod enroll;
 mod export;
 mod failover;
+mod hold_frozen;
 mod places;
 mod points;
 mod protect;
@@ -74,6 +75,7 @@ enum Command {
     Serve(serve::Args),
     Send(send::Args),
     Status(status::Args),
+    HoldFrozen(hold_frozen::Args),
 }
 
 /// Parses the command line, runs the subcommand and reports how it ended.
@@ -92,6 +94,7 @@ pub fn run() -> ExitCode {
         Command::Serve(args) => serve::run(args),
         Command::Send(args) => send::run(args),
         Command::Status(args) => status::run(args),
+        Command::HoldFrozen(args) => hold_frozen::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -108,9 +108,9 @@
 //!                  <-------     EnrollReply        and the connection ends
 //!   or:
 //!   Open           ------->
-//!                  <-------     OpenReply
+//!                  <-------     Notice …, OpenReply
 //!   Begin          ------->
-//!                  <-------     BeginReply
+//!                  <-------     Notice …, BeginReply
 //!   Data, Zero …   ------->
 //!   Covered …, Refine …
 //!                  <-------     Progress …, Refused …, Notice …, Digests …
@@ -127,8 +127,8 @@
 //! after it, and nothing that the receiver sends afterwards is looked at. So that the Error is not lost to a
 //! TCP reset, its sender SHOULD go on reading, and discard, for a moment; a client MUST read while it writes.
 //!
-//! How long silence is borne is each side's own affair. Before Begin a server MAY close a connection that is
-//! silent for 20 seconds. In a pass silence is normal (a slow disk, a source that is read slowly), and dead
+//! How long silence is borne is each side's own affair. Before Open a server MAY close a connection that is
+//! silent for 20 seconds, and between OpenReply and Begin one that is silent for 10 minutes. In a pass silence is normal (a slow disk, a source that is read slowly), and dead
 //! peers are found with TCP keepalive. A server MAY close a pass's connection after a long silence all the same,
 //! but only one in which it had carried out, and given back, everything that came; a client that limits its own
 //! rate SHOULD therefore send the bytes of a frame bit by bit, and something every few seconds.
@@ -150,13 +150,15 @@
 //!
 //! - Open: `disk`, the name under which the disk was assigned on the server; `size`, that of the source;
 //!   `sector`, the source's logical sector size; `compression`, an optional array of `lz4` and `zstd`, those
-//!   that the client can send.
+//!   that the client can send; `group`, optional, the name of the consistency group of whose point the pass is a part, and
+//!   then `disks`, an array of the names of all disks of the machine that are sent for it, this one's among them.
 //! - OpenReply: `window`, section 5, at least `max_payload` rounded up to 4096; `max_payload`, the most that
 //!   a Data frame may cover, at most 1 MiB; `volume_size`, that of the target, at least `size`; `block`, the
 //!   alignment at which the server writes without reading first; `compression`, the offered ones that the
 //!   server takes. Data in another encoding is an error (`protocol`). `baseline`, optional, the
 //!   point (32 lower-case hexadecimal digits) at which the volume stands or to which it can be brought back; `alike`,
-//!   optional, true where the volume likely holds much of what the source does, so that comparing pays.
+//!   optional, true where the volume likely holds much of what the source does, so that comparing pays; `point`, with
+//!   `group` and only then, the point of the group.
 //!
 //! The server opens the target (and checks its identity) before it answers. From OpenReply on, the volume is
 //! this connection's alone; a second one is refused with `busy`.
@@ -164,9 +166,9 @@
 //! ### Begin, BeginReply, Commit, Committed
 //!
 //! - Begin: `pass`, 128 random bits chosen by the client, as 32 lower-case hexadecimal digits; `kind`, `initial` or, where
-//!   OpenReply named a baseline, `delta`, or `verify`; `point`, 128 random bits, the same for all disks of the machine that are sent
-//!   together; `disks`, an array of their names, this one's among them; `compare`, optional, the unit of the digests that
-//!   the client wants, a power of two from 4096 to 2^20 (this agent uses 65536).
+//!   OpenReply named a baseline, `delta`, or `verify`; `point`, 128 random bits, the same for all disks of the machine that
+//!   are sent together, or OpenReply's; `disks`, an array of their names, this one's among them; `compare`, optional, the
+//!   unit of the digests that the client wants, a power of two from 4096 to 2^20 (this agent uses 65536).
 //! - BeginReply: no members.
 //! - Commit: `pass`; `frames`, how many Data and Zero frames the pass had; `bytes`, the sum of their lengths;
 //!   `point_in_time`, true if the source stood still while it was read; `time`, the moment that the point stands for, by
@@ -201,6 +203,18 @@
 //! recorded for all of them at once. Until then a commit waits; a disk whose connection ends before its own commit takes
 //! the point with it, and the others are refused with `incomplete`.
 //!
+//! A server answers Begin once all passes of the point have begun, and a client MUST have begun all of them before it reads
+//! the first of its disks.
+//!
+//! **Groups.** The administrator of the server says which machines a group has. Each of them, at about the same time, opens
+//! the disks that it sends for the group's point. The server answers Open once all machines have opened all of theirs: it
+//! chooses the point. It waits for five minutes, and refuses with `incomplete` then. After OpenReply a client that can make
+//! its machine stand still does so, and then begins: since BeginReply comes when all passes of all machines have begun, and
+//! nobody reads before it, there is one moment at which all of the machines stood still. A disk that leaves after
+//! OpenReply takes the point with it; the others are refused with `incomplete`, and their passes stay open. Each volume must stand
+//! at a point: an initial pass is no part of a group's point (`refused`). Of the Commits of all disks the point has the
+//! latest `time`, the least `kind`, and is a point in time if each of them is.
+//!
 //! **Initial and delta.** An initial pass writes in place, and whatever points the machine had are given up when it
 //! begins. Before a delta pass overwrites anything, the server saves what is there, so that the baseline stays a point.
 //! It need not cover the source: what it leaves out stays as it is at the baseline, or as an interrupted pass left it; so
@@ -221,7 +235,8 @@
 //!
 //! A pass that broke off is not gone on with: another one compares, and finds what arrived of it in place.
 //!
-//! **Notice.** `message`, a text for the user, at any moment of a pass; the pass goes on. A server that has no room to save
+//! **Notice.** `message`, a text for the user, at any moment of a pass, and before OpenReply and BeginReply, where one comes
+//! every few seconds as long as others are waited for; the pass goes on. A server that has no room to save
 //! what it overwrites says so, gives back no window until it has, and says so then.
 //!
 //! **Damage.** A data frame whose payload does not have the checksum that its header states is thrown away and
@@ -266,7 +281,7 @@
 //! | `not-authorized` | no certificate that allows this: enrol | |
 //! | `unknown-machine` | the machine has no disks assigned | |
 //! | `unknown-disk` | the machine has no disk of this name | |
-//! | `refused` | a safety rule forbids to write to the target; the message says which | |
+//! | `refused` | a safety rule forbids to write to the target, or the machine is being failed over; the message says which | |
 //! | `size-mismatch` | the source is larger than the target | |
 //! | `out-of-range` | a frame past the end of the source | |
 //! | `busy` | another connection has the volume | yes |
@@ -275,7 +290,7 @@
 //! | `no-space` | no space for the server's own state | |
 //! | `shutting-down` | the service stops | yes |
 //! | `internal` | a defect of the peer | |
-//! | `incomplete` | another disk of the same point did not arrive, so there is no point | |
+//! | `incomplete` | another disk of the same point, or another machine of the group, did not arrive, so there is no point | |
 //! | `token-refused` | the token is unknown, used or expired | |
 
 pub mod address;

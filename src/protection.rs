@@ -9,6 +9,7 @@
 //! schema_version = 1
 //! machine = "web01"
 //! created = "2026-03-01T10:00:00Z"
+//! group = "shop"                       # the consistency group that the machine belongs to, if any
 //!
 //! [[disk]]
 //! name = "root"                        # the machine's name for it
@@ -62,6 +63,8 @@ pub struct Protection {
     pub machine: Name,
     /// When its first disk was assigned.
     pub created: OffsetDateTime,
+    /// The consistency group that it belongs to. All machines that name a group are its members.
+    pub group: Option<Name>,
     /// Its disks, in the order of their assignment; never none, and no name or identity twice.
     pub disks: Vec<Assignment>,
 }
@@ -201,6 +204,31 @@ pub enum Error {
         /// The disk.
         disk: Name,
     },
+    /// The machine is no member of the group.
+    #[error(
+        "machine {machine} does not belong to group {group}; see `mt-agent protect list`, set its machines with \
+         `mt-agent protect group {group} --machines {machine},…`"
+    )]
+    NotInGroup {
+        /// The machine.
+        machine: Name,
+        /// The group.
+        group: Name,
+    },
+    /// No machine belongs to the group.
+    #[error(
+        "no machine belongs to group {0}; see `mt-agent protect list`, make it with \
+         `mt-agent protect group {0} --machines A,B`"
+    )]
+    NoGroup(Name),
+    /// Refused: the machine belongs to another group.
+    #[error("machine {machine} belongs to group {group}; take that away first, or leave the machine out")]
+    Grouped {
+        /// The machine.
+        machine: Name,
+        /// The other group.
+        group: Name,
+    },
     /// Refused: a session of the machine runs.
     #[error("machine {machine} is receiving; stop its `mt-agent send` first")]
     Receiving {
@@ -250,6 +278,9 @@ impl Error {
             Error::Io(_) | Error::Corrupt { .. } | Error::Unsupported { .. } => false,
             Error::NoMachine { .. }
             | Error::NoDisk { .. }
+            | Error::NotInGroup { .. }
+            | Error::NoGroup(_)
+            | Error::Grouped { .. }
             | Error::Receiving { .. }
             | Error::Excluded { .. }
             | Error::Transition { .. }

@@ -1,13 +1,17 @@
 //! The source side: reads the disks of a machine and sends them to its master target.
 //!
 //! Each disk has a thread that reads ahead, finds zeros, compresses and checksums ([`source`]), and a connection
-//! of its own (`session`). [`send`] runs them side by side and returns when the last commit was acknowledged.
+//! of its own (`session`). [`send`] runs them side by side and returns when the last commit was acknowledged. Before
+//! anything is read the machine can be made to stand still ([`still`]): by hooks, and by freezing its file systems.
 
 mod compare;
 mod encode;
+pub mod freeze;
+pub mod hook;
 pub mod limit;
 mod session;
 pub mod source;
+pub mod still;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -26,13 +30,14 @@ pub use encode::Compression;
 use crate::error::{IoError, chain};
 use crate::name::Name;
 use crate::net::address::Address;
-use crate::net::message::{self, Committed};
+use crate::net::message::{self, Code, Committed, OpenReply};
 use crate::net::tls::{self, HandshakeError};
 use crate::net::{keepalive, wire};
-use crate::points::{Kind, PointId};
+use crate::points::PointId;
 use crate::storage::device::EngineChoice;
 use limit::Limiter;
 use source::Source;
+use still::Still;
 
 use crate::units::Extent;
 
@@ -51,8 +56,8 @@ pub struct Plan {
     pub limit: Option<u64>,
     /// What the user calls the point, if anything.
     pub name: Option<Name>,
-    /// Whether the sources stand still while they are read.
-    pub point_in_time: bool,
+    /// The consistency group of the machine whose point this is, if any.
+    pub group: Option<Name>,
     /// What to send, or to look at.
     pub scope: Scope,
 }
@@ -78,10 +83,6 @@ pub struct Point {
     pub disks: Vec<Name>,
     /// The moment that the disks will stand at.
     pub time: OffsetDateTime,
-    /// What they hold then.
-    pub kind: Kind,
-    /// Whether it is one moment: whether the sources stand still.
-    pub point_in_time: bool,
     /// Its name for people.
     pub name: Option<Name>,
 }
@@ -142,6 +143,12 @@ pub enum Error {
     /// The master target refused before anything was sent.
     #[error("the master target refused the disk")]
     Refused(#[source] message::Error),
+    /// The master target broke the pass off on purpose.
+    #[error("the master target ended the pass")]
+    Ended(#[source] message::Error),
+    /// The machine cannot be made to stand still, so that nothing was sent.
+    #[error("nothing was sent")]
+    Still(#[source] Arc<still::Error>),
     /// The source is a target.
     #[error("the source is a target disk of this host: {0}")]
     Itself(String),
@@ -170,7 +177,12 @@ impl Error {
         match self {
             Error::Source(error) => error.is_refusal(),
             // What failed with another disk says nothing of its own.
-            Error::Refused(_) | Error::Foreign(_) | Error::Itself(_) | Error::Together(_) => true,
+            Error::Refused(_)
+            | Error::Ended(_)
+            | Error::Foreign(_)
+            | Error::Itself(_)
+            | Error::Together(_) => true,
+            Error::Still(error) => error.is_refusal(),
             Error::Handshake(error) | Error::Wire(wire::Error::Tls { source: error, .. }) => {
                 error.is_refusal()
             }
@@ -180,6 +192,18 @@ impl Error {
             | Error::Broken(_)
             | Error::Silent(_)
             | Error::Damaged(_) => false,
+        }
+    }
+}
+
+impl Error {
+    /// What the master target called it, where it said so.
+    fn code(&self) -> Option<Code> {
+        match self {
+            Error::Refused(refusal) | Error::Ended(refusal) | Error::Wire(wire::Error::Peer(refusal)) => {
+                Some(refusal.code)
+            }
+            _ => None,
         }
     }
 }
@@ -210,7 +234,7 @@ pub struct Prepared {
     /// Its name.
     pub name: Name,
     /// The open source.
-    pub source: Source,
+    pub source: Arc<Source>,
     /// How far it is.
     pub progress: Arc<Progress>,
 }
@@ -220,7 +244,7 @@ pub fn prepare(plan: &Plan) -> Result<Vec<Prepared>, source::Error> {
     plan.disks
         .iter()
         .map(|(name, path)| {
-            let source = Source::open(path)?;
+            let source = Arc::new(Source::open(path)?);
             Ok(Prepared { name: name.clone(), source, progress: Arc::default() })
         })
         .collect()
@@ -228,67 +252,133 @@ pub fn prepare(plan: &Plan) -> Result<Vec<Prepared>, source::Error> {
 
 /// Sends all disks side by side, one pass each, which lead to one point: all of them are committed, or none. `ended` gets
 /// the result of each as soon as it is there, with its place in the plan. Dropped before its end, it breaks off those
-/// disks of which nothing was heard.
+/// disks of which nothing was heard. Whatever happened, [`Still::end`] is to be called afterwards.
 pub async fn send(
     plan: &Plan,
     tls: Arc<ClientConfig>,
+    still: &Arc<Still>,
     disks: Vec<Prepared>,
     mut ended: impl FnMut(usize, Result<Done, Error>),
 ) {
-    let limiter = plan.limit.map(|rate| Arc::new(Limiter::new(rate)));
     let names: Vec<Name> = disks.iter().map(|disk| disk.name.clone()).collect();
-    let mut bits = [0; 16];
-    let id = match getrandom::fill(&mut bits) {
-        Ok(()) => u128::from_ne_bytes(bits),
-        Err(error) => unreachable!("the system has no random bits: {error}"),
+    let mut opening = JoinSet::new();
+    for (index, disk) in disks.iter().enumerate() {
+        let one = session::Opening {
+            disk: disk.name.clone(),
+            source: disk.source.clone(),
+            compression: plan.compression,
+            group: plan.group.clone(),
+            disks: names.clone(),
+        };
+        let (to, tls, progress) = (plan.to.clone(), tls.clone(), disk.progress.clone());
+        opening.spawn(async move { (index, open_one(&to, tls, &one, &progress).await) });
+    }
+    let mut opened: Vec<Option<(Connection, OpenReply)>> = names.iter().map(|_| None).collect();
+    let mut heard = vec![false; names.len()];
+    let failed = together(opening, |index, result| match result {
+        Ok(one) => opened[index] = Some(one),
+        Err(error) => {
+            heard[index] = true;
+            ended(index, Err(error));
+        }
+    });
+    if let Some(failed) = failed.await {
+        for index in (0..names.len()).filter(|index| !heard[*index]) {
+            ended(index, Err(Error::Together(names[failed].clone())));
+        }
+        return;
+    }
+    let opened: Vec<(Connection, OpenReply)> = opened.into_iter().flatten().collect();
+    let replies: Vec<&OpenReply> = opened.iter().map(|(_, reply)| reply).collect();
+    let id = match replies.first().and_then(|reply| reply.point) {
+        Some(id) => id,
+        None => random_id(),
     };
-    let point = Point {
-        id: PointId(id),
-        disks: names.clone(),
-        time: OffsetDateTime::now_utc(),
-        kind: Kind::Crash,
-        point_in_time: plan.point_in_time,
-        name: plan.name.clone(),
-    };
-    let mut tasks = JoinSet::new();
-    for (index, disk) in disks.into_iter().enumerate() {
+    let all_delta = replies.iter().all(|reply| reply.baseline.is_some());
+    let sources: Vec<_> = disks.iter().map(|disk| (disk.name.clone(), disk.source.clone())).collect();
+    if let Err(error) = still.begin(id, plan.group.as_ref(), &sources, all_delta).await {
+        let error = Arc::new(error);
+        (0..names.len()).for_each(|index| ended(index, Err(Error::Still(error.clone()))));
+        return;
+    }
+    let limiter = plan.limit.map(|rate| Arc::new(Limiter::new(rate)));
+    let (time, name) = (OffsetDateTime::now_utc(), plan.name.clone());
+    let point = Point { id, disks: names.clone(), time, name };
+    let mut passes = JoinSet::new();
+    for (index, (disk, (stream, reply))) in disks.into_iter().zip(opened).enumerate() {
         let job = session::Job {
-            disk: disk.name,
             point: point.clone(),
-            source: Arc::new(disk.source),
+            still: still.clone(),
+            source: disk.source,
             progress: disk.progress,
             compression: plan.compression,
             engine: plan.engine,
             limiter: limiter.clone(),
             scope: plan.scope,
         };
-        let (to, tls) = (plan.to.clone(), tls.clone());
-        tasks.spawn(async move { (index, send_one(&to, tls, job).await) });
+        passes.spawn(async move { (index, session::run(stream, &reply, &job).await) });
     }
-    let mut heard = vec![false; names.len()];
-    let mut failed = None;
-    while let Some(joined) = tasks.join_next().await {
-        match joined {
-            Ok((index, result)) => {
-                if result.is_err() && failed.is_none() {
-                    // There is no point without this disk: what the others would still send is for nothing.
-                    failed = Some(names[index].clone());
-                    tasks.abort_all();
-                }
-                heard[index] = true;
-                ended(index, result);
-            }
-            Err(error) if error.is_cancelled() => {}
-            Err(panic) => std::panic::resume_unwind(panic.into_panic()),
-        }
-    }
-    if let Some(failed) = failed {
+    let failed = together(passes, |index, result| {
+        heard[index] = true;
+        ended(index, result);
+    });
+    if let Some(failed) = failed.await {
         for index in (0..names.len()).filter(|index| !heard[*index]) {
-            ended(index, Err(Error::Together(failed.clone())));
+            ended(index, Err(Error::Together(names[failed].clone())));
         }
     }
 }
 
+/// Waits for what is done with all disks, and gives the place of one that failed, if any did. There is no point without
+/// that one: what the others would still do is for nothing, and they end. `each` hears of those that ended by themselves.
+async fn together<T: 'static>(
+    mut tasks: JoinSet<(usize, Result<T, Error>)>,
+    mut each: impl FnMut(usize, Result<T, Error>),
+) -> Option<usize> {
+    // Whether it failed only because another one did, which will say why in a moment.
+    let mut failed: Option<(usize, bool)> = None;
+    loop {
+        let joined = match failed {
+            Some((_, true)) => timeout(LAST_WORDS, tasks.join_next()).await,
+            Some((_, false)) | None => Ok(tasks.join_next().await),
+        };
+        match joined {
+            Ok(Some(Ok((index, result)))) => {
+                if let Err(error) = &result {
+                    let because_of_another = error.code() == Some(Code::Incomplete);
+                    if failed.is_none_or(|(_, because_of_another)| because_of_another) {
+                        failed = Some((index, because_of_another));
+                    }
+                    if !because_of_another {
+                        tasks.abort_all();
+                    }
+                }
+                each(index, result);
+            }
+            Ok(Some(Err(error))) if error.is_cancelled() => {}
+            Ok(Some(Err(panic))) => std::panic::resume_unwind(panic.into_panic()),
+            Ok(None) => return failed.map(|(index, _)| index),
+            Err(_) => {
+                tasks.abort_all();
+                failed = failed.map(|(index, _)| (index, false));
+            }
+        }
+    }
+}
+
+/// How long the disk that takes its point with it gets to say why.
+const LAST_WORDS: Duration = Duration::from_secs(3);
+
+fn random_id() -> PointId {
+    let mut bits = [0; 16];
+    match getrandom::fill(&mut bits) {
+        Ok(()) => PointId(u128::from_ne_bytes(bits)),
+        Err(error) => unreachable!("the system has no random bits: {error}"),
+    }
+}
+
+/// A connection to the master target.
+type Connection = tokio_rustls::client::TlsStream<TcpStream>;
 /// How long the master target may take for each step before data flows.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -299,7 +389,7 @@ const TRIES: u32 = 20;
 /// The same where the peer said nothing at all: it may have had to make room among connections that nobody knew yet.
 const TRIES_UNANSWERED: u32 = 3;
 
-/// How often to try in all, where a try ends like this. What happens once data flows is not tried again.
+/// How often to try in all, where a try to open a disk ends like this. What happens afterwards is not tried again.
 fn tries(error: &Error) -> u32 {
     match error {
         Error::Refused(refusal) if refusal.code.retryable() => TRIES,
@@ -308,11 +398,16 @@ fn tries(error: &Error) -> u32 {
     }
 }
 
-async fn send_one(to: &Address, tls: Arc<ClientConfig>, job: session::Job) -> Result<Done, Error> {
+async fn open_one(
+    to: &Address,
+    tls: Arc<ClientConfig>,
+    opening: &session::Opening,
+    progress: &Progress,
+) -> Result<(Connection, OpenReply), Error> {
     let mut tried = 1;
     loop {
         let result = match connect(to, tls.clone()).await {
-            Ok(stream) => session::run(stream, &job).await,
+            Ok(mut stream) => session::open(&mut stream, opening).await.map(|reply| (stream, reply)),
             Err(error) => Err(error),
         };
         match result {
@@ -320,11 +415,11 @@ async fn send_one(to: &Address, tls: Arc<ClientConfig>, job: session::Job) -> Re
                 if tried == 1 {
                     let most = tries(&error);
                     tracing::warn!(
-                        disk = %job.disk, error = chain(&error),
+                        disk = %opening.disk, error = chain(&error),
                         "waiting, and trying again every second, {most} times at most"
                     );
                 }
-                job.progress.waiting.store(true, Ordering::Relaxed);
+                progress.waiting.store(true, Ordering::Relaxed);
                 tried += 1;
                 sleep(Duration::from_secs(1)).await;
             }
@@ -333,10 +428,7 @@ async fn send_one(to: &Address, tls: Arc<ClientConfig>, job: session::Job) -> Re
     }
 }
 
-async fn connect(
-    to: &Address,
-    tls: Arc<ClientConfig>,
-) -> Result<tokio_rustls::client::TlsStream<TcpStream>, Error> {
+async fn connect(to: &Address, tls: Arc<ClientConfig>) -> Result<Connection, Error> {
     let connecting = async {
         let failed = |error| Error::Connect(IoError::new("connect to", to.to_string(), error));
         let tcp = TcpStream::connect((to.host(), to.port())).await.map_err(failed)?;

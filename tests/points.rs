@@ -182,16 +182,16 @@ fn points_are_listed_oldest_first_with_what_they_are_worth() {
     assert_eq!((code, err.as_str()), (0, ""));
     assert_eq!(
         out,
-        "ID                                TIME                  KIND          NAME            SIZE     COMPLETE\n\
-         00000000000000000000000000000001  2026-03-01T12:01:00Z  crash         -               0 B      no\n\
-         00000000000000000000000000000002  2026-03-01T12:02:00Z  application   -               1.0 MiB  yes\n\
-         00000000000000000000000000000003  2026-03-01T12:03:00Z  crash, fuzzy  before-upgrade  1.0 KiB  yes\n"
+        "ID                                TIME                  KIND          NAME            GROUP  SIZE     COMPLETE\n\
+         00000000000000000000000000000001  2026-03-01T12:01:00Z  crash         -               -      0 B      no\n\
+         00000000000000000000000000000002  2026-03-01T12:02:00Z  application   -               shop   1.0 MiB  yes\n\
+         00000000000000000000000000000003  2026-03-01T12:03:00Z  crash, fuzzy  before-upgrade  -      1.0 KiB  yes\n"
     );
     // No protection: every disk that it has at some point counts.
     let (code, out, _) = points(dir, &["db01"]);
     assert_eq!(code, 0);
     assert!(out.ends_with(
-        "00000000000000000000000000000002  2026-03-01T12:02:00Z  application  -     1.0 GiB  yes\n"
+        "00000000000000000000000000000002  2026-03-01T12:02:00Z  application  -     shop   1.0 GiB  yes\n"
     ));
 
     let passes = Vec::new();

@@ -382,7 +382,11 @@ fn status_shows_a_service_that_runs_and_says_so_of_one_that_does_not() {
     counters.received_bytes.store(5 << 30, Relaxed);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let control = runtime.block_on(async { Control::bind(&socket) }).unwrap();
-    runtime.spawn(control.serve(Arc::new(Board::new(service, live, store)), std::future::pending()));
+    runtime.spawn(control.serve(
+        Arc::new(Board::new(service, live, store)),
+        Default::default(),
+        std::future::pending(),
+    ));
 
     let (code, out, err) = status(&[]);
     assert_eq!(code, 0, "{err}");

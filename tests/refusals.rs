@@ -443,7 +443,14 @@ async fn what_was_not_agreed_on_ends_the_session() {
 
     rig.wait_until_closed("d0");
     let mut client = Client::connect(&rig).await;
-    let open = Open { disk: "d0".parse().unwrap(), size: MIB, sector: 512, compression: vec![Encoding::Lz4] };
+    let open = Open {
+        disk: "d0".parse().unwrap(),
+        size: MIB,
+        sector: 512,
+        compression: vec![Encoding::Lz4],
+        group: None,
+        disks: Vec::new(),
+    };
     client.ask::<OpenReply>(&open).await.unwrap();
     client.begin().await.unwrap();
     let payload = [7; 100];

@@ -4,9 +4,12 @@
 //! |---|---|
 //! | `GET /v1/status` | the [`Report`](super::status::Report) in JSON |
 //! | `GET /metrics` | [`super::metrics`] |
+//! | `POST /v1/machines/NAME/end-sessions` | `{"seconds": 60}`: the sessions of the machine end, and for so long new ones are refused |
+//! | `POST /v1/machines/NAME/receive` | `{}`: takes that back |
 //! | anything else | an error in JSON: `{"error": "…"}` with 404 or 405 |
 //!
-//! The socket's mode is 0660: whoever may read and write it may see everything here. Nothing can be changed by it.
+//! The socket's mode is 0660: whoever may read and write it may see everything here, and end sessions, which is what
+//! `mt-agent failover` does. Nothing else can be changed by it.
 
 use std::fs::{self, DirBuilder, Permissions};
 use std::io;
@@ -16,20 +19,27 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use axum::extract::State;
+use axum::extract::{Path as Named, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde_json::json;
 use tokio::net::UnixListener;
+use tokio::sync::watch;
 
 use super::metrics;
 use super::status::Board;
 use crate::error::IoError;
+use crate::name::Name;
+use crate::net::session::Ending;
 
 /// The longest path of a Unix socket, in bytes: `sun_path` of unix(7) has 108 with the zero at its end.
 const LONGEST_PATH: usize = 107;
+
+/// For how long nothing is received for a machine whose sessions were ended: whoever asked for it has to get hold of its
+/// disks until then, before a sender that tries again does.
+pub const BARRED: Duration = Duration::from_secs(60);
 
 /// Why there is no control socket.
 #[derive(Debug, thiserror::Error)]
@@ -113,6 +123,7 @@ impl Control {
     pub async fn serve(
         mut self,
         board: Arc<Board>,
+        ending: watch::Sender<Ending>,
         stop: impl Future<Output = ()> + Send + 'static,
     ) -> Result<(), Error> {
         let Some(listener) = self.listener.take() else { return Ok(()) };
@@ -125,7 +136,7 @@ impl Control {
                 sampled.sample(Instant::now());
             }
         });
-        let served = axum::serve(listener, router(board)).with_graceful_shutdown(stop).await;
+        let served = axum::serve(listener, router(board, ending)).with_graceful_shutdown(stop).await;
         sampler.abort();
         served.map_err(|error| IoError::new("serve", self.path.display().to_string(), error).into())
     }
@@ -140,17 +151,43 @@ impl Drop for Control {
     }
 }
 
-fn router(board: Arc<Board>) -> Router {
+fn router(board: Arc<Board>, ending: watch::Sender<Ending>) -> Router {
     Router::new()
         .route("/v1/status", get(status))
         .route("/metrics", get(metrics))
+        .with_state(board)
+        .route("/v1/machines/{machine}/end-sessions", post(end_sessions))
+        .route("/v1/machines/{machine}/receive", post(receive))
+        .with_state(ending)
         .fallback(async || {
-            failure(StatusCode::NOT_FOUND, "there is only /v1/status and /metrics here".to_owned())
+            let text = "there is only /v1/status, /metrics, and what ends the sessions of a machine here";
+            failure(StatusCode::NOT_FOUND, text.to_owned())
         })
         .method_not_allowed_fallback(async || {
-            failure(StatusCode::METHOD_NOT_ALLOWED, "only GET is answered here".to_owned())
+            failure(StatusCode::METHOD_NOT_ALLOWED, "this is not how it is asked for here".to_owned())
         })
-        .with_state(board)
+}
+
+async fn end_sessions(
+    State(ending): State<watch::Sender<Ending>>,
+    Named(machine): Named<String>,
+) -> Response {
+    let machine: Name = match machine.parse() {
+        Ok(machine) => machine,
+        Err(error) => return failure(StatusCode::BAD_REQUEST, format!("{error}")),
+    };
+    tracing::info!(%machine, "its sessions end, as the control socket was asked");
+    ending.send_modify(|ending| {
+        let now = Instant::now();
+        ending.machines.retain(|_, until| *until > now);
+        ending.machines.insert(machine, now + BARRED);
+    });
+    Json(json!({ "seconds": BARRED.as_secs() })).into_response()
+}
+
+async fn receive(State(ending): State<watch::Sender<Ending>>, Named(machine): Named<String>) -> Response {
+    ending.send_modify(|ending| ending.machines.retain(|known, _| known.as_str() != machine));
+    Json(json!({})).into_response()
 }
 
 fn failure(status: StatusCode, error: String) -> Response {

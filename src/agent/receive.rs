@@ -19,12 +19,12 @@ use crate::journal::recover;
 use crate::name::Name;
 use crate::net::frame::MAX_DATA;
 use crate::net::message::{self, Begin, Code, Commit, Enroll, EnrollReply, Open, PassKind};
-use crate::net::session::{DIGEST_DEPTH, Decision, Host, Opened, Passes, Reader};
+use crate::net::session::{Begun, DIGEST_DEPTH, Host, Opened, Passes, Reader};
 use crate::net::token::TokenStore;
 use crate::net::{enrolment, tls};
 use crate::pass::PassId;
 use crate::points::VolumeAt;
-use crate::protection::{self, Assignment, State, Store};
+use crate::protection::{self, Assignment, Hold, State, Store};
 use crate::recovery::{self, Journal, LONGEST_SEGMENT};
 use crate::storage::Geometry;
 use crate::storage::device::Device;
@@ -56,7 +56,7 @@ impl Host for Receiver {
 
     fn open(&self, machine: &Name, open: &Open, events: Events) -> Result<Opened, message::Error> {
         // First the hold: from here on nobody takes the disk away from the machine.
-        let hold = self.store.hold(machine).map_err(|error| refuse(&error))?;
+        let hold = Arc::new(self.store.hold(machine).map_err(|error| refuse(&error))?);
         let protection = self.store.load(machine).map_err(|error| refuse(&error))?;
         let Some(assignment) = protection.disk(&open.disk) else {
             let error = protection::Error::NoDisk { machine: machine.clone(), disk: open.disk.clone() };
@@ -100,11 +100,20 @@ impl Host for Receiver {
             size = %disk.size, source = %ByteLen(open.size), "volume opened"
         );
         let journal = self.journal(machine, assignment)?;
+        if open.group.is_some() && journal.newest.is_none() {
+            // It takes long, and overwrites in place: the others of the group are not to wait for it, nor to fail with it.
+            let text = format!(
+                "disk {} stands at no point yet: send the machine once without `--group`, and then with it",
+                open.disk
+            );
+            return Err(message::Error::new(Code::Refused, text));
+        }
         let storage = storage.with_shelf(journal.shelf.clone());
         let counters = Arc::new(Counters::new(open.size, engine));
         let volume =
             Volume::start(open.disk.as_str(), Box::new(storage), open.size, arena, events).map_err(failed)?;
-        let ledger = Ledger {
+        let mut ledger = Ledger {
+            _hold: hold.clone(),
             store: self.store.clone(),
             machine: machine.clone(),
             disk: open.disk.clone(),
@@ -118,10 +127,23 @@ impl Host for Receiver {
             counters: counters.clone(),
             _shown: self.live.show(machine.clone(), open.disk.clone(), counters.clone()),
         };
+        let mut group = None;
+        if let Some(name) = &open.group {
+            let members = self.store.members(name).map_err(|error| refuse(&error))?;
+            if !members.contains(machine) {
+                let error = protection::Error::NotInGroup { machine: machine.clone(), group: name.clone() };
+                return Err(refuse(&error));
+            }
+            let disk = (machine.clone(), open.disk.clone());
+            let (ticket, stage) = self.coordinator.gather(name, &members, disk, &open.disks)?;
+            group = Some((ticket.point(), stage));
+            ledger.ticket = Some(ticket);
+        }
         Ok(Opened {
             baseline: ledger.journal.newest.map(|(point, _)| point),
             alike: assignment.state != State::Empty,
             reader,
+            group,
             volume,
             device_size: disk.size.0,
             block: disk.logical_block,
@@ -184,6 +206,8 @@ const _: () = assert!(super::config::WINDOW.start >= 2 * MAX_DATA);
 
 /// Writes the passes of one volume to its protection.
 struct Ledger {
+    /// Also here, and not only with the volume: what this records goes on when its session has ended.
+    _hold: Arc<Hold>,
     store: Store,
     machine: Name,
     disk: Name,
@@ -200,13 +224,19 @@ struct Ledger {
 }
 
 impl Passes for Ledger {
-    fn begin(&mut self, begin: &Begin) -> Result<Option<Writer>, message::Error> {
+    fn begin(&mut self, begin: &Begin) -> Result<Begun, message::Error> {
         let pass = begin.pass;
         if begin.kind == PassKind::Delta && self.journal.newest.is_none() {
             let text = "the disk stands at no point yet: its first pass must be an initial one";
             return Err(message::Error::new(Code::Protocol, text));
         }
-        self.ticket = Some(self.coordinator.join(&self.machine, &self.disk, begin)?);
+        if begin.kind != PassKind::Delta && self.ticket.is_some() {
+            let text = "an initial pass is not a part of a group's point";
+            return Err(message::Error::new(Code::Protocol, text));
+        }
+        let disk = (self.machine.clone(), self.disk.clone());
+        let (ticket, stage) = self.coordinator.begin(self.ticket.take(), disk, begin)?;
+        self.ticket = Some(ticket);
         let journal = &self.journal;
         let (number, writer) = match begin.kind {
             PassKind::Delta => {
@@ -247,15 +277,16 @@ impl Passes for Ledger {
         });
         let kind = if writer.is_some() { "delta" } else { "initial" };
         tracing::info!(machine = %self.machine, disk = %self.disk, %pass, kind, "pass began");
-        Ok(writer)
+        Ok(Begun { writer, stage })
     }
 
-    fn prepare(&mut self, commit: &Commit, saved: u64) -> Result<Decision, message::Error> {
+    fn prepare(&mut self, commit: &Commit, saved: u64) -> Result<(), message::Error> {
         let (Some(ticket), Some(volume)) = (&self.ticket, &self.volume) else {
             unreachable!("a session prepares only what it began");
         };
         let volume = VolumeAt { bytes: saved, ..volume.clone() };
-        Ok(self.coordinator.prepare(ticket, volume, commit))
+        self.coordinator.prepare(ticket, volume, commit);
+        Ok(())
     }
 
     fn committed(&mut self, commit: &Commit) -> Result<(), message::Error> {

@@ -339,7 +339,7 @@ impl Served {
                 std::future::pending::<()>().await;
             }
         };
-        let task = runtime.spawn(control.serve(board, stopped));
+        let task = runtime.spawn(control.serve(board, tokio::sync::watch::Sender::default(), stopped));
         Ok(Served { stop: Some(stop), runtime, task: Some(task) })
     }
 

@@ -92,7 +92,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         return print(&format!("machine {machine} has no recovery points\n"));
     }
     let rows: Vec<Vec<String>> = points.iter().map(|point| row(point, machine, &disks)).collect();
-    let mut lines = table::lines(&["ID", "TIME", "KIND", "NAME", "SIZE", "COMPLETE"], &rows);
+    let mut lines = table::lines(&["ID", "TIME", "KIND", "NAME", "GROUP", "SIZE", "COMPLETE"], &rows);
     if let Some(at) = released {
         lines.push(format!(
             "machine {machine} was failed over to point {} at {}",
@@ -126,6 +126,7 @@ fn row(point: &Point, machine: &Name, disks: &HashSet<(Name, DiskId)>) -> Vec<St
         rfc3339(point.time),
         format!("{}{fuzzy}", point.kind),
         point.name.as_ref().map_or("-".to_owned(), Name::to_string),
+        point.group.as_ref().map_or("-".to_owned(), Name::to_string),
         size(point, machine).to_string(),
         complete.to_owned(),
     ]

@@ -1,5 +1,6 @@
 //! `mt-agent protect`: which target disk belongs to which disk of which machine.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
 use clap::{Args, Subcommand};
@@ -30,6 +31,26 @@ pub enum Command {
     List(ListArgs),
     /// Take target disks away from a machine; what lies on them stays
     Remove(RemoveArgs),
+    /// Make a consistency group of machines, whose points are there on all of them or on none; or take it away
+    Group(GroupArgs),
+}
+
+/// What `protect group` is told.
+#[derive(Args)]
+pub struct GroupArgs {
+    /// The group
+    group: Name,
+    /// Its machines, separated by commas: all of them, in place of those that it has
+    #[arg(long, value_name = "NAMES", required_unless_present = "remove", value_delimiter = ',')]
+    machines: Vec<Name>,
+    /// Take the group away; its machines and points stay
+    #[arg(long, conflicts_with = "machines")]
+    remove: bool,
+    /// Print it as JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    places: Places,
 }
 
 /// What `protect add` is told.
@@ -95,6 +116,7 @@ pub fn run(command: Command) -> Result<(), Failure> {
         Command::Add(args) => add(&args),
         Command::List(args) => list(&args),
         Command::Remove(args) => remove(&args),
+        Command::Group(args) => group(&args),
     }
 }
 
@@ -226,7 +248,9 @@ fn list(args: &ListArgs) -> Result<(), Failure> {
     } else {
         let head = ["MACHINE", "DISK", "IDENTITY", "NODE", "SIZE", "STATE", "LAST COMMIT", "ERROR"];
         let rows: Vec<Vec<String>> = machines.iter().flat_map(|machine| rows(machine, &attached)).collect();
-        print(&(table::lines(&head, &rows).join("\n") + "\n"))?;
+        let mut lines = table::lines(&head, &rows);
+        lines.extend(groups(&machines));
+        print(&(lines.join("\n") + "\n"))?;
     }
     match broken {
         0 => Ok(()),
@@ -235,6 +259,35 @@ fn list(args: &ListArgs) -> Result<(), Failure> {
             "the protections of {broken} machines cannot be read; their errors say what to do"
         ))),
     }
+}
+
+/// A line for each consistency group.
+fn groups(machines: &[Listed]) -> Vec<String> {
+    let mut groups: BTreeMap<&Name, Vec<&str>> = BTreeMap::new();
+    for (machine, protection) in machines {
+        if let Ok(Some(group)) = protection.as_ref().map(|protection| &protection.group) {
+            groups.entry(group).or_default().push(machine.as_str());
+        }
+    }
+    groups.into_iter().map(|(group, machines)| format!("group {group}: {}", machines.join(", "))).collect()
+}
+
+fn group(args: &GroupArgs) -> Result<(), Failure> {
+    let config = args.places.load()?;
+    let store = Store::open(&config.retention_dir);
+    let machines: BTreeSet<Name> = args.machines.iter().cloned().collect();
+    let before = store.set_group(&args.group, &machines)?;
+    if args.json {
+        return print_json(&json!({
+            "schema_version": SCHEMA_VERSION, "group": args.group, "machines": machines, "before": before,
+        }));
+    }
+    let list = |machines: &BTreeSet<Name>| machines.iter().map(Name::as_str).collect::<Vec<_>>().join(", ");
+    print(&match (machines.is_empty(), before.is_empty()) {
+        (true, _) => format!("group {} is taken away; it was {}\n", args.group, list(&before)),
+        (false, true) => format!("group {}: {}\n", args.group, list(&machines)),
+        (false, false) => format!("group {}: {} (before: {})\n", args.group, list(&machines), list(&before)),
+    })
 }
 
 /// Where an assigned disk is attached now, if it is.
@@ -278,9 +331,12 @@ fn machine_json((machine, protection): &Listed, attached: &[Disk]) -> Value {
             "machine": machine,
             "error": null,
             "created": rfc3339(protection.created),
+            "group": protection.group,
             "disks": protection.disks.iter().map(|disk| listed_json(disk, attached)).collect::<Vec<_>>(),
         }),
-        Err(error) => json!({ "machine": machine, "error": chain(error), "created": null, "disks": [] }),
+        Err(error) => {
+            json!({ "machine": machine, "error": chain(error), "created": null, "group": null, "disks": [] })
+        }
     }
 }
 
@@ -331,7 +387,12 @@ fn remove(args: &RemoveArgs) -> Result<(), Failure> {
     let names = |point: &&Point| {
         point.volumes_of(&args.machine).any(|at| planned.iter().any(|disk| disk.name == at.disk))
     };
-    let points: Vec<PointId> = log.points(&args.machine).filter(names).map(|point| point.id).collect();
+    let points: Vec<&Point> = log.points(&args.machine).filter(names).collect();
+    // Those of a group go for all of its machines.
+    let others: BTreeSet<Name> =
+        points.iter().flat_map(|point| &point.volumes).map(|at| at.machine.clone()).collect();
+    let others: Vec<Name> = others.into_iter().filter(|machine| *machine != args.machine).collect();
+    let points: Vec<PointId> = points.into_iter().map(|point| point.id).collect();
     let taken = match args.dry_run {
         true => planned,
         false => {
@@ -370,6 +431,11 @@ fn remove(args: &RemoveArgs) -> Result<(), Failure> {
     if !points.is_empty() {
         let (count, gone) = (points.len(), if args.dry_run { "would be" } else { "are" });
         text.push_str(&format!("{}: {count} recovery points {gone} given up with it\n", args.machine));
+        for other in &others {
+            text.push_str(&format!(
+                "{other}: those of them that are its own too, as of one group, with them\n"
+            ));
+        }
     }
     if args.dry_run {
         text.push_str("dry run: nothing was written\n");

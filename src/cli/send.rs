@@ -14,6 +14,7 @@ use mt_agent::error::chain;
 use mt_agent::name::Name;
 use mt_agent::net::address::Address;
 use mt_agent::net::tls::client::Identity;
+use mt_agent::send::still::{self, Still, Wishes};
 use mt_agent::send::{self, Compression, Done, Error, Plan, Prepared, Progress, Scope};
 use mt_agent::storage::device::EngineChoice;
 use mt_agent::units::{ByteLen, rfc3339};
@@ -66,6 +67,56 @@ pub struct Args {
     /// What to call the recovery point that this leads to
     #[arg(long, value_name = "NAME")]
     point_name: Option<Name>,
+    /// Make one point of all machines of this consistency group: `mt-agent send --group` must run on all of them within
+    /// five minutes, and is not a machine's first
+    #[arg(long, value_name = "NAME")]
+    group: Option<Name>,
+    /// Freeze the file systems that are mounted on the sources while they are read, for so long at most (30s): they are
+    /// thawed then, and the point is no moment. Not for a machine's first pass
+    #[arg(
+        long, value_name = "LIMIT", num_args = 0..=1, require_equals = true, default_missing_value = "30s",
+        value_parser = freeze_limit
+    )]
+    freeze: Option<Duration>,
+    /// A command that /bin/sh runs before the freeze. Where it fails, nothing is sent. It finds MT_AGENT_MACHINE,
+    /// MT_AGENT_POINT, MT_AGENT_DISKS and MT_AGENT_GROUP in its environment
+    #[arg(long, value_name = "COMMAND")]
+    pre_hook: Option<String>,
+    /// A command that /bin/sh runs once everything was read and thawed, and whenever the pre-hook was run, however that and
+    /// the pass ended. With both hooks the point is of kind `application`
+    #[arg(long, value_name = "COMMAND")]
+    post_hook: Option<String>,
+    /// How long a hook may take
+    #[arg(long, value_name = "LIMIT", default_value = "60s", value_parser = hook_limit)]
+    hook_timeout: Duration,
+}
+
+/// Nobody wants a host that stands still for longer.
+const LONGEST_FREEZE: Duration = Duration::from_secs(10 * 60);
+/// The master target waits for ten minutes between the opening of the disks and their passes.
+const LONGEST_HOOK: Duration = Duration::from_secs(8 * 60);
+
+fn freeze_limit(text: &str) -> Result<Duration, String> {
+    limit_of(text, LONGEST_FREEZE)
+}
+
+fn hook_limit(text: &str) -> Result<Duration, String> {
+    limit_of(text, LONGEST_HOOK)
+}
+
+/// A whole number with `s` or `m`.
+fn limit_of(text: &str, longest: Duration) -> Result<Duration, String> {
+    let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+    let seconds = match (number.parse::<u64>(), unit) {
+        (Ok(number), "s") => number,
+        (Ok(number), "m") => number.saturating_mul(60),
+        _ => return Err("give a whole number with s or m, as in 30s".to_owned()),
+    };
+    let limit = Duration::from_secs(seconds);
+    if limit < Duration::from_secs(1) || limit > longest {
+        return Err(format!("give 1s to {}m", longest.as_secs() / 60));
+    }
+    Ok(limit)
 }
 
 /// A frame of 1 MiB must not take so long that the receiver gives the connection up.
@@ -121,9 +172,9 @@ pub fn run(args: Args) -> Result<(), Failure> {
         Some(to) => to,
         None => identity.server.parse().map_err(Failure::failed)?,
     };
-    let mut plan = Plan {
+    let plan = Plan {
         name: args.point_name,
-        point_in_time: true,
+        group: args.group,
         to,
         disks: args.disks,
         compression: args.compression,
@@ -136,10 +187,15 @@ pub fn run(args: Args) -> Result<(), Failure> {
         false => Failure::failed(error),
     })?;
     let mounts: Vec<Vec<String>> = disks.iter().map(|disk| disk.source.mounts(&Sysroot::default())).collect();
-    plan.point_in_time = mounts.iter().all(Vec::is_empty);
-    for (disk, mount) in
-        disks.iter().zip(&mounts).flat_map(|(disk, mounts)| mounts.iter().map(move |m| (disk, m)))
-    {
+    let wishes = Wishes {
+        pre_hook: args.pre_hook,
+        post_hook: args.post_hook,
+        hook_timeout: args.hook_timeout,
+        freeze: args.freeze,
+    };
+    let in_use = disks.iter().zip(&mounts).flat_map(|(disk, mounts)| mounts.iter().map(move |m| (disk, m)));
+    // What will be frozen is no reason to worry.
+    for (disk, mount) in in_use.filter(|_| wishes.freeze.is_none()) {
         let path = disk.source.path().display();
         eprintln!("mt-agent: {path} is in use ({mount}): what arrives is not one point in time");
     }
@@ -149,12 +205,14 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let tls = identity.client_config().map_err(Failure::failed)?;
     let runtime = tokio::runtime::Runtime::new().map_err(Failure::failed)?;
     let screen = Screen::new(&disks);
+    let still = Arc::new(Still::new(args.machine.clone(), disks.len(), wishes));
     let mut ended: Vec<Option<Ended>> = disks.iter().map(|_| None).collect();
     let mut printed = Ok(());
+    let mut after_reading: Result<(), still::Error> = Ok(());
     let interrupted = runtime.block_on(async {
         let mut interrupt = signal(SignalKind::interrupt()).map_err(Failure::failed)?;
         let mut terminate = signal(SignalKind::terminate()).map_err(Failure::failed)?;
-        let sending = send::send(&plan, tls, disks, |index, result| {
+        let sending = send::send(&plan, tls, &still, disks, |index, result| {
             let result = result.map_err(Unsent::from);
             let one = Ended { result, after: screen.started.elapsed() };
             if let Err(failure) = screen.ended(index, &one, args.json) {
@@ -162,12 +220,15 @@ pub fn run(args: Args) -> Result<(), Failure> {
             }
             ended[index] = Some(one);
         });
-        Ok::<_, Failure>(tokio::select! {
+        let interrupted = tokio::select! {
             () = sending => false,
             _ = interrupt.recv() => true,
             _ = terminate.recv() => true,
             () = screen.show() => unreachable!("the display never ends by itself"),
-        })
+        };
+        // A thaw, and a hook, which has its limit: a second signal changes nothing.
+        after_reading = still.end().await;
+        Ok::<_, Failure>(interrupted)
     })?;
     // A reader that waits for a broken device must not hold up the exit.
     runtime.shutdown_background();
@@ -189,13 +250,18 @@ pub fn run(args: Args) -> Result<(), Failure> {
             "machine": args.machine,
             "dry_run": false,
             "seconds": after.as_secs_f64(),
+            "post_hook_error": after_reading.as_ref().err().map(|error| chain(error)),
             "disks": screen.disks.iter().zip(&ends).map(|(disk, end)| disk.json(end)).collect::<Vec<_>>(),
         }))?;
     }
     printed?;
     let failed: Vec<&Unsent> = ends.iter().filter_map(|end| end.result.as_ref().err()).collect();
     if failed.is_empty() {
-        return Ok(());
+        // The point is there all the same.
+        return after_reading.map_err(Failure::failed);
+    }
+    if let Err(error) = after_reading {
+        eprintln!("mt-agent: {}", chain(&error));
     }
     let text = format!(
         "{}{} of {} disks of {} were not sent",

@@ -7,7 +7,7 @@ use std::time::Duration;
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::body::Bytes;
 use hyper::header::HOST;
-use hyper::{Request, StatusCode};
+use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use mt_agent::agent::status::{Report, SCHEMA_VERSION, VolumeReport};
 use mt_agent::error::IoError;
@@ -41,8 +41,9 @@ pub struct Args {
     places: Places,
 }
 
+/// Why the service did not answer.
 #[derive(Debug, thiserror::Error)]
-enum Error {
+pub(super) enum Error {
     #[error(
         "the service is not running: nobody answers on {}; start it with \
          `mt-agent serve`", .0.display()
@@ -122,20 +123,22 @@ fn render(mut report: Report, args: &Args) -> Result<String, Error> {
 }
 
 async fn fetch(socket: &Path) -> Result<Report, Error> {
-    match tokio::time::timeout(PATIENCE, ask(socket, "/v1/status")).await {
-        Ok(answer) => {
-            let foreign = |error: serde_json::Error| Error::Foreign(socket.to_owned(), error.into());
-            let value: serde_json::Value = serde_json::from_slice(&answer?).map_err(foreign)?;
-            match value.get("schema_version").and_then(serde_json::Value::as_u64) {
-                Some(version) if version != u64::from(SCHEMA_VERSION) => Err(Error::Schema(version)),
-                _ => serde_json::from_value(value).map_err(foreign),
-            }
-        }
-        Err(_) => Err(Error::Silent(socket.to_owned())),
+    let answer = ask(socket, Method::GET, "/v1/status").await?;
+    let foreign = |error: serde_json::Error| Error::Foreign(socket.to_owned(), error.into());
+    let value: serde_json::Value = serde_json::from_slice(&answer).map_err(foreign)?;
+    match value.get("schema_version").and_then(serde_json::Value::as_u64) {
+        Some(version) if version != u64::from(SCHEMA_VERSION) => Err(Error::Schema(version)),
+        _ => serde_json::from_value(value).map_err(foreign),
     }
 }
 
-async fn ask(socket: &Path, path: &str) -> Result<Bytes, Error> {
+/// Asks the service over its control socket.
+pub(super) async fn ask(socket: &Path, method: Method, path: &str) -> Result<Bytes, Error> {
+    let answer = tokio::time::timeout(PATIENCE, ask_patiently(socket, method, path)).await;
+    answer.unwrap_or_else(|_| Err(Error::Silent(socket.to_owned())))
+}
+
+async fn ask_patiently(socket: &Path, method: Method, path: &str) -> Result<Bytes, Error> {
     let stream = tokio::net::UnixStream::connect(socket).await.map_err(|error| match error.kind() {
         io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Error::NotRunning(socket.to_owned()),
         kind => {
@@ -147,7 +150,9 @@ async fn ask(socket: &Path, path: &str) -> Result<Bytes, Error> {
     let (mut sender, connection) =
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(foreign)?;
     let driver = tokio::spawn(connection);
-    let request = Request::get(path)
+    let request = Request::builder()
+        .method(method)
+        .uri(path)
         .header(HOST, "localhost")
         .body(Empty::<Bytes>::new())
         .map_err(|error| Error::Foreign(socket.to_owned(), error.into()))?;

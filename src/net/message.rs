@@ -192,6 +192,12 @@ pub struct Open {
     /// The compressions that the client can send. Unknown names are passed over; `raw` needs no mention.
     #[serde(default, deserialize_with = "known_encodings")]
     pub compression: Vec<Encoding>,
+    /// The consistency group whose point the pass is a part of, if any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<Name>,
+    /// With a group, all disks of the machine that are sent for its point, this one among them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<Name>,
 }
 
 /// The answer to [`Open`].
@@ -214,6 +220,9 @@ pub struct OpenReply {
     /// Whether the volume likely holds much of what the source does, so that comparing pays.
     #[serde(default)]
     pub alike: bool,
+    /// The point of the group, which the pass must lead to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub point: Option<PointId>,
 }
 
 fn known_encodings<'de, D: Deserializer<'de>>(names: D) -> Result<Vec<Encoding>, D::Error> {
@@ -503,8 +512,14 @@ mod tests {
             size: 1 << 30,
             sector: 512,
             compression: vec![Encoding::Lz4, Encoding::Zstd],
+            group: None,
+            disks: Vec::new(),
         };
         let json = r#"{"disk":"sda","size":1073741824,"sector":512,"compression":["lz4","zstd"]}"#;
+        assert_eq!(text(&open), json);
+        assert_eq!(parse::<Open>(json.as_bytes()).unwrap(), open);
+        let json = r#"{"disk":"sda","size":1073741824,"sector":512,"compression":["lz4","zstd"],"group":"shop","disks":["sda"]}"#;
+        let open = Open { group: Some("shop".parse().unwrap()), disks: vec!["sda".parse().unwrap()], ..open };
         assert_eq!(text(&open), json);
         assert_eq!(parse::<Open>(json.as_bytes()).unwrap(), open);
         let (point, disks) = (PointId(1), vec!["sda".parse().unwrap()]);

@@ -8,9 +8,10 @@
 mod digester;
 mod receiving;
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use time::OffsetDateTime;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
@@ -55,6 +56,8 @@ pub struct Opened {
     pub baseline: Option<PointId>,
     /// Whether it likely holds much of what the source does.
     pub alike: bool,
+    /// For a pass of a group's point, the point, and how far it is.
+    pub group: Option<(PointId, watch::Receiver<Stage>)>,
     /// The window to grant, in bytes; at least one data frame and at most the volume's arena.
     pub window: u64,
     /// What the session counts.
@@ -72,34 +75,103 @@ pub type Reader = Box<dyn FnOnce(&Arena) -> Result<Box<dyn Storage>, IoError> + 
 ///
 /// It is dropped where the pass ends before its [`prepare`](Self::prepare): whoever waits for it learns so then.
 pub trait Passes: Send {
-    /// A pass begins. For a delta pass, the journal that saves what it overwrites; for an initial one `None`: from here
-    /// on the content of the volume is neither the old nor the new.
-    fn begin(&mut self, begin: &Begin) -> Result<Option<Writer>, message::Error>;
-    /// The volume holds the pass, whole and durable, with `saved` bytes in its journal. The answer comes once all
-    /// disks of the point have said so, and their point is recorded: with the time that it was recorded with. A crash
-    /// before the record leaves an open pass.
-    fn prepare(&mut self, commit: &Commit, saved: u64) -> Result<Decision, message::Error>;
+    /// A pass begins.
+    fn begin(&mut self, begin: &Begin) -> Result<Begun, message::Error>;
+    /// The volume holds the pass, whole and durable, with `saved` bytes in its journal. [`Stage::Recorded`] comes once all
+    /// disks of the point have said so. A crash before that leaves an open pass.
+    fn prepare(&mut self, commit: &Commit, saved: u64) -> Result<(), message::Error>;
     /// The point is recorded.
     fn committed(&mut self, commit: &Commit) -> Result<(), message::Error>;
     /// A write or flush failed.
     fn fault(&mut self, fault: &Fault) -> Result<(), message::Error>;
 }
 
-/// What became of a point, once it is known.
-pub type Decision = oneshot::Receiver<Result<OffsetDateTime, message::Error>>;
+/// A pass that began.
+pub struct Begun {
+    /// For a delta pass, the journal that saves what it overwrites; for an initial one `None`: from here on the content of
+    /// the volume is neither the old nor the new.
+    pub writer: Option<Writer>,
+    /// How far the point is that it leads to.
+    pub stage: watch::Receiver<Stage>,
+}
+
+/// How far a point is: all its sessions go through it side by side.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Stage {
+    /// These machines of the group have not opened all their disks yet.
+    Gathering(Vec<Name>),
+    /// All disks are open; these machines have not begun all their passes yet.
+    Beginning(Vec<Name>),
+    /// All passes have begun: nobody is read before that, and so there was one moment at which all machines stood still.
+    Begun,
+    /// The point is there, recorded at this time.
+    Recorded(OffsetDateTime),
+    /// There will be no such point.
+    Lost(message::Error),
+}
+
+impl Stage {
+    /// What a session that waits for more tells its user.
+    fn awaits(&self) -> Option<String> {
+        let list = |machines: &[Name]| machines.iter().map(Name::as_str).collect::<Vec<_>>().join(", ");
+        match self {
+            Stage::Gathering(machines) => {
+                Some(format!("waiting for the other machines of the group: {}", list(machines)))
+            }
+            Stage::Beginning(machines) => {
+                Some(format!("waiting until all disks of these have begun: {}", list(machines)))
+            }
+            Stage::Begun | Stage::Recorded(_) | Stage::Lost(_) => None,
+        }
+    }
+}
+
+/// Which sessions must end.
+#[derive(Debug, Default)]
+pub struct Ending {
+    /// All of them: the service stops.
+    pub service: bool,
+    /// Those of machines that are being failed over; also those that come before the given moment.
+    pub machines: HashMap<Name, Instant>,
+}
+
+impl Ending {
+    /// Why the sessions of this machine must end, if they must.
+    fn reason(&self, machine: Option<&Name>) -> Option<message::Error> {
+        if self.service {
+            let text = "the service stops; run `mt-agent send` again once it is back";
+            return Some(message::Error::new(Code::ShuttingDown, text));
+        }
+        let until = self.machines.get(machine?)?;
+        (Instant::now() < *until).then(|| {
+            let text =
+                "the machine is being failed over on the master target, which receives nothing more for it";
+            message::Error::new(Code::Refused, text)
+        })
+    }
+}
 
 /// How long a session waits.
 #[derive(Clone, Copy, Debug)]
 pub struct Patience {
     /// For a message that the protocol's state demands.
     pub handshake: Duration,
+    /// For the other machines of a group.
+    pub gather: Duration,
+    /// From an open disk to its pass: the client's hooks run then, and its file systems are frozen.
+    pub begin: Duration,
     /// For a sign of life in an open pass, while the server has nothing left to carry out.
     pub idle: Duration,
 }
 
 impl Default for Patience {
     fn default() -> Patience {
-        Patience { handshake: Duration::from_secs(15), idle: Duration::from_secs(300) }
+        Patience {
+            handshake: Duration::from_secs(15),
+            gather: Duration::from_secs(5 * 60),
+            begin: Duration::from_secs(10 * 60),
+            idle: Duration::from_secs(300),
+        }
     }
 }
 
@@ -127,22 +199,22 @@ impl Error {
     }
 }
 
-/// Speaks with one client until it closes the connection, or until `stopping` becomes true. `machine` is the one
-/// that its certificate names; without one it may only enrol.
+/// Speaks with one client until it closes the connection, or must end. `machine` is the one that its certificate names;
+/// without one it may only enrol.
 pub async fn serve<S>(
     stream: S,
     peer: SocketAddr,
     machine: Option<Name>,
     host: Arc<dyn Host>,
     patience: Patience,
-    stopping: watch::Receiver<bool>,
+    ending: watch::Receiver<Ending>,
 ) -> Result<(), Error>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let (mut reader, writer) = tokio::io::split(stream);
     let writer = Mutex::new(writer);
-    let result = converse(&mut reader, &writer, peer, machine, host, patience, stopping).await;
+    let result = converse(&mut reader, &writer, peer, machine, host, patience, ending).await;
     let mut writer = writer.into_inner();
     match &result {
         Ok(()) => {
@@ -184,14 +256,17 @@ async fn within<T>(limit: Duration, next: impl Future<Output = Result<T, wire::E
     }
 }
 
-/// Waits until the service stops.
-async fn stopped(stopping: &mut watch::Receiver<bool>) -> Error {
-    if stopping.wait_for(|stop| *stop).await.is_err() {
-        // Whoever could say so is gone.
-        std::future::pending::<()>().await;
+/// Waits until the session must end.
+async fn stopped(ending: &mut watch::Receiver<Ending>, machine: Option<&Name>) -> Error {
+    let reason = match ending.wait_for(|ending| ending.reason(machine).is_some()).await {
+        Ok(ending) => ending.reason(machine),
+        Err(_) => None,
+    };
+    match reason {
+        Some(reason) => reason.into(),
+        // Whoever could say so is gone; or the machine may be received again, in this very moment.
+        None => std::future::pending().await,
     }
-    let text = "the service stops; run `mt-agent send` again once it is back";
-    message::Error::new(Code::ShuttingDown, text).into()
 }
 
 /// Runs what may block off the runtime.
@@ -208,12 +283,11 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
     machine: Option<Name>,
     host: Arc<dyn Host>,
     patience: Patience,
-    stopping: watch::Receiver<bool>,
+    mut ending: watch::Receiver<Ending>,
 ) -> Result<(), Error> {
-    let mut stop = stopping.clone();
     let greeting = tokio::select! {
         greeting = within(patience.handshake, wire::read_message(reader)) => greeting,
-        error = stopped(&mut stop) => return Err(error),
+        error = stopped(&mut ending, machine.as_ref()) => return Err(error),
     };
     let hello: Hello = match greeting {
         // A port scan, or a health check.
@@ -224,7 +298,7 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
     wire::write_message(&mut *writer.lock().await, 0, &reply).await?;
     let request = tokio::select! {
         request = within(patience.handshake, wire::read_header(reader)) => request,
-        error = stopped(&mut stop) => return Err(error),
+        error = stopped(&mut ending, machine.as_ref()) => return Err(error),
     };
     let header = match request {
         Err(Error::Wire(wire::Error::Closed)) => return Ok(()),
@@ -248,7 +322,8 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
     let (fault_sender, mut fault) = oneshot::channel();
     let events = report.clone().events(fault_sender);
     let encodings = open.compression.clone();
-    let opened = off_runtime(move || host.open(&machine, &open, events)).await??;
+    let of_machine = machine.clone();
+    let opened = off_runtime(move || host.open(&of_machine, &open, events)).await??;
     let Opened {
         volume,
         device_size,
@@ -256,11 +331,13 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
         reader: digests_of,
         baseline,
         alike,
+        group,
         window,
         counters,
         passes,
         hold,
     } = opened;
+    let (point, stage) = group.unzip();
     report.counters.get_or_init(|| counters.clone());
     let reply = OpenReply {
         window,
@@ -270,6 +347,7 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
         compression: encodings.into_iter().filter(|encoding| *encoding != Encoding::Raw).collect(),
         baseline,
         alike,
+        point,
     };
     let (digests, mut digested) = mpsc::channel(2);
     let mut pass = Receiving {
@@ -282,14 +360,12 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
         encodings: reply.compression.clone(),
         patience,
         pass: None,
+        stage,
         compressed: Vec::new(),
         comparing: Comparing::Possible { reader: digests_of, output: digests },
     };
-    let result = async {
-        wire::write_message(&mut *writer.lock().await, 0, &reply).await?;
-        pass.run(reader, writer, &mut fault, &mut digested, stopping).await
-    }
-    .await;
+    let stopped = stopped(&mut ending, Some(&machine));
+    let result = pass.run(reader, writer, &reply, &mut fault, &mut digested, stopped).await;
     // Its thread has nobody to talk to any more, and ends.
     drop(digested);
     // The device is closed before the connection is: a sender that connects again finds it free. Only a disk that

@@ -53,6 +53,8 @@ struct File {
     machine: Spanned<Text<Name>>,
     #[serde(with = "time::serde::rfc3339")]
     created: OffsetDateTime,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    group: Option<Text<Name>>,
     disk: Vec<Spanned<Disk>>,
 }
 
@@ -168,7 +170,8 @@ pub fn parse(bytes: &[u8]) -> Result<Protection, ParseError> {
         }
         disks.push(disk.check(span).map_err(|(offset, what)| at(offset, what))?);
     }
-    Ok(Protection { machine: file.machine.into_inner().0, created: file.created, disks })
+    let group = file.group.map(|group| group.0);
+    Ok(Protection { machine: file.machine.into_inner().0, created: file.created, group, disks })
 }
 
 impl Disk {
@@ -258,6 +261,7 @@ pub fn encode(protection: &Protection) -> Result<String, toml::ser::Error> {
         schema_version: SCHEMA_VERSION,
         machine: written(Text(protection.machine.clone())),
         created: protection.created,
+        group: protection.group.clone().map(Text),
         disk: disk.collect(),
     };
     let text = toml::to_string(&file)?;

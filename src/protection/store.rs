@@ -1,6 +1,6 @@
 //! The files of the protections: read as they are, changed one at a time, durable before anyone is told.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
@@ -145,6 +145,52 @@ impl Store {
         Ok(self.owners()?.into_iter().map(|(id, (machine, _))| (id, machine.to_string())).collect())
     }
 
+    /// The machines that belong to a group.
+    ///
+    /// # Errors
+    /// [`Error::NoGroup`] where none does; and where any file cannot be read, which may be that of a member.
+    pub fn members(&self, group: &Name) -> Result<BTreeSet<Name>, Error> {
+        let mut members = BTreeSet::new();
+        for (machine, protection) in self.all()? {
+            if protection?.group.as_ref() == Some(group) {
+                members.insert(machine);
+            }
+        }
+        if members.is_empty() { Err(Error::NoGroup(group.clone())) } else { Ok(members) }
+    }
+
+    /// Makes a group of exactly these machines; of none, there is no such group any more. Gives what it was before.
+    ///
+    /// Each machine's file is replaced on its own: a crash leaves some of them changed. Calling it again makes it whole.
+    ///
+    /// # Errors
+    /// [`Error::NoMachine`], [`Error::Grouped`]: nothing was changed; [`Error::NoGroup`] where none is to be taken away.
+    pub fn set_group(&self, group: &Name, machines: &BTreeSet<Name>) -> Result<BTreeSet<Name>, Error> {
+        for machine in machines {
+            self.load(machine)?;
+        }
+        let _exclusive = self.exclusive()?;
+        let before = match self.members(group) {
+            Err(Error::NoGroup(_)) if !machines.is_empty() => BTreeSet::new(),
+            members => members?,
+        };
+        let mut changed = Vec::new();
+        for machine in machines.union(&before) {
+            let mut protection = self.load(machine)?;
+            match &protection.group {
+                Some(other) if other != group => {
+                    return Err(Error::Grouped { machine: machine.clone(), group: other.clone() });
+                }
+                _ => protection.group = machines.contains(machine).then(|| group.clone()),
+            }
+            changed.push(protection);
+        }
+        for protection in changed {
+            self.write(&protection)?;
+        }
+        Ok(before)
+    }
+
     /// As [`Store::assigned`], as far as it can be read; and why the rest cannot.
     pub fn known(&self) -> (BTreeMap<DiskId, String>, Vec<String>) {
         let (mut assigned, mut unread) = (BTreeMap::<DiskId, String>::new(), Vec::new());
@@ -181,6 +227,7 @@ impl Store {
         let mut merged = current.unwrap_or_else(|| Protection {
             machine: machine.clone(),
             created: now(),
+            group: None,
             disks: Vec::new(),
         });
         let mut refused = Vec::new();

@@ -547,13 +547,14 @@ fn any_state() -> impl Strategy<Value = (State, Option<Commit>)> {
 
 proptest! {
     #[test]
-    fn every_protection_comes_back(states in proptest::collection::vec(any_state(), 1..5)) {
+    fn every_protection_comes_back(states in proptest::collection::vec(any_state(), 1..5), grouped: bool) {
         let disks = states.into_iter().enumerate().map(|(n, (state, last_commit))| {
             Assignment { state, last_commit, ..assignment(&format!("d{n}"), n as u32) }
         });
         let protection = Protection {
             machine: name("web01"),
             created: OffsetDateTime::from_unix_timestamp(0).unwrap(),
+            group: grouped.then(|| name("shop")),
             disks: disks.collect(),
         };
         let text = file::encode(&protection).unwrap();

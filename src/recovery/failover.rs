@@ -51,15 +51,30 @@ impl To {
     /// # Errors
     /// [`Error::Refused`] where there is none.
     pub fn find<'a>(&self, log: &'a Log, machine: &Name) -> Result<&'a Point, Error> {
+        self.find_common(log, machine, &[])
+    }
+
+    /// The point of the machine and of all these others that it means.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] where there is none.
+    pub fn find_common<'a>(&self, log: &'a Log, machine: &Name, others: &[Name]) -> Result<&'a Point, Error> {
+        let of_all = |point: &&Point| others.iter().all(|other| point.is_of(other));
+        let mut points = log.points(machine).filter(of_all);
         let found = match self {
             // A moment is meant: what is none serves only whoever asks for it by its name.
-            To::Latest => log.points(machine).rfind(|point| !point.fuzzy),
-            To::LatestApplication => {
-                log.points(machine).rfind(|point| point.kind == Kind::Application && !point.fuzzy)
-            }
-            To::Id(id) => log.get(*id).filter(|point| point.is_of(machine)),
-            To::Time(time) => log.points(machine).rfind(|point| point.time <= *time && !point.fuzzy),
+            To::Latest => points.rfind(|point| !point.fuzzy),
+            To::LatestApplication => points.rfind(|point| point.kind == Kind::Application && !point.fuzzy),
+            To::Id(id) => log.get(*id).filter(|point| point.is_of(machine)).filter(of_all),
+            To::Time(time) => points.rfind(|point| point.time <= *time && !point.fuzzy),
         };
+        if let (None, [other, ..]) = (found, others) {
+            let text = format!(
+                "machines {machine} and {other} have no such point together; `mt-agent points {machine}` shows those of their \
+                 group, and each can be failed over alone"
+            );
+            return Err(Error::Refused(text));
+        }
         found.ok_or_else(|| {
             let text = match (self, log.newest(machine)) {
                 (_, None) => format!("machine {machine} has no points; the first pass of `mt-agent send` makes one"),

@@ -14,22 +14,35 @@ use tokio::time::{sleep, timeout};
 use super::encode::Piece;
 use super::limit::Limiter;
 use super::source::{self, Ask, Output, Source};
+use super::still::{Still, Worth};
 use super::{AHEAD, Compression, Done, Error, MOST_DIFFERENCES, PATIENCE, Point, Progress, Scope};
 use crate::digest::{self, Digest};
 use crate::name::Name;
 use crate::net::frame::{Header, Kind, MAX_DATA};
 use crate::net::message::{
-    Begin, BeginReply, Commit, Committed, Hello, HelloReply, Notice, Open, OpenReply, PROTOCOL, PassKind,
+    Begin, BeginReply, Code, Commit, Committed, Hello, HelloReply, Message, Notice, Open, OpenReply,
+    PROTOCOL, PassKind,
 };
 use crate::net::wire;
 use crate::pass::PassId;
 use crate::storage::device::EngineChoice;
 use crate::units::Extent;
 
+/// One disk to open on the master target.
+#[derive(Clone)]
+pub(super) struct Opening {
+    pub(super) disk: Name,
+    pub(super) source: Arc<Source>,
+    pub(super) compression: Compression,
+    pub(super) group: Option<Name>,
+    /// All disks of the point.
+    pub(super) disks: Vec<Name>,
+}
+
 /// One disk to send.
 pub(super) struct Job {
-    pub(super) disk: Name,
     pub(super) point: Point,
+    pub(super) still: Arc<Still>,
     pub(super) source: Arc<Source>,
     pub(super) progress: Arc<Progress>,
     pub(super) compression: Compression,
@@ -44,10 +57,13 @@ const MAX_DAMAGED: u64 = 16;
 /// How many frames wait between the reading thread and the connection.
 const QUEUE: usize = 8;
 
-/// Carries out a pass over a fresh connection; returns when it was acknowledged.
-pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, job: &Job) -> Result<Done, Error> {
-    let begun = timeout(PATIENCE, begin(&mut stream, job));
-    let (pass, compare, reply) = begun.await.map_err(|_| Error::Silent(PATIENCE))??;
+/// Carries out a pass over a connection on which the disk was opened; returns when it was acknowledged.
+pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
+    mut stream: S,
+    reply: &OpenReply,
+    job: &Job,
+) -> Result<Done, Error> {
+    let (pass, compare) = begin(&mut stream, reply, job).await?;
     let compression = match job.compression.encodings().iter().all(|one| reply.compression.contains(one)) {
         true => job.compression,
         false => Compression::Off,
@@ -92,13 +108,13 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, job: &
         let mut listen = pin!(shared.listen(&mut reader, job));
         let talk = pin!(shared.talk(&mut writer, pieces, job));
         let sent = tokio::select! {
-            result = &mut listen => Err(result),
+            result = &mut listen => Err(result.map_err(given_up)),
             sent = talk => Ok(sent),
         };
         match sent {
             Err(early) => Ok(Done::Committed(early?)),
             Ok(Ok(())) if job.scope == Scope::Verify => Ok(Done::Compared),
-            Ok(Ok(())) => Ok(Done::Committed(listen.await?)),
+            Ok(Ok(())) => Ok(Done::Committed(listen.await.map_err(given_up)?)),
             Ok(Err(error)) => Err((error, timeout(LAST_WORD, listen).await)),
         }
     };
@@ -109,7 +125,9 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, job: &
             Ok(done)
         }
         // Where writing failed, the peer has likely said why before it closed: that is the better answer.
-        Err((Error::Wire(wire::Error::Io { .. }), Ok(result))) => result.map(Done::Committed),
+        Err((Error::Wire(wire::Error::Io { .. }), Ok(result))) => {
+            result.map(Done::Committed).map_err(given_up)
+        }
         Err((error, _)) => Err(error),
     }
 }
@@ -117,10 +135,16 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, job: &
 /// How long to wait for the peer's reason after writing to it failed.
 const LAST_WORD: Duration = Duration::from_secs(3);
 
-async fn begin<S: AsyncRead + AsyncWrite + Unpin>(
-    stream: &mut S,
-    job: &Job,
-) -> Result<(PassId, bool, OpenReply), Error> {
+/// A pass that the master target does not want any more is no broken one.
+fn given_up(error: Error) -> Error {
+    match error {
+        Error::Wire(wire::Error::Peer(refusal)) if refusal.code == Code::Refused => Error::Ended(refusal),
+        error => error,
+    }
+}
+
+/// The answer to what was sent last, past what the user is told meanwhile. As long as it tells something, it is not silent.
+async fn answer<T: Message, S: AsyncRead + Unpin>(stream: &mut S) -> Result<T, Error> {
     // Nothing was sent yet: a refusal here is an answer, not a broken pass.
     let refused = |error| match error {
         wire::Error::Peer(refusal) => Error::Refused(refusal),
@@ -129,30 +153,73 @@ async fn begin<S: AsyncRead + AsyncWrite + Unpin>(
         }
         other => Error::Wire(other),
     };
-    wire::write_message(stream, 0, &Hello::ours()).await.map_err(refused)?;
-    let hello: HelloReply = wire::read_message(stream).await.map_err(refused)?;
+    let silent = |_| Error::Silent(PATIENCE);
+    loop {
+        let header = timeout(PATIENCE, wire::read_header(stream)).await.map_err(silent)?.map_err(refused)?;
+        if header.kind != Kind::Notice {
+            let message = timeout(PATIENCE, wire::read_message_body(stream, &header)).await;
+            return message.map_err(silent)?.map_err(refused);
+        }
+        let notice = timeout(PATIENCE, wire::read_message_body(stream, &header)).await;
+        let notice: Notice = notice.map_err(silent)?.map_err(refused)?;
+        tracing::warn!("{}", notice.message);
+    }
+}
+
+/// Says something that is answered.
+async fn ask<T: Message, S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut S,
+    message: &impl Message,
+) -> Result<T, Error> {
+    let written = timeout(PATIENCE, wire::write_message(stream, 0, message)).await;
+    match written.map_err(|_| Error::Silent(PATIENCE))? {
+        // The peer may have said why before it closed.
+        Ok(()) | Err(wire::Error::Io { .. }) => answer(stream).await,
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Opens a disk on the master target, over a fresh connection; for a group returns when all of its machines have.
+pub(super) async fn open<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut S,
+    opening: &Opening,
+) -> Result<OpenReply, Error> {
+    let hello: HelloReply = ask(stream, &Hello::ours()).await?;
     if hello.protocol != PROTOCOL {
         return Err(Error::Broken("it chose a version of the protocol that was not offered"));
     }
     let open = Open {
-        disk: job.disk.clone(),
-        size: job.source.size().0,
-        sector: job.source.sector(),
-        compression: job.compression.encodings(),
+        disk: opening.disk.clone(),
+        size: opening.source.size().0,
+        sector: opening.source.sector(),
+        compression: opening.compression.encodings(),
+        group: opening.group.clone(),
+        disks: opening.group.as_ref().map_or_else(Vec::new, |_| opening.disks.clone()),
     };
-    wire::write_message(stream, 0, &open).await.map_err(refused)?;
-    let reply: OpenReply = wire::read_message(stream).await.map_err(refused)?;
+    let reply: OpenReply = ask(stream, &open).await?;
     if u64::from(reply.max_payload) < MAX_DATA || reply.window < MAX_DATA {
         return Err(Error::Broken("it takes only frames that are smaller than those of this version"));
     }
     if reply.volume_size < open.size {
         return Err(Error::Broken("it opened a volume that is smaller than the source"));
     }
+    if reply.point.is_some() != open.group.is_some() {
+        return Err(Error::Broken("it does not know of groups"));
+    }
     // The target is open now, so that it can be seen to be the source; and nothing was written to it.
-    let source = job.source.clone();
+    let source = opening.source.clone();
     if let Ok(Some(receiver)) = tokio::task::spawn_blocking(move || source.receiver()).await {
         return Err(Error::Itself(receiver));
     }
+    Ok(reply)
+}
+
+/// Begins the pass; returns when all passes of the point have begun.
+async fn begin<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut S,
+    reply: &OpenReply,
+    job: &Job,
+) -> Result<(PassId, bool), Error> {
     let mut id = [0; 16];
     getrandom::fill(&mut id)
         .map_err(|error| wire::Error::Io { op: "draw random bits", source: error.into() })?;
@@ -170,9 +237,8 @@ async fn begin<S: AsyncRead + AsyncWrite + Unpin>(
     };
     let (point, disks) = (job.point.id, job.point.disks.clone());
     let begin = Begin { pass, kind, point, disks, compare: compare.then_some(digest::UNIT) };
-    wire::write_message(stream, 0, &begin).await.map_err(refused)?;
-    let BeginReply {} = wire::read_message(stream).await.map_err(refused)?;
-    Ok((pass, compare, reply))
+    let BeginReply {} = ask(stream, &begin).await?;
+    Ok((pass, compare))
 }
 
 impl Job {
@@ -407,8 +473,9 @@ impl Shared {
             return Ok(());
         }
         self.committed_bytes.store(bytes, Ordering::Relaxed);
+        let Worth { kind, point_in_time } = job.still.read().await;
         self.committing.store(true, Ordering::Release);
-        let Point { time, kind, name, point_in_time, .. } = job.point.clone();
+        let Point { time, name, .. } = job.point.clone();
         let commit = Commit { pass: self.pass, frames: sequence, bytes, point_in_time, time, kind, name };
         wire::write_message(writer, sequence, &commit).await?;
         Ok(())

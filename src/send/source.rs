@@ -119,6 +119,11 @@ impl Source {
         views::of(sysroot, &self.file).iter().flat_map(|devno| roles::mounted(sysroot, devno)).collect()
     }
 
+    /// The device numbers of all that shows the source here.
+    pub(super) fn devnos(&self) -> Vec<String> {
+        views::of(&Sysroot::default(), &self.file)
+    }
+
     /// The agent of this host that receives into the source, if one does: device and process.
     pub(super) fn receiver(&self) -> Option<String> {
         views::receiver_into(&Sysroot::default(), &self.file)

@@ -8,17 +8,17 @@ use std::time::Instant;
 
 use time::OffsetDateTime;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::watch;
 
-use super::session::{Job, run};
+use super::session::{Job, Opening, open, run};
+use super::still::Wishes;
 use super::*;
 use crate::error::IoError;
-use crate::journal::Writer;
 use crate::net::frame::{HEADER_LEN, Header, Kind};
 use crate::net::message::{
     Begin, BeginReply, Code, Commit, Enroll, EnrollReply, Hello, HelloReply, Open, OpenReply,
 };
-use crate::net::session::{self as server, Decision, Host, Opened, Passes, Patience, Reader};
+use crate::net::session::{self as server, Begun, Ending, Host, Opened, Passes, Patience, Reader, Stage};
 use crate::storage::Storage;
 use crate::storage::device::Engine;
 use crate::storage::fault::FaultDisk;
@@ -75,12 +75,12 @@ impl Host for Bench {
         }
         let arena = Arena::new(WINDOW as usize).unwrap();
         let volume = Volume::start("bench", Box::new(storage), open.size, arena, events).unwrap();
-        let passes = Box::new(Story(self.story.clone(), self.disk.clone()));
         let again = self.disk.clone();
         let reader: Reader = Box::new(move |_| {
             let again = again.open().map_err(|error| IoError::new("open", "bench", error))?;
             Ok(Box::new(again))
         });
+        let passes = Box::new(Story(self.story.clone(), self.disk.clone(), watch::Sender::new(Stage::Begun)));
         Ok(Opened {
             volume,
             device_size,
@@ -88,6 +88,7 @@ impl Host for Bench {
             reader,
             baseline: None,
             alike: self.alike,
+            group: None,
             window: WINDOW,
             counters: self.counters.clone(),
             passes,
@@ -96,20 +97,19 @@ impl Host for Bench {
     }
 }
 
-struct Story(Arc<Mutex<Vec<String>>>, FaultDisk);
+struct Story(Arc<Mutex<Vec<String>>>, FaultDisk, watch::Sender<Stage>);
 
 impl Passes for Story {
-    fn begin(&mut self, _: &Begin) -> Result<Option<Writer>, message::Error> {
+    fn begin(&mut self, _: &Begin) -> Result<Begun, message::Error> {
         self.0.lock().unwrap().push(format!("begin after {} events", self.1.log().len()));
-        Ok(None)
+        Ok(Begun { writer: None, stage: self.2.subscribe() })
     }
-    fn prepare(&mut self, commit: &Commit, _: u64) -> Result<Decision, message::Error> {
+    fn prepare(&mut self, commit: &Commit, _: u64) -> Result<(), message::Error> {
         let log = self.1.log();
         assert_eq!(log.last(), Some(&crate::storage::fault::Event::Flush), "recorded before the flush");
         self.0.lock().unwrap().push(format!("commit of {} bytes", commit.bytes));
-        let (sender, decision) = oneshot::channel();
-        sender.send(Ok(OffsetDateTime::now_utc())).unwrap();
-        Ok(decision)
+        self.2.send_replace(Stage::Recorded(OffsetDateTime::now_utc()));
+        Ok(())
     }
     fn committed(&mut self, _: &Commit) -> Result<(), message::Error> {
         Ok(())
@@ -153,8 +153,6 @@ fn point() -> Point {
         id: PointId(1),
         disks: vec!["root".parse().unwrap()],
         time: OffsetDateTime::now_utc(),
-        kind: crate::points::Kind::Crash,
-        point_in_time: true,
         name: None,
     }
 }
@@ -174,8 +172,8 @@ async fn transfer_of(
     file.write_all(content).unwrap();
     let progress = Arc::new(Progress::default());
     let job = Job {
-        disk: "root".parse().unwrap(),
         point: point(),
+        still: Arc::new(Still::new("web01".parse().unwrap(), 1, Wishes::default())),
         source: Arc::new(Source::open(file.path()).unwrap()),
         progress: progress.clone(),
         compression,
@@ -192,16 +190,30 @@ async fn transfer_of(
         tokio::io::copy(&mut far_read, &mut near_write).await.ok();
         near_write.shutdown().await.ok();
     });
-    let patience = Patience { handshake: Duration::from_secs(5), idle: Duration::from_secs(5) };
-    let (_keep, stopping) = watch::channel(false);
+    let limit = Duration::from_secs(5);
+    let patience = Patience { handshake: limit, gather: limit, begin: limit, idle: limit };
+    let (_keep, ending) = watch::channel(Ending::default());
     let machine = Some("web01".parse().unwrap());
     let peer = "127.0.0.1:1".parse().unwrap();
-    let serve = tokio::spawn(server::serve(server_end, peer, machine, bench.clone(), patience, stopping));
-    let sender = run(client, &job).await;
+    let serve = tokio::spawn(server::serve(server_end, peer, machine, bench.clone(), patience, ending));
+    let sender = pass(client, &job).await;
     let receiver = serve.await.unwrap();
     there.abort();
     back.abort();
     Outcome { sender, receiver, progress }
+}
+
+/// All that a sender does with one disk over a connection.
+async fn pass(mut client: DuplexStream, job: &Job) -> Result<Done, Error> {
+    let opening = Opening {
+        disk: "root".parse().unwrap(),
+        source: job.source.clone(),
+        compression: job.compression,
+        group: None,
+        disks: job.point.disks.clone(),
+    };
+    let reply = open(&mut client, &opening).await?;
+    run(client, &reply, job).await
 }
 
 fn honest() -> Meddler {
@@ -548,8 +560,8 @@ async fn lied_to(liar: Liar) -> Error {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(&content(12 << 20)).unwrap();
     let job = Job {
-        disk: "root".parse().unwrap(),
         point: point(),
+        still: Arc::new(Still::new("web01".parse().unwrap(), 1, Wishes::default())),
         source: Arc::new(Source::open(file.path()).unwrap()),
         progress: Arc::default(),
         compression: Compression::Off,
@@ -558,7 +570,7 @@ async fn lied_to(liar: Liar) -> Error {
         scope: Scope::Differences,
     };
     // The server ends once the client is gone.
-    let talk = async { tokio::join!(run(client, &job), serve) };
+    let talk = async { tokio::join!(pass(client, &job), serve) };
     let (result, _): (_, Result<(), wire::Error>) =
         timeout(Duration::from_secs(20), talk).await.expect("an end");
     result.expect_err("what it was told cannot be")
@@ -569,6 +581,7 @@ async fn a_server_is_not_believed_what_cannot_be() {
     let size = 12 << 20;
     let hello = || HelloReply { protocol: 1, features: Vec::new(), agent: String::new() };
     let open = || OpenReply {
+        point: None,
         window: 8 << 20,
         max_payload: 1 << 20,
         volume_size: size,

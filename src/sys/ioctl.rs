@@ -1,7 +1,7 @@
-//! The ioctls of block, SCSI and loop devices as safe functions.
+//! The ioctls of block, SCSI and loop devices, and of file systems, as safe functions.
 //!
 //! Each takes a descriptor that the caller keeps open, and gives what the kernel said as an [`io::Result`]. None
-//! of them changes a device.
+//! of them changes a device; [`freeze`] and [`thaw`] stop the writes to a file system and let them go on.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -17,6 +17,8 @@ mod raw {
     nix::ioctl_read_bad!(blkroget, 0x125e, c_int);
     nix::ioctl_read_bad!(loop_get_status64, 0x4c05, super::LoopInfo64);
     nix::ioctl_readwrite_bad!(sg_io, 0x2285, super::SgIoHdr);
+    nix::ioctl_readwrite!(fifreeze, b'X', 119, c_int);
+    nix::ioctl_readwrite!(fithaw, b'X', 120, c_int);
 }
 
 /// The size of a block device in bytes (`BLKGETSIZE64`).
@@ -51,6 +53,24 @@ pub fn read_only(device: &impl AsFd) -> io::Result<bool> {
     // SAFETY: the descriptor is open, and the kernel writes one `int` to a local `int`.
     unsafe { raw::blkroget(device.as_fd().as_raw_fd(), &mut flag) }?;
     Ok(flag != 0)
+}
+
+/// Makes the file system on which the file lies whole on its device, and keeps all writers waiting until [`thaw`]
+/// (`FIFREEZE`). `EBUSY` where it is frozen, `EOPNOTSUPP` where it has no such thing.
+pub fn freeze(file: &impl AsFd) -> io::Result<()> {
+    let mut unused = 0;
+    // SAFETY: the descriptor is open, and the kernel does not look at the argument of this request, which is a local `int`
+    // all the same.
+    unsafe { raw::fifreeze(file.as_fd().as_raw_fd(), &mut unused) }?;
+    Ok(())
+}
+
+/// Lets the writers of a frozen file system go on (`FITHAW`). `EINVAL` where it is not frozen.
+pub fn thaw(file: &impl AsFd) -> io::Result<()> {
+    let mut unused = 0;
+    // SAFETY: as for `freeze`.
+    unsafe { raw::fithaw(file.as_fd().as_raw_fd(), &mut unused) }?;
+    Ok(())
 }
 
 /// `struct loop_info64` of `linux/loop.h`.

@@ -82,8 +82,16 @@ impl Client {
     pub async fn open(&mut self, disk: &str, size: u64) -> Result<OpenReply, message::Error> {
         let compression = vec![Encoding::Lz4, Encoding::Zstd];
         self.disk = disk.parse().unwrap();
-        let reply: Result<OpenReply, message::Error> =
-            self.ask(&Open { disk: disk.parse().unwrap(), size, sector: 512, compression }).await;
+        let reply: Result<OpenReply, message::Error> = self
+            .ask(&Open {
+                disk: disk.parse().unwrap(),
+                size,
+                sector: 512,
+                compression,
+                group: None,
+                disks: Vec::new(),
+            })
+            .await;
         if reply.as_ref().is_ok_and(|reply| reply.baseline.is_some()) {
             self.kind = PassKind::Delta;
         }

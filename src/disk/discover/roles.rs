@@ -68,17 +68,8 @@ impl Usage {
     pub(super) fn read(sysroot: &Sysroot, retention: Option<&Path>) -> Usage {
         let mut usage = Usage::default();
         let table = known(mount_table(sysroot), &mut usage.unknown);
-        let mut mounts: Vec<(String, PathBuf)> = Vec::new();
-        for (devno, point, source) in table {
-            // btrfs has a number of its own; its source says where it lies.
-            let devno = match devno.strip_prefix("0:") {
-                Some(_) if source.starts_with("/dev/") => {
-                    resolve(sysroot, &source).and_then(|name| devno_of(sysroot, &name)).unwrap_or(devno)
-                }
-                _ => devno,
-            };
-            mounts.push((devno, point));
-        }
+        let device = |line: Line| (device_of(sysroot, line.devno, &line.source), line.point);
+        let mounts: Vec<(String, PathBuf)> = table.into_iter().map(device).collect();
         let covering = retention.and_then(|path| {
             let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
             // The last one mounted on a point is the one that is seen.
@@ -196,6 +187,52 @@ pub fn mounted(sysroot: &Sysroot, devno: &str) -> Vec<String> {
     if found.system { found.evidence } else { Vec::new() }
 }
 
+/// A file system of this host.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct FileSystem {
+    /// The device number that its files have.
+    pub devno: String,
+    /// Where it is mounted; never nowhere.
+    pub points: Vec<PathBuf>,
+    /// Whether nobody can write to it at all.
+    pub read_only: bool,
+}
+
+/// The file systems that are mounted on the block devices with these numbers, disks or partitions, in the order in which
+/// they were mounted.
+///
+/// # Errors
+/// Where it cannot be known what is mounted.
+pub fn file_systems(sysroot: &Sysroot, devnos: &[String]) -> Result<Vec<FileSystem>, String> {
+    let mut found = Findings::default();
+    let usage = Usage::read(sysroot, None);
+    for devno in devnos {
+        let target = std::fs::read_link(sysroot.path(format!("sys/dev/block/{devno}"))).ok();
+        if let Some(name) = target.as_ref().and_then(|target| target.file_name()?.to_str()) {
+            usage.walk(sysroot, name, &format!("sys/class/block/{name}"), name, None, 0, &mut found);
+        }
+    }
+    // A file system of several devices is mounted by one of them.
+    for uuid in sysroot.names("sys/fs/btrfs") {
+        let members = sysroot.names(format!("sys/fs/btrfs/{uuid}/devices"));
+        let members: Vec<_> = members.iter().filter_map(|member| devno_of(sysroot, member)).collect();
+        if members.iter().any(|member| found.devnos.contains(member)) {
+            found.devnos.extend(members);
+        }
+    }
+    let mut systems: Vec<FileSystem> = Vec::new();
+    for Line { devno, point, source, read_only } in mount_table(sysroot)? {
+        if !found.devnos.contains(&device_of(sysroot, devno.clone(), &source)) {
+            continue;
+        }
+        match systems.iter_mut().find(|known| known.devno == devno) {
+            Some(known) => known.points.push(point),
+            None => systems.push(FileSystem { devno, points: vec![point], read_only }),
+        }
+    }
+    Ok(systems)
+}
+
 /// How a holder is called, and what it is to the device it holds.
 fn holder_of(sysroot: &Sysroot, holder: &str) -> (String, &'static str) {
     let attribute = |path: &str| sysroot.text(format!("sys/block/{holder}/{path}"));
@@ -223,8 +260,28 @@ fn known<T>(table: Result<Vec<T>, String>, unknown: &mut Vec<String>) -> Vec<T> 
     })
 }
 
+/// A line of the table of mounts.
+#[derive(PartialEq, Eq, Debug)]
+struct Line {
+    devno: String,
+    point: PathBuf,
+    source: String,
+    /// The file system, rather than this mount of it.
+    read_only: bool,
+}
+
+/// The device number of what is mounted. btrfs has a number of its own; its source says where it lies.
+fn device_of(sysroot: &Sysroot, devno: String, source: &str) -> String {
+    match devno.strip_prefix("0:") {
+        Some(_) if source.starts_with("/dev/") => {
+            resolve(sysroot, source).and_then(|name| devno_of(sysroot, &name)).unwrap_or(devno)
+        }
+        _ => devno,
+    }
+}
+
 /// What is mounted: see [`mountinfo`].
-fn mount_table(sysroot: &Sysroot) -> Result<Vec<(String, PathBuf, String)>, String> {
+fn mount_table(sysroot: &Sysroot) -> Result<Vec<Line>, String> {
     let text = sysroot.table("proc/self/mountinfo").map_err(|error| chain(&error))?;
     let mounts: Option<Vec<_>> = text.lines().map(mountinfo).collect();
     // Something is mounted everywhere.
@@ -241,8 +298,8 @@ fn swap_table(sysroot: &Sysroot) -> Result<Vec<String>, String> {
     Ok(lines.map(|line| unescape(line.split_whitespace().next().unwrap_or_default())).collect())
 }
 
-/// Device number, mount point and source of a line of `mountinfo` (proc_pid_mountinfo(5)).
-fn mountinfo(line: &str) -> Option<(String, PathBuf, String)> {
+/// A line of `mountinfo` (proc_pid_mountinfo(5)).
+fn mountinfo(line: &str) -> Option<Line> {
     let mut fields = line.split(' ');
     let devno = fields.nth(2)?.to_owned();
     let (major, minor) = devno.split_once(':')?;
@@ -250,9 +307,11 @@ fn mountinfo(line: &str) -> Option<(String, PathBuf, String)> {
         return None;
     }
     let point = unescape(fields.nth(1)?);
-    // Optional fields, ended by a dash; then the type and the source.
-    let source = unescape(fields.skip_while(|field| *field != "-").nth(2)?);
-    Some((devno, PathBuf::from(point), source))
+    // Optional fields, ended by a dash; then the type, the source and the options of the file system.
+    let mut fields = fields.skip_while(|field| *field != "-");
+    let source = unescape(fields.nth(2)?);
+    let read_only = fields.next().is_some_and(|options| options.split(',').any(|option| option == "ro"));
+    Some(Line { devno, point: PathBuf::from(point), source, read_only })
 }
 
 /// Undoes the kernel's `\040` and its like.
@@ -299,11 +358,14 @@ mod tests {
     fn a_line_of_mountinfo_gives_number_point_and_source() {
         let line =
             r"36 35 98:0 /mnt1 /mnt\040two/\134x rw,noatime master:1 - ext3 /dev/root rw,errors=continue";
-        let (devno, point, source) = mountinfo(line).unwrap();
+        let Line { devno, point, source, read_only } = mountinfo(line).unwrap();
         assert_eq!(
-            (devno.as_str(), point.to_str().unwrap(), source.as_str()),
-            ("98:0", r"/mnt two/\x", "/dev/root")
+            (devno.as_str(), point.to_str().unwrap(), source.as_str(), read_only),
+            ("98:0", r"/mnt two/\x", "/dev/root", false)
         );
+        // What counts is the file system, and not one of its mounts.
+        assert!(!mountinfo("36 35 98:0 / /mnt ro - ext4 /dev/sda rw,errors=x").unwrap().read_only);
+        assert!(mountinfo("36 35 98:0 / /mnt rw - ext4 /dev/sda ro,errors=x").unwrap().read_only);
         assert!(mountinfo("").is_none());
         assert!(mountinfo("36 35 x:0 / /mnt rw - ext3 /dev/root rw").is_none());
         assert!(mountinfo("36 35 98:0 / /mnt rw shared:1 propagate_from:2").is_none());

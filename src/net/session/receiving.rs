@@ -10,15 +10,14 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf, ReadHalf, WriteHalf};
 use tokio::sync::{Mutex, Notify, mpsc, oneshot, watch};
-use tokio::time::timeout;
+use tokio::time::{Instant, interval_at, timeout};
 
 use super::digester::{self, Digester};
-use super::{CLOSING, Decision, Error, Passes, Patience, Reader, off_runtime, stopped, within};
+use super::{Begun, CLOSING, Error, Passes, Patience, Reader, Stage, off_runtime, within};
 use crate::error::{IoError, chain};
-use crate::journal::Writer;
 use crate::net::compress;
 use crate::net::frame::{COST_UNIT, DIGEST_UNITS, Encoding, Header, Kind};
-use crate::net::message::{self, Begin, BeginReply, Code, Commit, Committed, Notice, PassKind};
+use crate::net::message::{self, Begin, BeginReply, Code, Commit, Committed, Notice, OpenReply, PassKind};
 use crate::net::wire;
 use crate::pass::PassId;
 use crate::sys::aligned::{Arena, Buffer};
@@ -41,6 +40,48 @@ async fn patiently<T>(
             Err(_) if report.is_busy() || report.signs() != before => {}
             Err(_) => return Err(Error::Silent(idle)),
         }
+    }
+}
+
+/// How often a peer that waits for others is told so.
+const TOLD: Duration = Duration::from_secs(10);
+
+/// Waits, at most `limit`, until the point has come so far, and tells the peer now and then for whom. The peer has nothing
+/// to say meanwhile; that it goes away ends the wait.
+async fn reached<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
+    stage: &mut watch::Receiver<Stage>,
+    so_far: impl Fn(&Stage) -> bool,
+    limit: Duration,
+    reader: &mut R,
+    writer: &Mutex<W>,
+) -> Result<(), Error> {
+    let mut next = pin!(wire::read_header(reader));
+    let start = Instant::now();
+    // Not at once: as a rule all disks of one machine begin in one moment.
+    let mut told = interval_at(start + Duration::from_secs(1), TOLD);
+    loop {
+        tokio::select! {
+            reached = stage.wait_for(|stage| so_far(stage) || matches!(stage, Stage::Lost(_))) => {
+                return match reached.map(|stage| stage.clone()) {
+                    Ok(Stage::Lost(error)) => Err(error.into()),
+                    Ok(_) => Ok(()),
+                    Err(_) => Err(lost().into()),
+                };
+            }
+            early = &mut next => {
+                return Err(early.map_or_else(Error::from, |header| {
+                    protocol(format!("a {:?} frame came before the answer to what was sent last", header.kind))
+                }));
+            }
+            _ = told.tick() => {}
+        }
+        let Some(awaits) = stage.borrow().awaits() else { continue };
+        if start.elapsed() >= limit {
+            let text = format!("{awaits}: given up after {} s; send all of them again", limit.as_secs());
+            return Err(message::Error::new(Code::Incomplete, text).into());
+        }
+        let notice = Notice { message: awaits };
+        wire::write_message(&mut *writer.lock().await, 0, &notice).await?;
     }
 }
 
@@ -161,6 +202,8 @@ pub(super) struct Receiving {
     pub(super) encodings: Vec<Encoding>,
     pub(super) patience: Patience,
     pub(super) pass: Option<Pass>,
+    /// How far the point is that the pass leads to; before its beginning only of a group's.
+    pub(super) stage: Option<watch::Receiver<Stage>>,
     /// Holds a compressed payload; at most one data frame long.
     pub(super) compressed: Vec<u8>,
     pub(super) comparing: Comparing,
@@ -299,22 +342,23 @@ impl Receiving {
         &mut self,
         reader: &mut ReadHalf<S>,
         writer: &Mutex<WriteHalf<S>>,
+        reply: &OpenReply,
         fault: &mut oneshot::Receiver<Fault>,
         digests: &mut mpsc::Receiver<digester::Output>,
-        mut stopping: watch::Receiver<bool>,
+        stopped: impl Future<Output = Error>,
     ) -> Result<(), Ended> {
         let report = self.report.clone();
         let mut progress = pin!(report_progress(&report, writer));
         let mut digests = pin!(send_digests(&report, digests, writer));
         let result = {
-            let mut receive = pin!(self.receive(reader, writer));
+            let mut receive = pin!(self.receive(reader, writer, reply));
             tokio::select! {
                 result = &mut receive => result.map_err(Ended::Session),
                 // It returns early only where writing fails.
                 result = &mut progress => return result.map_err(|error| Ended::Session(error.into())),
                 result = &mut digests => return result.map_err(Ended::Session),
                 Ok(fault) = fault => Err(Ended::Faulted(fault)),
-                error = stopped(&mut stopping) => Err(error.into()),
+                error = stopped => Err(error.into()),
             }
         };
         // Not dropped in the middle of a frame: what comes after it must be readable.
@@ -329,12 +373,19 @@ impl Receiving {
         &mut self,
         reader: &mut ReadHalf<S>,
         writer: &Mutex<WriteHalf<S>>,
+        reply: &OpenReply,
     ) -> Result<(), Error> {
         let (report, idle) = (self.report.clone(), self.patience.idle);
         let reader = &mut Heard { reader, report: report.clone() };
+        if let Some(stage) = &mut self.stage {
+            let gathered = |stage: &Stage| !matches!(stage, Stage::Gathering(_));
+            reached(stage, gathered, self.patience.gather, reader, writer).await?;
+        }
+        wire::write_message(&mut *writer.lock().await, 0, reply).await?;
         let mut damaged = 0;
         loop {
-            let header = match patiently(&report, idle, wire::read_header(reader)).await {
+            let patience = if self.pass.is_none() { self.patience.begin } else { idle };
+            let header = match patiently(&report, patience, wire::read_header(reader)).await {
                 Err(Error::Wire(wire::Error::Closed))
                     if !self.pass.as_ref().is_some_and(|pass| pass.open) =>
                 {
@@ -347,6 +398,10 @@ impl Receiving {
                     let begin =
                         within(self.patience.handshake, wire::read_message_body(reader, &header)).await?;
                     let compare = self.begin(begin).await?;
+                    if let Some(stage) = &mut self.stage {
+                        let begun = |stage: &Stage| matches!(stage, Stage::Begun | Stage::Recorded(_));
+                        reached(stage, begun, self.patience.begin, reader, writer).await?;
+                    }
                     wire::write_message(&mut *writer.lock().await, 0, &BeginReply {}).await?;
                     // Not before: the reply is the first that the client hears.
                     if let Some(unit) = compare {
@@ -437,9 +492,11 @@ impl Receiving {
                 return Err(protocol("a pass that only compares, without digests"));
             }
         } else {
-            if let Some(writer) = self.record(move |passes| passes.begin(&begin)).await? {
+            let Begun { writer, stage } = self.record(move |passes| passes.begin(&begin)).await?;
+            if let Some(writer) = writer {
                 self.volume.save(writer);
             }
+            self.stage = Some(stage);
             self.counters.begin(id.to_string());
         }
         self.pass = Some(Pass {
@@ -610,8 +667,14 @@ impl Receiving {
         self.report.flushed.notified().await;
         let saved = self.report.saved.load(Ordering::Relaxed);
         let (prepared, recorded) = (commit.clone(), commit);
-        let decision = self.record(move |passes| passes.prepare(&prepared, saved)).await?;
-        let time = decision.await.map_err(|_| lost())??;
+        self.record(move |passes| passes.prepare(&prepared, saved)).await?;
+        let stage = self.stage.as_mut().ok_or_else(lost)?;
+        let decided = stage.wait_for(|stage| matches!(stage, Stage::Recorded(_) | Stage::Lost(_))).await;
+        let time = match decided.map(|stage| stage.clone()) {
+            Ok(Stage::Recorded(time)) => time,
+            Ok(Stage::Lost(error)) => return Err(error.into()),
+            Ok(_) | Err(_) => return Err(lost().into()),
+        };
         self.record(move |passes| passes.committed(&recorded)).await?;
         self.counters.enter(Phase::Synchronized);
         Ok(Committed { pass: id, written, zeroed, time })
@@ -637,10 +700,10 @@ impl Receiving {
 struct Gone;
 
 impl Passes for Gone {
-    fn begin(&mut self, _: &Begin) -> Result<Option<Writer>, message::Error> {
+    fn begin(&mut self, _: &Begin) -> Result<Begun, message::Error> {
         Err(lost())
     }
-    fn prepare(&mut self, _: &Commit, _: u64) -> Result<Decision, message::Error> {
+    fn prepare(&mut self, _: &Commit, _: u64) -> Result<(), message::Error> {
         Err(lost())
     }
     fn committed(&mut self, _: &Commit) -> Result<(), message::Error> {

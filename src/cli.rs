@@ -15,6 +15,7 @@ mod serve;
 mod status;
 mod table;
 mod token;
+mod verify;
 
 use std::error::Error;
 use std::io::{self, Write};
@@ -37,6 +38,15 @@ pub enum Failure {
     Usage(String),
     /// Exit code 3: refused by a safety rule, or a precondition is not met.
     Refused(Box<dyn Error + Send + Sync>),
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Failure::Failed(error) | Failure::Refused(error) => f.write_str(&chain(error.as_ref())),
+            Failure::Usage(text) => f.write_str(text),
+        }
+    }
 }
 
 impl Failure {
@@ -74,6 +84,7 @@ enum Command {
     Digest(digest::Args),
     Serve(serve::Args),
     Send(send::Args),
+    Verify(verify::Args),
     Status(status::Args),
     HoldFrozen(hold_frozen::Args),
 }
@@ -93,19 +104,19 @@ pub fn run() -> ExitCode {
         Command::Digest(args) => digest::run(args),
         Command::Serve(args) => serve::run(args),
         Command::Send(args) => send::run(args),
+        Command::Verify(args) => verify::run(args),
         Command::Status(args) => status::run(args),
         Command::HoldFrozen(args) => hold_frozen::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            let (code, error) = match failure {
-                Failure::Failed(error) => (1, error),
-                Failure::Usage(text) => (2, text.into()),
-                Failure::Refused(error) => (3, error),
-            };
-            eprintln!("mt-agent: {}", chain(error.as_ref()));
-            ExitCode::from(code)
+            eprintln!("mt-agent: {failure}");
+            ExitCode::from(match failure {
+                Failure::Failed(_) => 1,
+                Failure::Usage(_) => 2,
+                Failure::Refused(_) => 3,
+            })
         }
     }
 }

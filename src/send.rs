@@ -197,6 +197,35 @@ impl Error {
 }
 
 impl Error {
+    /// Whether another attempt may succeed with nobody doing anything: the way to the master target broke, or it has no
+    /// time.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Error::Connect(_) | Error::BrokenOff(_) | Error::Silent(_) => true,
+            Error::Handshake(HandshakeError::Io(_)) => true,
+            Error::Wire(error) => match error {
+                wire::Error::Closed | wire::Error::Truncated | wire::Error::Io { .. } => true,
+                // Bytes that were damaged on the way, past what TCP's checksum sees.
+                wire::Error::Tls { .. } | wire::Error::PayloadChecksum { .. } => true,
+                wire::Error::Peer(refusal) => is_transient(refusal.code),
+                wire::Error::Frame(_)
+                | wire::Error::Compression { .. }
+                | wire::Error::Message(_)
+                | wire::Error::Unexpected { .. } => false,
+            },
+            Error::Refused(refusal) => is_transient(refusal.code),
+            Error::Handshake(_)
+            | Error::Source(_)
+            | Error::Foreign(_)
+            | Error::Ended(_)
+            | Error::Itself(_)
+            | Error::Broken(_)
+            | Error::Together(_)
+            | Error::Still(_)
+            | Error::Damaged(_) => false,
+        }
+    }
+
     /// What the master target called it, where it said so.
     fn code(&self) -> Option<Code> {
         match self {
@@ -219,6 +248,11 @@ impl From<HandshakeError> for Error {
     }
 }
 
+/// A point that another disk, or machine, failed, may be made by the next attempt.
+fn is_transient(code: Code) -> bool {
+    code.retryable() || code == Code::Incomplete
+}
+
 /// What became of a disk.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Done {
@@ -229,7 +263,7 @@ pub enum Done {
 }
 
 /// A disk that is ready to be sent.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Prepared {
     /// Its name.
     pub name: Name,

@@ -77,9 +77,11 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
     let (asks, wanted) = mpsc::channel();
     let (output, pieces) = tokio::sync::mpsc::channel(QUEUE);
     let (source, engine, progress) = (job.source.clone(), job.engine, job.progress.clone());
+    // What is only compared is limited where it is read: hardly anything is sent.
+    let limiter = job.limiter.clone().filter(|_| job.scope == Scope::Verify);
     // It ends when this future is dropped: the channels' other ends are gone then.
     tokio::task::spawn_blocking(move || {
-        source::read(source, engine, compression, progress, wanted, output);
+        source::read(source, engine, compression, limiter, progress, wanted, output);
     });
     // The thread was just started, and holds the other end.
     let first = match compare {

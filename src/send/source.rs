@@ -14,6 +14,7 @@ use tokio::sync::mpsc::Sender;
 
 use super::compare::Asks;
 use super::encode::{Encoder, Piece};
+use super::limit::Limiter;
 use super::{Compression, Progress};
 use crate::digest::Digest;
 use crate::disk::discover::{Sysroot, roles, views};
@@ -219,17 +220,20 @@ pub(super) enum Output {
     Failed(Error),
 }
 
-/// Carries out what is asked for, in order, until nobody asks any more or nobody listens.
+/// Carries out what is asked for, in order, until nobody asks any more or nobody listens. `limiter` is of the reading.
 pub(super) fn read(
     source: Arc<Source>,
     engine: EngineChoice,
     compression: Compression,
+    limiter: Option<Arc<Limiter>>,
     progress: Arc<Progress>,
     asks: Receiver<Ask>,
     output: Sender<Output>,
 ) {
-    let result = Reader::new(source, engine, compression, progress, output.clone())
-        .and_then(|mut reader| reader.run(&mut Asks::new(asks)));
+    let result = Reader::new(source, engine, compression, progress, output.clone()).and_then(|mut reader| {
+        reader.scan.limiter = limiter;
+        reader.run(&mut Asks::new(asks))
+    });
     if let Err(Stop::Failed(error)) = result {
         // The listener may be gone as well.
         output.blocking_send(Output::Failed(error)).ok();
@@ -253,6 +257,8 @@ pub(super) struct Scan {
     pub(super) source: Arc<Source>,
     device: Option<Ahead>,
     arena: Arena,
+    /// How fast it may be read, where that is limited.
+    limiter: Option<Arc<Limiter>>,
     progress: Arc<Progress>,
 }
 
@@ -279,7 +285,7 @@ impl Scan {
         let arena = Arena::new(MEMORY).map_err(|error| IoError::new("map", "memory", error))?;
         let device = source.reader(engine, &arena)?;
         let device = device.map(|device| Ahead::new(Box::new(device), arena.clone()));
-        Ok(Scan { source, device, arena, progress })
+        Ok(Scan { source, device, arena, limiter: None, progress })
     }
 
     /// Begins to read a range, in parts that begin at multiples of `unit` where the range does.
@@ -320,6 +326,9 @@ impl Scan {
         let Some(part) = part else { return Ok(None) };
         let (at, len) = (walk.at, part.len());
         walk.at += len;
+        if let Some(limiter) = &self.limiter {
+            std::thread::sleep(limiter.take(len));
+        }
         self.progress.read.fetch_add(len, Ordering::Relaxed);
         Ok(Some((at, part)))
     }
@@ -445,7 +454,7 @@ mod tests {
         extents.send(Ask::Send(source.extent())).unwrap();
         drop(extents);
         let reading = std::thread::spawn(move || {
-            read(source, EngineChoice::Threads, Compression::Off, Arc::default(), wanted, output);
+            read(source, EngineChoice::Threads, Compression::Off, None, Arc::default(), wanted, output);
         });
         // The page of data, and the first zeros: by then the one hole of the file is known as a whole.
         assert!(matches!(pieces.blocking_recv(), Some(Output::Piece(_))));

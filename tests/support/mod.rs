@@ -625,9 +625,16 @@ impl Rig {
     pub fn command(&self, disks: &[(&str, &Path)], args: &[&str]) -> Command {
         let mut command = mt_agent();
         let (to, state) = (self.service.address().to_string(), self.client());
-        command.args(["send", "--machine", MACHINE, "--to", &to, "--state-dir"]).arg(state);
+        command.args(["send", "--machine", MACHINE, "--state-dir"]).arg(state);
+        if !args.contains(&"--to") {
+            command.args(["--to", &to]);
+        }
         for (name, source) in disks {
             command.arg("--disk").arg(format!("{name}={}", source.display()));
+        }
+        // Most tests want to see what ended the first attempt.
+        if !args.contains(&"--retry-for") && !args.contains(&"--every") {
+            command.args(["--retry-for", "0s"]);
         }
         command.args(args);
         command

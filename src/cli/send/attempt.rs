@@ -1,0 +1,315 @@
+//! One attempt at a pass, and the next ones.
+
+use std::future::Future;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use mt_agent::agent::logging;
+use mt_agent::disk::discover::Sysroot;
+use mt_agent::error::chain;
+use mt_agent::name::Name;
+use mt_agent::net::tls::client::Identity;
+use mt_agent::send::still::{self, Still, Wishes};
+use mt_agent::send::{self, Compression, Plan, Prepared, Scope};
+use mt_agent::units::{ByteLen, Extent};
+use serde_json::{Value, json};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::sleep;
+
+use super::screen::Screen;
+use super::{Ended, SCHEMA_VERSION, Unsent, What};
+use crate::cli::{Failure, log_failure, print, print_json};
+
+/// What is to be done with which disks.
+pub(in crate::cli) struct Job {
+    pub(in crate::cli) machine: Name,
+    pub(in crate::cli) plan: Plan,
+    pub(in crate::cli) wishes: Wishes,
+    identity: Identity,
+    pub(in crate::cli) json: bool,
+    /// Whether results are printed one a line, since there are several.
+    pub(in crate::cli) lines: bool,
+}
+
+impl Job {
+    /// A job that sends what differs of these disks.
+    pub(in crate::cli) fn new(what: &What) -> Result<Job, Failure> {
+        logging::init(Some(logging::Format::Text), Some(&what.log_level)).map_err(log_failure)?;
+        for (index, (name, path)) in what.disks.iter().enumerate() {
+            for (other, source) in &what.disks[..index] {
+                if name == other {
+                    return Err(Failure::Usage(format!("the disk {name} is named twice")));
+                }
+                if path == source {
+                    let path = path.display();
+                    return Err(Failure::Usage(format!(
+                        "{path} is the source of two disks: {other} and {name}"
+                    )));
+                }
+            }
+        }
+        let identity = Identity::load(&what.state_dir, &what.machine).map_err(Failure::refused)?;
+        let to = match &what.to {
+            Some(to) => to.clone(),
+            None => identity.server.parse().map_err(Failure::failed)?,
+        };
+        let plan = Plan {
+            name: None,
+            group: None,
+            to,
+            disks: what.disks.clone(),
+            compression: Compression::Auto,
+            engine: what.engine,
+            limit: None,
+            scope: Scope::Differences,
+        };
+        Ok(Job {
+            machine: what.machine.clone(),
+            plan,
+            wishes: Wishes::default(),
+            identity,
+            json: what.json,
+            lines: false,
+        })
+    }
+}
+
+/// What ends a command before its time.
+pub(in crate::cli) struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    pub(in crate::cli) fn new() -> std::io::Result<Signals> {
+        Ok(Signals {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+        })
+    }
+
+    async fn any(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+
+    /// What `work` comes to, unless a signal comes first.
+    async fn before<T>(&mut self, work: impl Future<Output = T>) -> Option<T> {
+        tokio::select! {
+            result = work => Some(result),
+            () = self.any() => None,
+        }
+    }
+}
+
+/// What became of one attempt.
+pub(in crate::cli) struct Outcome {
+    pub(in crate::cli) disks: Vec<Prepared>,
+    ends: Vec<Ended>,
+    after: Duration,
+    screen: Screen,
+    interrupted: bool,
+    verify: bool,
+    after_reading: Result<(), still::Error>,
+}
+
+/// Opens all sources.
+pub(super) fn prepare(plan: &Plan) -> Result<Vec<Prepared>, Failure> {
+    send::prepare(plan).map_err(|error| match error.is_refusal() {
+        true => Failure::refused(error),
+        false => Failure::failed(error),
+    })
+}
+
+/// What of each disk is mounted here.
+pub(super) fn mounts(disks: &[Prepared]) -> Vec<Vec<String>> {
+    disks.iter().map(|disk| disk.source.mounts(&Sysroot::default())).collect()
+}
+
+/// The first pause before another attempt, and the longest.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(60));
+
+impl Job {
+    /// Pass after pass, or one, each with as many attempts as it takes.
+    pub(in crate::cli) async fn keep_on(
+        &self,
+        every: Option<Duration>,
+        retry_for: Duration,
+        signals: &mut Signals,
+    ) -> Result<(), Failure> {
+        let mut pause = PAUSES.0;
+        // When something arrived for the last time: before, a wrong address is more likely than a broken link.
+        let mut arrived = every.map(|_| Instant::now());
+        loop {
+            let started = Instant::now();
+            let outcome = self.attempt(signals).await?;
+            if outcome.disks.iter().any(|disk| disk.progress.done.load(Ordering::Relaxed) > 0) {
+                (arrived, pause) = (Some(Instant::now()), PAUSES.0);
+            }
+            if outcome.is_sent() {
+                let Some(every) = every else { return outcome.report(self) };
+                arrived = Some(Instant::now());
+                // A post-hook that failed is told, and is no reason to protect the machine no longer.
+                if let Err(failure) = outcome.report(self) {
+                    eprintln!("mt-agent: {failure}");
+                }
+                match signals.before(sleep(every.saturating_sub(started.elapsed()))).await {
+                    Some(()) => continue,
+                    None => return Ok(()),
+                }
+            }
+            let patient = arrived.is_some_and(|arrived| arrived.elapsed() < retry_for);
+            if !patient || !outcome.may_pass() {
+                return outcome.report(self);
+            }
+            // Many senders that lost one master target must not come back in one moment.
+            let wait = pause.mul_f64(0.5 + random());
+            pause = (pause * 2).min(PAUSES.1);
+            eprintln!("mt-agent: trying again in {:.1} s", wait.as_secs_f64());
+            if signals.before(sleep(wait)).await.is_none() {
+                return outcome.report(self);
+            }
+        }
+    }
+
+    /// One pass over all disks, whatever becomes of it.
+    pub(in crate::cli) async fn attempt(&self, signals: &mut Signals) -> Result<Outcome, Failure> {
+        let disks = prepare(&self.plan)?;
+        // What will be frozen is no reason to worry, and what is only compared changes nothing.
+        if self.wishes.freeze.is_none() {
+            for (disk, mounts) in disks.iter().zip(mounts(&disks)) {
+                let (path, verify) = (disk.source.path().display(), self.plan.scope == Scope::Verify);
+                let what = if verify {
+                    "what it holds is changing"
+                } else {
+                    "what arrives is not one point in time"
+                };
+                mounts.iter().for_each(|mount| eprintln!("mt-agent: {path} is in use ({mount}): {what}"));
+            }
+        }
+        let tls = self.identity.client_config().map_err(Failure::failed)?;
+        let screen = Screen::new(&disks);
+        let still = Arc::new(Still::new(self.machine.clone(), disks.len(), self.wishes.clone()));
+        let mut ended: Vec<Option<Ended>> = disks.iter().map(|_| None).collect();
+        let mut printed = Ok(());
+        let sending = send::send(&self.plan, tls, &still, disks.clone(), |index, result| {
+            let result = result.map_err(Unsent::from);
+            let one = Ended { result, after: screen.started.elapsed() };
+            if let Err(failure) = screen.ended(index, &one, self.json) {
+                printed = Err(failure);
+            }
+            ended[index] = Some(one);
+        });
+        let interrupted = tokio::select! {
+            done = signals.before(sending) => done.is_none(),
+            () = screen.show() => unreachable!("the display never ends by itself"),
+        };
+        // A thaw, and a hook, which has its limit: a second signal changes nothing.
+        let after_reading = still.end().await;
+        let after = screen.started.elapsed();
+        let mut ends = Vec::new();
+        for (index, end) in ended.into_iter().enumerate() {
+            ends.push(match end {
+                Some(end) => end,
+                None => {
+                    let end = Ended { result: Err(Unsent::Interrupted), after };
+                    screen.ended(index, &end, self.json)?;
+                    end
+                }
+            });
+        }
+        printed?;
+        let verify = self.plan.scope == Scope::Verify;
+        Ok(Outcome { verify, disks, ends, after, screen, interrupted, after_reading })
+    }
+}
+
+/// 0 to 1.
+fn random() -> f64 {
+    let mut bits = [0; 4];
+    // Without random bits the pause is only less random.
+    getrandom::fill(&mut bits).ok();
+    f64::from(u32::from_ne_bytes(bits)) / f64::from(u32::MAX)
+}
+
+impl Outcome {
+    fn errors(&self) -> impl Iterator<Item = &Unsent> {
+        self.ends.iter().filter_map(|end| end.result.as_ref().err())
+    }
+
+    fn is_sent(&self) -> bool {
+        self.errors().next().is_none()
+    }
+
+    /// Whether another attempt may succeed with nobody doing anything.
+    fn may_pass(&self) -> bool {
+        let because_of_another =
+            |unsent: &&Unsent| matches!(unsent, Unsent::Failed(send::Error::Together(_)));
+        !self.interrupted
+            && self.errors().filter(|unsent| !because_of_another(unsent)).all(|unsent| match unsent {
+                Unsent::Failed(error) => error.is_transient(),
+                Unsent::Interrupted => false,
+            })
+    }
+
+    /// How it went with each disk.
+    pub(in crate::cli) fn json(&self, machine: &Name) -> Value {
+        let disks = self.screen.disks.iter().zip(&self.ends);
+        json!({
+            "schema_version": SCHEMA_VERSION,
+            "machine": machine,
+            "dry_run": false,
+            "seconds": self.after.as_secs_f64(),
+            "post_hook_error": self.after_reading.as_ref().err().map(|error| chain(error)),
+            "disks": disks.map(|(disk, end)| disk.json(end)).collect::<Vec<_>>(),
+        })
+    }
+
+    /// What comparing found for each disk: its name and size, how much differs and where, and what failed.
+    pub(in crate::cli) fn compared(
+        &self,
+    ) -> impl Iterator<Item = ((&Name, ByteLen, u64, Vec<Extent>), Option<String>)> {
+        self.disks.iter().zip(&self.ends).map(|(disk, end)| {
+            let differs = disk.progress.differs.load(Ordering::Relaxed);
+            // A list is whole whoever panicked beside it.
+            let ranges = disk.progress.differences.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            let error = end.result.as_ref().err().map(|error| chain(error));
+            ((&disk.name, disk.source.size(), differs, ranges), error)
+        })
+    }
+
+    /// Prints the result, and says whether all is well.
+    fn report(self, job: &Job) -> Result<(), Failure> {
+        if job.json {
+            match job.lines {
+                true => print(&format!("{}\n", self.json(&job.machine)))?,
+                false => print_json(&self.json(&job.machine))?,
+            }
+        }
+        self.verdict(&job.machine)
+    }
+
+    /// Whether all is well.
+    pub(in crate::cli) fn verdict(self, machine: &Name) -> Result<(), Failure> {
+        let failed: Vec<&Unsent> = self.errors().collect();
+        if failed.is_empty() {
+            // The point is there all the same.
+            return self.after_reading.map_err(Failure::failed);
+        }
+        if let Err(error) = &self.after_reading {
+            eprintln!("mt-agent: {}", chain(error));
+        }
+        let text = format!(
+            "{}{} of {} disks of {machine} {}",
+            if self.interrupted { "interrupted: " } else { "" },
+            failed.len(),
+            self.ends.len(),
+            if self.verify { "were not compared" } else { "were not sent" },
+        );
+        let refused = |unsent: &&Unsent| matches!(unsent, Unsent::Failed(error) if error.is_refusal());
+        Err(if failed.iter().all(refused) { Failure::refused(text) } else { Failure::failed(text) })
+    }
+}

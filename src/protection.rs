@@ -16,7 +16,8 @@
 //! id = "naa.6000c2939d1a4b6f0e8c2d7a5b1f3e90"
 //! size = 10737418240                   # bytes, when it was assigned
 //! logical_sector = 512                 # bytes
-//! overwrite = false                    # whether it was assigned with --overwrite
+//! overwrite = false                    # whether it was assigned with --overwrite or --seed, and carried something
+//! seed = true                          # whether that is an older copy of the machine's disk (--seed); false if absent
 //! assigned_at = "2026-03-01T10:00:00Z"
 //! state = "receiving"                  # empty, receiving, synchronized or faulted
 //! [disk.pass]                          # while receiving or faulted: the pass that did it
@@ -87,8 +88,10 @@ pub struct Assignment {
     pub size: ByteLen,
     /// Its logical sector size in bytes when it was assigned.
     pub logical_sector: u32,
-    /// Whether it was assigned with `--overwrite`, although it carried something.
+    /// Whether it was assigned with `--overwrite` or `--seed`, although it carried something.
     pub overwrite: bool,
+    /// Whether what it carried is an older copy of the machine's disk: only what differs from it need be sent.
+    pub seed: bool,
     /// When it was assigned.
     pub assigned_at: OffsetDateTime,
     /// How far it is.

@@ -7,12 +7,14 @@
 mod compare;
 mod encode;
 pub mod freeze;
+pub mod hints;
 pub mod hook;
 pub mod limit;
 mod session;
 pub mod source;
 pub mod still;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -35,6 +37,7 @@ use crate::net::tls::{self, HandshakeError};
 use crate::net::{keepalive, wire};
 use crate::points::PointId;
 use crate::storage::device::EngineChoice;
+use hints::Hints;
 use limit::Limiter;
 use source::Source;
 use still::Still;
@@ -60,14 +63,19 @@ pub struct Plan {
     pub group: Option<Name>,
     /// What to send, or to look at.
     pub scope: Scope,
+    /// What a tracker says has changed since the last point of each disk: a superset of what has.
+    pub hints: BTreeMap<Name, Arc<Hints>>,
 }
 
 /// What a pass is about.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Scope {
-    /// What differs, where the target likely holds much of the source; else everything.
+    /// What differs, where the target likely holds much of the source; else everything. With hints only they are looked
+    /// at.
     #[default]
     Differences,
+    /// What differs, and what of it the hints do not tell.
+    CheckHints,
     /// Everything.
     Whole,
     /// Nothing is sent: what differs is told.
@@ -100,7 +108,8 @@ pub struct Progress {
     pub sent: AtomicU64,
     /// Bytes of the source that are sent (or skipped as zeros).
     pub done: AtomicU64,
-    /// Where the receiver has something else, when source and target are only compared: the first [`MOST_DIFFERENCES`].
+    /// Where the receiver has something else, when source and target are only compared, or the hints did not tell so: the
+    /// first [`MOST_DIFFERENCES`].
     pub differences: Mutex<Vec<Extent>>,
     /// How many bytes of such there are in all.
     pub differs: AtomicU64,
@@ -349,6 +358,7 @@ pub async fn send(
             engine: plan.engine,
             limiter: limiter.clone(),
             scope: plan.scope,
+            hints: plan.hints.get(&disk.name).cloned(),
         };
         passes.spawn(async move { (index, session::run(stream, &reply, &job).await) });
     }

@@ -107,6 +107,122 @@ fn a_pass_that_was_interrupted_sends_nothing_twice_but_what_was_under_way() {
     }
 }
 
+/// The original disk of a machine: only what differs from it travels in the first pass.
+#[test]
+fn a_target_with_an_older_copy_is_a_seed() {
+    require_root!();
+    let size = 16 * MIB;
+    let dir = directory();
+    let service = Service::start(dir.path(), &[]);
+    let backing = dir.path().join("d0.img");
+    write_random(&backing, 0, size);
+    let target = Loop::attach(&backing, 512);
+    let config = service.config();
+    let add = |flags: &[&str]| {
+        let disk = format!("d0={}", target.id());
+        let args = ["protect", "add", MACHINE, "--config", &config, "--disk", &disk];
+        support::run(&[&args[..], flags].concat())
+    };
+    let refused = add(&[]);
+    assert!(refused.code == Some(3) && refused.stderr.contains("--seed makes use of it"), "{refused:#?}");
+    assert_eq!(add(&["--seed", "--overwrite"]).code, Some(2));
+    assert!(add(&["--seed"]).ok().stdout.contains("taken for an older copy"));
+    service.enroll(MACHINE, &dir.path().join("client"));
+    let rig = Rig::assemble(dir, service, Vec::new());
+    let source = rig.path("source.img");
+    fs::copy(&backing, &source).unwrap();
+    write_random(&source, 5 * MIB, 4096);
+    let outcome = rig.send(&[("d0", &source)], &["--json", "--compression", "off"]).ok().json();
+    assert_equal(&source, &backing);
+    assert_eq!(sent(&outcome, "sent_bytes"), 4096);
+    assert_eq!(sent(&outcome, "same_bytes"), size - 4096);
+}
+
+#[test]
+fn ranges_that_a_tracker_tells_are_sent_and_one_that_lies_is_found() {
+    require_root!();
+    let size = 16 * MIB + 100;
+    let rig = Rig::new(&[16 * MIB + 4096]);
+    let source = rig.random("source.img", size);
+    let hints = rig.path("hints");
+    let given = format!("d0={}", hints.display());
+    let args = ["--json", "--compression", "off", "--changed-ranges", &given];
+    // The first pass sends everything, whatever the hints say.
+    fs::write(&hints, "0 4096\n").unwrap();
+    let first = rig.send(&[("d0", &source)], &args).ok().json();
+    assert_eq!(sent(&first, "sent_bytes"), size);
+
+    write_random(&source, MIB, 8192);
+    write_random(&source, size - 50, 50);
+    fs::write(&hints, format!("{} 50\n{MIB} 8192\n", size - 50)).unwrap();
+    let told = rig.send(&[("d0", &source)], &args).ok().json();
+    assert_equal(&source, rig.targets[0].backing());
+    assert_eq!((sent(&told, "sent_bytes"), sent(&told, "read_bytes")), (8192 + 100, 8192 + 100));
+
+    // One range is not told: without a check it does not arrive, and with one it does.
+    write_random(&source, 2 * MIB, 4096);
+    write_random(&source, 3 * MIB, 4096);
+    fs::write(&hints, format!(r#"[{{"offset": {}, "length": 4096}}]"#, 2 * MIB)).unwrap();
+    rig.send(&[("d0", &source)], &args).ok();
+    let differs = support::first_difference(&source, rig.targets[0].backing());
+    assert!(differs.is_some_and(|at| (3 * MIB..3 * MIB + 4096).contains(&at)), "{differs:?}");
+    let checked = rig.send(&[("d0", &source)], &[&args[..], &["--verify"]].concat());
+    assert_eq!(checked.code, Some(1), "{checked:#?}");
+    assert!(checked.stderr.contains("do not rely on what made them"), "{checked:#?}");
+    let missed = &checked.json()["disks"][0]["missed"];
+    assert_eq!(*missed, serde_json::json!([{"offset": 3 * MIB, "length": 4096}]));
+    assert_equal(&source, rig.targets[0].backing());
+    rig.send(&[("d0", &source)], &[&args[..], &["--verify"]].concat()).ok();
+
+    fs::write(&hints, "0 4096\nnonsense\n").unwrap();
+    let refused = rig.send(&[("d0", &source)], &args);
+    assert!(refused.code == Some(3) && refused.stderr.contains("line 2"), "{refused:#?}");
+    let refused = rig.send(&[("d0", &source)], &["--changed-ranges", &given.replace("d0", "d9")]);
+    assert_eq!(refused.code, Some(2), "{refused:#?}");
+}
+
+#[test]
+fn verifying_and_digests_tell_what_is_the_same() {
+    require_root!();
+    let size = 16 * MIB;
+    let rig = Rig::new(&[size]);
+    let source = rig.random("source.img", size);
+    rig.send(&[("d0", &source)], &[]).ok();
+    let before = rig.service.recorded(MACHINE, "d0");
+    let (to, state) = (rig.service.address().to_string(), rig.client().display().to_string());
+    let disk = format!("d0={}", source.display());
+    let verify = |flags: &[&str]| {
+        let args = ["verify", "--machine", MACHINE, "--to", &to, "--state-dir", &state, "--disk", &disk];
+        support::run(&[&args[..], flags].concat())
+    };
+    assert!(verify(&[]).ok().stdout.contains("d0: 16.0 MiB are equal"));
+    let target = rig.targets[0].id().to_string();
+    let digests = support::run(&["digest", source.to_str().unwrap(), &target]).ok();
+    let lines: Vec<&str> = digests.stdout.lines().map(|line| line.split("  ").next().unwrap()).collect();
+    let expected = blake3::hash(&fs::read(&source).unwrap()).to_hex().to_string();
+    assert_eq!(lines, [&expected, &expected]);
+
+    for at in [0, 7 * MIB + 4096] {
+        write_random(&source, at, 4096);
+    }
+    let started = std::time::Instant::now();
+    let outcome = verify(&["--json", "--rate", "8M"]);
+    assert!(started.elapsed() > std::time::Duration::from_millis(1500), "{:?}", started.elapsed());
+    assert_eq!(outcome.code, Some(1), "{outcome:#?}");
+    let report = outcome.json();
+    assert_eq!(
+        report["disks"][0]["differences"],
+        serde_json::json!([{"offset": 0, "length": 4096}, {"offset": 7 * MIB + 4096, "length": 4096}])
+    );
+    assert_eq!((&report["equal"], &report["disks"][0]["differing_bytes"]), (&false.into(), &8192.into()));
+    // Nothing was changed, and nothing was recorded.
+    rig.wait_until_closed("d0");
+    assert_eq!(rig.service.recorded(MACHINE, "d0"), before);
+    assert!(support::first_difference(&source, rig.targets[0].backing()).is_some());
+    let refused = support::run(&["digest", "/dev/shm/no-such-file"]);
+    assert_eq!(refused.code, Some(3), "{refused:#?}");
+}
+
 fn same_bytes(a: &Path, b: &Path) -> u64 {
     let (a, b) = (fs::read(a).unwrap(), fs::read(b).unwrap());
     a.chunks(4096).zip(b.chunks(4096)).filter(|(a, b)| a == b).count() as u64 * 4096

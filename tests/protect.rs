@@ -367,6 +367,7 @@ fn status_shows_a_service_that_runs_and_says_so_of_one_that_does_not() {
         size: mt_agent::units::ByteLen(10 << 30),
         logical_sector: 512,
         overwrite: false,
+        seed: false,
         assigned_at: time::OffsetDateTime::UNIX_EPOCH,
         state: mt_agent::protection::State::Empty,
         last_commit: None,

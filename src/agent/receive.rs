@@ -141,7 +141,7 @@ impl Host for Receiver {
         }
         Ok(Opened {
             baseline: ledger.journal.newest.map(|(point, _)| point),
-            alike: assignment.state != State::Empty,
+            alike: assignment.state != State::Empty || assignment.seed,
             reader,
             group,
             volume,

@@ -37,6 +37,7 @@ fn assignment(disk: &str, number: u32) -> Assignment {
         size: ByteLen(ByteLen::GIB),
         logical_sector: 512,
         overwrite: false,
+        seed: false,
         assigned_at: OffsetDateTime::from_unix_timestamp(0).unwrap(),
         state: State::Empty,
         last_commit: None,

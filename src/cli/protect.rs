@@ -65,6 +65,9 @@ pub struct AddArgs {
     /// Take disks that are not empty too: everything on them is lost
     #[arg(long)]
     overwrite: bool,
+    /// Take disks that carry an older copy of the machine's: of it only what differs is sent and written
+    #[arg(long, conflicts_with = "overwrite")]
+    seed: bool,
     /// Check everything and write nothing
     #[arg(long)]
     dry_run: bool,
@@ -150,14 +153,14 @@ fn add(args: &AddArgs) -> Result<(), Failure> {
         ..discover::Options::default()
     };
     let disks = discover::discover(&Sysroot::new("/"), &options).map_err(Failure::failed)?;
-    let allowed = Allowed { overwrite: args.overwrite, loops: config.allow_loop };
+    let allowed = Allowed { overwrite: args.overwrite, seed: args.seed, loops: config.allow_loop };
     let planned = assign::plan(&args.machine, &args.disks, &disks, &owners, allowed, device::inspect)
         .map_err(Failure::refused)?;
     let now = OffsetDateTime::now_utc();
     let new: Vec<Assignment> = planned
         .iter()
         .filter(|planned| planned.content.is_some())
-        .map(|planned| planned.assignment(args.overwrite, now))
+        .map(|planned| planned.assignment(allowed, now))
         .collect();
     if args.dry_run || new.is_empty() {
         store.assign_dry(&args.machine, &new)?;
@@ -186,6 +189,11 @@ fn add(args: &AddArgs) -> Result<(), Failure> {
         lines.push(format!("  now {}", describe(planned.disk)));
         match &planned.content {
             Some(content) if content.is_blank() => lines.push(format!("  it seems blank: {content}")),
+            Some(content) if args.seed => {
+                lines.push(format!(
+                    "  it carries {content}: taken for an older copy, of which only what differs is sent"
+                ));
+            }
             Some(content) => {
                 // Behind the source's end nothing is written.
                 lines.push(format!(
@@ -359,6 +367,7 @@ fn disk_json(disk: &Assignment) -> Value {
         "size": disk.size,
         "logical_sector": disk.logical_sector,
         "overwrite": disk.overwrite,
+        "seed": disk.seed,
         "assigned_at": rfc3339(disk.assigned_at),
         "state": disk.state.name(),
         "pass": pass.map(|pass| json!({ "id": pass.id.to_string(), "started": rfc3339(pass.started) })),

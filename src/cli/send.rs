@@ -4,10 +4,13 @@ mod attempt;
 mod screen;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
+use mt_agent::error::chain;
 use mt_agent::name::Name;
 use mt_agent::net::address::Address;
+use mt_agent::send::hints::Hints;
 use mt_agent::send::still::Wishes;
 use mt_agent::send::{Compression, Done, Error, Plan, Prepared, Scope};
 use mt_agent::storage::device::EngineChoice;
@@ -66,6 +69,13 @@ pub struct Args {
     /// Check that the sources can be read and show what would be sent, and send nothing
     #[arg(long)]
     dry_run: bool,
+    /// What has changed on a disk since its last point, as a tracker knows it: a file of `offset length` a line, or a JSON
+    /// array of objects with `offset` and `length`, in bytes. Nothing else is looked at. Several: with the option repeated
+    #[arg(long, value_name = "NAME=FILE", value_parser = disk, conflicts_with_all = ["whole", "every"])]
+    changed_ranges: Vec<(Name, PathBuf)>,
+    /// Compare all of the disks all the same, and fail if something changed that --changed-ranges does not tell (it is sent)
+    #[arg(long, requires = "changed_ranges")]
+    verify: bool,
     /// Send again and again, a pass each period: 15m, 1h; 0s: without a pause. A connection that is lost is waited for. With
     /// --json each pass prints an object, one a line
     #[arg(long, value_name = "PERIOD", value_parser = period)]
@@ -181,7 +191,19 @@ pub fn run(args: Args) -> Result<(), Failure> {
     job.plan.group = args.group;
     job.plan.compression = args.compression;
     job.plan.limit = args.bwlimit.map(|limit| limit.0);
-    job.plan.scope = if args.whole { Scope::Whole } else { Scope::Differences };
+    job.plan.scope = match (args.whole, args.verify) {
+        (true, _) => Scope::Whole,
+        (false, true) => Scope::CheckHints,
+        (false, false) => Scope::Differences,
+    };
+    for (name, path) in args.changed_ranges {
+        if !job.plan.disks.iter().any(|(disk, _)| *disk == name) {
+            return Err(Failure::Usage(format!("--changed-ranges names disk {name}, which is not sent")));
+        }
+        let hints = Hints::read(&path)
+            .map_err(|error| Failure::refused(format!("{}: {}", path.display(), chain(&error))))?;
+        job.plan.hints.insert(name, Arc::new(hints));
+    }
     job.wishes = Wishes {
         pre_hook: args.pre_hook,
         post_hook: args.post_hook,

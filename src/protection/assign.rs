@@ -205,7 +205,10 @@ pub enum Why {
     #[error("the name is given twice")]
     NameTwice,
     /// It carries something.
-    #[error("it is not empty ({content}); everything on it is lost if you give --overwrite")]
+    #[error(
+        "it is not empty ({content}); everything on it is lost if you give --overwrite; if it is an older \
+         copy of this disk, --seed makes use of it"
+    )]
     NotEmpty {
         /// What lies on it.
         content: String,
@@ -235,13 +238,15 @@ pub struct Planned<'a> {
 
 impl Planned<'_> {
     /// The assignment that this becomes.
-    pub fn assignment(&self, overwrite: bool, now: OffsetDateTime) -> Assignment {
+    pub fn assignment(&self, allowed: Allowed, now: OffsetDateTime) -> Assignment {
+        let carries = self.content.as_ref().is_some_and(|content| !content.is_blank());
         Assignment {
             name: self.name.clone(),
             id: self.id.clone(),
             size: self.disk.size,
             logical_sector: self.disk.logical_sector,
-            overwrite: overwrite && self.content.as_ref().is_some_and(|content| !content.is_blank()),
+            overwrite: carries && allowed.takes_content(),
+            seed: carries && allowed.seed,
             assigned_at: now.replace_nanosecond(0).unwrap_or(now),
             state: State::Empty,
             last_commit: None,
@@ -252,10 +257,18 @@ impl Planned<'_> {
 /// What the user allows beyond the rules.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Allowed {
-    /// Disks that are not empty.
+    /// Disks that are not empty, and whose content is worth nothing.
     pub overwrite: bool,
+    /// Disks that are not empty, and carry an older copy of the machine's.
+    pub seed: bool,
     /// Loop devices.
     pub loops: bool,
+}
+
+impl Allowed {
+    fn takes_content(self) -> bool {
+        self.overwrite || self.seed
+    }
 }
 
 /// Holds the requests of one command against the disks that are attached: all of them pass, or all that do not are
@@ -287,7 +300,7 @@ pub fn plan<'a>(
                 };
             }
             let content = content(disk).map_err(|error| Why::Unreadable { error: chain(&error) })?;
-            if !content.is_blank() && !allowed.overwrite {
+            if !content.is_blank() && !allowed.takes_content() {
                 return Err(Why::NotEmpty { content: content.to_string() });
             }
             Ok((disk, id, Some(content)))

@@ -66,6 +66,8 @@ struct Disk {
     size: Spanned<u64>,
     logical_sector: Spanned<u32>,
     overwrite: bool,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    seed: bool,
     #[serde(with = "time::serde::rfc3339")]
     assigned_at: OffsetDateTime,
     state: StateName,
@@ -218,6 +220,7 @@ impl Disk {
                 size: ByteLen(size),
                 logical_sector: sector,
                 overwrite: self.overwrite,
+                seed: self.seed,
                 assigned_at: self.assigned_at,
                 state,
                 last_commit,
@@ -245,6 +248,7 @@ pub fn encode(protection: &Protection) -> Result<String, toml::ser::Error> {
             size: written(disk.size.0),
             logical_sector: written(disk.logical_sector),
             overwrite: disk.overwrite,
+            seed: disk.seed,
             assigned_at: disk.assigned_at,
             state,
             pass: pass.map(|pass| PassTable { id: Text(pass.id), started: pass.started }),

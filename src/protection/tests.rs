@@ -27,6 +27,7 @@ fn assignment(disk: &str, number: u32) -> Assignment {
         size: ByteLen(10 * ByteLen::GIB),
         logical_sector: 512,
         overwrite: false,
+        seed: false,
         assigned_at: OffsetDateTime::from_unix_timestamp(1_772_359_200).unwrap(),
         state: State::Empty,
         last_commit: None,
@@ -660,12 +661,12 @@ fn a_disk_that_is_not_empty_needs_overwrite_and_the_assignment_says_so() {
     let why = only(plan(&web, &wanted, &disks, &BTreeMap::new(), Allowed::default(), used));
     assert!(matches!(&why, Why::NotEmpty { content } if !content.is_empty()), "{why:?}");
     assert!(why.to_string().contains("--overwrite"), "{why}");
-    let allowed = Allowed { overwrite: true, loops: false };
+    let allowed = Allowed { overwrite: true, ..Allowed::default() };
     let now = OffsetDateTime::from_unix_timestamp(0).unwrap();
     let planned = plan(&web, &wanted, &disks, &BTreeMap::new(), allowed, used).unwrap();
-    assert!(planned[0].assignment(true, now).overwrite);
+    assert!(planned[0].assignment(allowed, now).overwrite);
     let planned = plan(&web, &wanted, &disks, &BTreeMap::new(), allowed, blank).unwrap();
-    assert!(!planned[0].assignment(true, now).overwrite, "there was nothing to overwrite");
+    assert!(!planned[0].assignment(allowed, now).overwrite, "there was nothing to overwrite");
     let broken = |disk: &Disk| {
         Err(IoError::new("read", disk.name.clone(), std::io::Error::from_raw_os_error(libc::EIO)).into())
     };

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
 
-use super::source::{Ask, Output, Reader, Stop};
+use super::source::{Ask, Differing, Output, Reader, Stop};
 use crate::digest::{self, Digest};
 use crate::storage::ahead::Part;
 use crate::sys::aligned::Buffer;
@@ -57,7 +57,7 @@ impl Asks {
             Ask::Send(extent) => self.later.push_back(extent),
             Ask::Units(digests) => self.units.extend(digests),
             Ask::Blocks(digests) => self.blocks.push_back(digests),
-            Ask::Compare { .. } => unreachable!("a connection carries one pass"),
+            Ask::Compare(_) | Ask::Ranges(_) => unreachable!("a connection carries one pass"),
         }
         Ok(())
     }
@@ -94,8 +94,8 @@ struct Chunk {
 }
 
 impl Reader {
-    /// Sends what of the source the receiver does not have; with `verify`, only tells of it.
-    pub(super) fn compare(&mut self, asks: &mut Asks, verify: bool) -> Result<(), Stop> {
+    /// Finds what of the source the receiver does not have.
+    pub(super) fn compare(&mut self, asks: &mut Asks, differing: &Differing) -> Result<(), Stop> {
         let whole = self.scan.source.extent();
         let mut walk = self.scan.walk(whole, digest::UNIT.into());
         let mut pending: VecDeque<Chunk> = VecDeque::new();
@@ -106,12 +106,9 @@ impl Reader {
             while pending.front().is_some_and(|chunk| chunk.refine.is_none()) {
                 let Some(chunk) = pending.pop_front() else { break };
                 let end = chunk.at + chunk.len as u64;
-                self.settle(chunk, verify)?;
+                self.settle(chunk, differing)?;
                 if end - told >= TELL || end == whole.end() {
-                    // What is told to be dealt with was handed over.
-                    let rest = self.encoder.flush();
-                    self.hand_over(rest)?;
-                    self.output.blocking_send(Output::Covered(end)).map_err(|_| Stop::NobodyListens)?;
+                    self.covered(end)?;
                     told = end;
                 }
             }
@@ -176,7 +173,7 @@ impl Reader {
     }
 
     /// Hands over what differs.
-    fn settle(&mut self, mut chunk: Chunk, verify: bool) -> Result<(), Stop> {
+    fn settle(&mut self, mut chunk: Chunk, differing: &Differing) -> Result<(), Stop> {
         chunk.differs.sort_by_key(|range| range.start);
         chunk.differs.dedup_by(|next, range| {
             let joins = next.start <= range.end;
@@ -193,9 +190,17 @@ impl Reader {
             let Some(extent) = Extent::new(chunk.at + range.start as u64, range.len() as u64) else {
                 continue;
             };
+            let told = match differing {
+                Differing::Sent => Vec::new(),
+                Differing::Checked(hints) => hints.missed(extent),
+                Differing::Told => vec![extent],
+            };
+            for extent in told {
+                self.output.blocking_send(Output::Differs(extent)).map_err(|_| Stop::NobodyListens)?;
+            }
             match &chunk.bytes {
-                _ if verify => {
-                    self.output.blocking_send(Output::Differs(extent)).map_err(|_| Stop::NobodyListens)?;
+                _ if matches!(differing, Differing::Told) => {
+                    self.progress.done.fetch_add(extent.len(), Ordering::Relaxed);
                 }
                 Some(bytes) => {
                     self.pass_on(|encoder, pieces| encoder.chunk(chunk.at, bytes, range, pieces))?;

@@ -12,8 +12,9 @@ use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 
 use super::encode::Piece;
+use super::hints::Hints;
 use super::limit::Limiter;
-use super::source::{self, Ask, Output, Source};
+use super::source::{self, Ask, Differing, Output, Source};
 use super::still::{Still, Worth};
 use super::{AHEAD, Compression, Done, Error, MOST_DIFFERENCES, PATIENCE, Point, Progress, Scope};
 use crate::digest::{self, Digest};
@@ -49,6 +50,7 @@ pub(super) struct Job {
     pub(super) engine: EngineChoice,
     pub(super) limiter: Option<Arc<Limiter>>,
     pub(super) scope: Scope,
+    pub(super) hints: Option<Arc<Hints>>,
 }
 
 /// How many frames may come back as damaged before it is no accident any more.
@@ -84,9 +86,16 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
         source::read(source, engine, compression, limiter, progress, wanted, output);
     });
     // The thread was just started, and holds the other end.
-    let first = match compare {
-        true => Ask::Compare { verify: job.scope == Scope::Verify },
-        false => Ask::Send(job.source.extent()),
+    let first = match (compare, &job.hints) {
+        (true, _) if job.scope == Scope::Verify => Ask::Compare(Differing::Told),
+        (true, Some(hints)) if job.scope == Scope::CheckHints => {
+            Ask::Compare(Differing::Checked(hints.clone()))
+        }
+        (true, _) => Ask::Compare(Differing::Sent),
+        (false, Some(hints)) if job.scope == Scope::Differences && reply.baseline.is_some() => {
+            Ask::Ranges(hints.clone())
+        }
+        (false, _) => Ask::Send(job.source.extent()),
     };
     asks.send(first).ok();
 
@@ -233,7 +242,9 @@ async fn begin<S: AsyncRead + AsyncWrite + Unpin>(
         (_, None) => PassKind::Initial,
     };
     let compare = match job.scope {
-        Scope::Differences => reply.alike,
+        // What is known to have changed need not be looked for.
+        Scope::Differences => reply.alike && (job.hints.is_none() || reply.baseline.is_none()),
+        Scope::CheckHints => reply.alike,
         Scope::Whole => false,
         Scope::Verify => true,
     };
@@ -449,7 +460,6 @@ impl Shared {
                 }
                 Some(Output::Differs(extent)) => {
                     job.progress.differs.fetch_add(extent.len(), Ordering::Relaxed);
-                    job.progress.done.fetch_add(extent.len(), Ordering::Relaxed);
                     let mut differences = job.differences();
                     let joined = differences.last().filter(|last| last.end() == extent.offset());
                     let joined =

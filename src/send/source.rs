@@ -14,6 +14,7 @@ use tokio::sync::mpsc::Sender;
 
 use super::compare::Asks;
 use super::encode::{Encoder, Piece};
+use super::hints::Hints;
 use super::limit::Limiter;
 use super::{Compression, Progress};
 use crate::digest::Digest;
@@ -196,12 +197,23 @@ impl Source {
 pub(super) enum Ask {
     /// A range, whole.
     Send(Extent),
-    /// What of the whole source is not what the receiver has; with `verify`, it is only told of.
-    Compare { verify: bool },
+    /// What of the whole source is not what the receiver has.
+    Compare(Differing),
+    /// These ranges: the rest is the same.
+    Ranges(Arc<Hints>),
     /// Digests of what the receiver has, in order: one for each unit.
     Units(Vec<Digest>),
     /// The same of the blocks of the oldest range that was to be refined.
     Blocks(Vec<Digest>),
+}
+
+/// What becomes of what differs.
+pub(super) enum Differing {
+    Sent,
+    /// Sent, and told where the hints do not.
+    Checked(Arc<Hints>),
+    /// Only told.
+    Told,
 }
 
 /// What the thread hands over.
@@ -212,7 +224,7 @@ pub(super) enum Output {
     Covered(u64),
     /// A range that differs somewhere: the digests of its blocks are wanted.
     Refine(Extent),
-    /// A range that differs, and is not to be sent.
+    /// A range that differs, and that the user is to be told of.
     Differs(Extent),
     /// Everything of the oldest unfinished ask was handed over.
     Finished,
@@ -350,7 +362,8 @@ impl Reader {
         while let Some(ask) = asks.next() {
             match ask {
                 Ask::Send(extent) => self.send(extent)?,
-                Ask::Compare { verify } => self.compare(asks, verify)?,
+                Ask::Compare(differing) => self.compare(asks, &differing)?,
+                Ask::Ranges(hints) => self.ranges(&hints)?,
                 // The connection lets none through that nobody waits for.
                 Ask::Units(_) | Ask::Blocks(_) => continue,
             }
@@ -374,6 +387,23 @@ impl Reader {
             }
         }
         Ok(())
+    }
+
+    /// Sends what the hints tell. What is told to be dealt with was handed over.
+    fn ranges(&mut self, hints: &Hints) -> Result<(), Stop> {
+        let size = self.scan.source.size;
+        for extent in hints.within(size) {
+            self.send(extent)?;
+            self.covered(extent.end())?;
+        }
+        self.covered(size)
+    }
+
+    /// Everything before this is dealt with.
+    pub(super) fn covered(&mut self, end: u64) -> Result<(), Stop> {
+        let rest = self.encoder.flush();
+        self.hand_over(rest)?;
+        self.output.blocking_send(Output::Covered(end)).map_err(|_| Stop::NobodyListens)
     }
 
     pub(super) fn pass_on(&mut self, encode: impl FnOnce(&mut Encoder, &mut Vec<Piece>)) -> Result<(), Stop> {

@@ -180,6 +180,7 @@ async fn transfer_of(
         engine: EngineChoice::Auto,
         limiter: None,
         scope,
+        hints: None,
     };
     let (client, near) = tokio::io::duplex(256 << 10);
     let (far, server_end) = tokio::io::duplex(256 << 10);
@@ -568,6 +569,7 @@ async fn lied_to(liar: Liar) -> Error {
         engine: EngineChoice::Auto,
         limiter: None,
         scope: Scope::Differences,
+        hints: None,
     };
     // The server ends once the client is gone.
     let talk = async { tokio::join!(pass(client, &job), serve) };

@@ -1,5 +1,6 @@
 //! One attempt at a pass, and the next ones.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
@@ -63,6 +64,7 @@ impl Job {
             engine: what.engine,
             limit: None,
             scope: Scope::Differences,
+            hints: BTreeMap::new(),
         };
         Ok(Job {
             machine: what.machine.clone(),
@@ -297,7 +299,17 @@ impl Outcome {
         let failed: Vec<&Unsent> = self.errors().collect();
         if failed.is_empty() {
             // The point is there all the same.
-            return self.after_reading.map_err(Failure::failed);
+            self.after_reading.map_err(Failure::failed)?;
+            let missed: u64 =
+                self.disks.iter().map(|disk| disk.progress.differs.load(Ordering::Relaxed)).sum();
+            if missed > 0 && !self.verify {
+                return Err(Failure::failed(format!(
+                    "the ranges that were given do not tell {} that had changed, and that were sent all the same: do not \
+                     rely on what made them (--json lists the ranges)",
+                    ByteLen(missed)
+                )));
+            }
+            return Ok(());
         }
         if let Err(error) = &self.after_reading {
             eprintln!("mt-agent: {}", chain(error));

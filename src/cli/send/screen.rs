@@ -2,8 +2,8 @@
 
 use std::cell::Cell;
 use std::io::IsTerminal;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
@@ -24,6 +24,13 @@ pub(super) struct Shown {
     ended: Cell<bool>,
 }
 
+/// Where something differs, as it is told.
+pub(in crate::cli) fn differences(progress: &Progress) -> Vec<Value> {
+    // A list is whole whoever panicked beside it.
+    let ranges = progress.differences.lock().unwrap_or_else(PoisonError::into_inner);
+    ranges.iter().map(|extent| json!({"offset": extent.offset(), "length": extent.len()})).collect()
+}
+
 impl Shown {
     pub(super) fn json(&self, Ended { result, after }: &Ended) -> Value {
         let committed = match result {
@@ -38,6 +45,7 @@ impl Shown {
             "same_bytes": self.progress.same.load(Ordering::Relaxed),
             "zero_bytes": self.progress.zero.load(Ordering::Relaxed),
             "sent_bytes": self.progress.sent.load(Ordering::Relaxed),
+            "missed": differences(&self.progress),
             "refused_frames": self.progress.again.load(Ordering::Relaxed),
             "pass": committed.map(|committed| committed.pass),
             "committed": committed.map(|committed| rfc3339(committed.time)),

@@ -50,17 +50,18 @@ struct Trial {
     /// How often the kill came while a pass was open, and after a commit.
     inside: usize,
     committed: usize,
+    /// How long the last pass that nobody disturbed took: the machine may be busy with other things in turns.
+    whole: Duration,
 }
 
 impl Trial {
-    fn new() -> (Trial, Duration) {
+    fn new() -> Trial {
         let rig = Rig::new(&[SIZE]);
         // Zeros in them too, so that the kills meet both ways of writing.
         let sources = [rig.mixed("a.img", SIZE), rig.random("b.img", SIZE)];
-        let trial = Trial { rig, sources, last: 1, inside: 0, committed: 0 };
-        let start = Instant::now();
-        trial.rig.send(&[("d0", &trial.sources[1])], &SLOW).ok();
-        (trial, start.elapsed())
+        let mut trial = Trial { rig, sources, last: 1, inside: 0, committed: 0, whole: Duration::ZERO };
+        trial.again(1);
+        trial
     }
 
     fn target(&self) -> &Path {
@@ -95,7 +96,9 @@ impl Trial {
 
     /// Another run ends equal.
     fn again(&mut self, sending: usize) {
-        self.rig.send(&[("d0", &self.sources[sending])], &["--compression", "off"]).ok();
+        let start = Instant::now();
+        self.rig.send(&[("d0", &self.sources[sending])], &SLOW).ok();
+        self.whole = start.elapsed();
         assert_equal(&self.sources[sending], self.target());
         self.rig.synchronized("d0");
         self.last = sending;
@@ -117,11 +120,11 @@ impl Trial {
 fn of_the_sender() {
     require_root!();
     let mut moments = Moments::new();
-    let (mut trial, whole) = Trial::new();
+    let mut trial = Trial::new();
     for round in 0..KILLS {
         let (sending, before) = (1 - trial.last, trial.pass());
         let mut send = trial.rig.start(&[("d0", &trial.sources[sending])], &SLOW);
-        let moment = moments.within(whole);
+        let moment = moments.within(trial.whole);
         std::thread::sleep(moment);
         let acknowledged = send.kill().success();
         println!("round {round}: killed after {moment:?}, acknowledged: {acknowledged}");
@@ -137,11 +140,11 @@ fn of_the_sender() {
 fn of_the_receiver() {
     require_root!();
     let mut moments = Moments::new();
-    let (mut trial, whole) = Trial::new();
+    let mut trial = Trial::new();
     for round in 0..KILLS {
         let (sending, before) = (1 - trial.last, trial.pass());
         let send = trial.rig.start(&[("d0", &trial.sources[sending])], &SLOW);
-        let moment = moments.within(whole);
+        let moment = moments.within(trial.whole);
         std::thread::sleep(moment);
         trial.rig.service.process().kill();
         let outcome = send.finish();
@@ -153,6 +156,7 @@ fn of_the_receiver() {
                     "no connection to the master target",
                     "the pass was not acknowledged; run `mt-agent send` again",
                     "no secure connection to the master target",
+                    "broke the connection off before it answered",
                 ];
                 assert!(told.iter().any(|told| outcome.stderr.contains(told)), "{outcome:#?}");
             }

@@ -18,7 +18,7 @@ use support::{Frozen, Loop, MACHINE, MIB, Mount, Outcome, Process, Rig, run, too
 
 const SIZE: u64 = 32 * MIB;
 /// A pass of some seconds.
-const SLOW: [&str; 4] = ["--compression", "off", "--bwlimit", "4M"];
+const SLOW: [&str; 5] = ["--whole", "--compression", "off", "--bwlimit", "4M"];
 
 /// A rig whose source is a mounted file system, into which somebody writes.
 // Dropped in this order.
@@ -159,7 +159,7 @@ fn a_frozen_source_gives_a_point_without_anything_to_repair() {
     let site = Site::new();
     assert_eq!(site.newest(), ("crash".to_owned(), true));
     for _ in 0..3 {
-        let sent = site.send(&["--freeze", "--compression", "off", "--bwlimit", "32M"]).ok();
+        let sent = site.send(&["--freeze", "--whole", "--compression", "off", "--bwlimit", "32M"]).ok();
         assert!(!sent.stderr.contains("not one point in time"), "{sent:#?}");
         assert!(site.writer.waits() < Duration::from_secs(5));
         assert_eq!(site.newest(), ("filesystem".to_owned(), false));

@@ -155,7 +155,7 @@ fn who_is_killed_takes_the_group_s_point_with_it_and_all_go_on_later() {
     let shop = Shop::new(&["db01", "web01"]);
     let old = shop.change(SIZE);
     let (db, web) = (&shop.machines[0], &shop.machines[1]);
-    let mut slow = shop.start(db, &["--group", "shop", "--bwlimit", "1M"]);
+    let mut slow = shop.start(db, &["--group", "shop", "--whole", "--bwlimit", "1M"]);
     let quick = shop.start(web, &["--group", "shop"]);
     shop.wait_for_bytes(db);
     // The quick one has sent all, and waits.
@@ -261,7 +261,7 @@ fn failover_ends_what_is_being_received() {
     let mut shop = Shop::new(&["db01", "web01"]);
     let old = shop.change(SIZE);
     let (db, web) = (&shop.machines[0], &shop.machines[1]);
-    let slow = ["--bwlimit", "1M"];
+    let slow = ["--whole", "--bwlimit", "1M"];
     let send = shop.start(db, &slow);
     let other = shop.start(web, &slow);
     shop.wait_for_bytes(db);
@@ -299,7 +299,7 @@ fn a_sender_that_insists_is_refused() {
         let stop = shop.dir.path().join("stop");
         let mut insists = std::process::Command::new("/bin/sh");
         let send = format!(
-            "while ! test -e {}; do {} send --machine db01 --to {} --bwlimit 1M --compression off --state-dir {} --disk root={}; done",
+            "while ! test -e {}; do {} send --machine db01 --to {} --whole --bwlimit 1M --compression off --state-dir {} --disk root={}; done",
             stop.display(),
             env!("CARGO_BIN_EXE_mt-agent"),
             shop.service.address(),

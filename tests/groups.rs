@@ -162,6 +162,9 @@ fn who_is_killed_takes_the_group_s_point_with_it_and_all_go_on_later() {
     wait_for("its commit", || {
         (shop.service.volume("web01", "root").received_bytes == Some(SIZE)).then_some(())
     });
+    wait_for("its first writes", || {
+        (shop.service.volume("db01", "root").written_bytes > Some(0)).then_some(())
+    });
     slow.kill();
     quick.finish().fails(
         1,

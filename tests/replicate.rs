@@ -183,15 +183,19 @@ fn zeros_replace_what_the_target_held() {
 fn every_compression_arrives_and_saves_where_it_says_so() {
     require_root!();
     let size = 8 * MIB;
-    let rig = Rig::new(&[size]);
+    let dir = directory();
+    let service = Service::start(dir.path(), &[]);
+    let backing = dir.path().join("target.img");
+    write_random(&backing, 0, size);
+    let rig = Rig::assemble(dir, service, vec![Loop::attach(&backing, 512)]);
     let source = rig.random("source.img", size);
     // One half is text.
     let file = File::options().write(true).open(&source).unwrap();
     file.write_all_at(&b"all work and no play\n".repeat(4 << 20)[..4 << 20], 4 * MIB).unwrap();
     for (compression, most) in [("off", size), ("lz4", 5 * MIB), ("zstd", 5 * MIB), ("auto", 7 * MIB)] {
-        write_random(rig.targets[0].backing(), 0, size);
+        write_random(&backing, 0, size);
         let sent = rig.send(&[("d0", &source)], &["--compression", compression, "--json"]).ok().json();
-        assert_equal(&source, rig.targets[0].backing());
+        assert_equal(&source, &backing);
         let bytes = sent["disks"][0]["sent_bytes"].as_u64().unwrap();
         assert!(bytes <= most, "{compression}: {bytes} bytes were sent");
         if compression == "off" {

@@ -162,7 +162,7 @@ pub enum Error {
     #[error("the source is a target disk of this host: {0}")]
     Itself(String),
     /// The connection broke off before anything was sent.
-    #[error("the master target broke the connection off before it answered")]
+    #[error("the master target broke the connection off before it answered; run `mt-agent send` again")]
     BrokenOff(#[source] wire::Error),
     /// It says what cannot be.
     #[error("the master target does not keep to the protocol: {0}; install the same version on both sides")]

@@ -4,6 +4,7 @@
 mod support;
 
 use std::fs::{self, File};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -89,6 +90,7 @@ impl Site {
         let source = Loop::create(&rig.path("source.img"), SIZE);
         tool("mkfs.ext4", &["-q", source.node().to_str().unwrap()]);
         let mount = Some(Mount::new(source.node(), &rig.path("mnt")));
+        support::write_random(&rig.path("mnt/ballast"), 0, SIZE / 2);
         let writer = Writer::new(&rig.path("mnt"));
         let site = Site { writer, mount, source, rig };
         site.send(&[]).ok();
@@ -272,8 +274,11 @@ fn what_cannot_be_frozen_is_refused() {
     let mount = Mount::new(disk.node(), &dir.path().join("mnt"));
     let mut guard = support::mt_agent();
     guard.args(["hold-frozen", "60000"]).args([dir.path().join("mnt"), dir.path().join("tmpfs")]);
-    let output = guard.stdin(Stdio::piped()).stdout(Stdio::piped()).output().unwrap();
-    assert_eq!(String::from_utf8(output.stdout).unwrap(), format!("failed 1 {}\n", libc::EOPNOTSUPP));
+    let mut guard = guard.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut said = String::new();
+    guard.stdout.take().unwrap().read_to_string(&mut said).unwrap();
+    assert!(guard.wait().unwrap().success());
+    assert_eq!(said, format!("failed 1 {}\n", libc::EOPNOTSUPP));
     fs::write(dir.path().join("mnt/file"), "it is thawed").unwrap();
     drop(mount);
     drop(tmpfs);

@@ -162,6 +162,9 @@ fn who_is_killed_takes_the_group_s_point_with_it_and_all_go_on_later() {
     wait_for("its commit", || {
         (shop.service.volume("web01", "root").received_bytes == Some(SIZE)).then_some(())
     });
+    wait_for("its first writes", || {
+        (shop.service.volume("db01", "root").written_bytes > Some(0)).then_some(())
+    });
     slow.kill();
     quick.finish().fails(
         1,
@@ -252,6 +255,38 @@ fn a_group_is_of_those_who_belong_to_it() {
     shop.service.protect_add("db01", "root", &shop.machines[0].target).ok();
     shop.command(&["protect", "group", "shop", "--machines", "db01,web01"]).ok();
     send("shop").fails(3, &["stands at no point yet: send the machine once without `--group`"]);
+}
+
+/// A machine that gives up its disks takes the group's points with it, and the others go on from the points before.
+#[test]
+fn a_point_without_one_of_its_machines_is_none() {
+    require_root!();
+    let shop = Shop::new(&["db01", "web01"]);
+    let old = shop.change(2 * MIB);
+    for send in shop.start_all(&[]) {
+        send.finish().ok();
+    }
+    let removed = shop.command(&["protect", "remove", "web01"]).ok().stdout;
+    assert!(removed.contains("db01: those of them that are its own too"), "{removed}");
+    let db = &shop.machines[0];
+    assert_eq!(shop.points(db).len(), 1);
+    let export = |point: &str, content: &Path| {
+        let out = shop.dir.path().join("out");
+        fs::create_dir(&out).unwrap();
+        shop.command(&["export", &format!("db01@{point}"), "--dir", out.to_str().unwrap()]).ok();
+        assert_equal(content, &out.join("root.img"));
+        fs::remove_dir_all(out).unwrap();
+    };
+    export("latest", &old[0]);
+    support::write_random(&db.source, MIB, 3 * MIB);
+    shop.start(db, &[]).finish().ok();
+    shop.stands_at(db, &db.source);
+    let first = shop.points(db)[0]["id"].as_str().unwrap().to_owned();
+    export(&first, &old[0]);
+    export("latest", &db.source);
+    shop.command(&["check", "db01"]).ok();
+    shop.command(&["failover", "db01", "--to", &first]).ok();
+    shop.stands_at(db, &old[0]);
 }
 
 /// What the service was told to receive no more is not received any more, and the disks are at the point.

@@ -7,19 +7,20 @@
 
 mod digester;
 mod receiving;
+mod stage;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use time::OffsetDateTime;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
 use tokio::time::timeout;
 
 pub use self::digester::DEPTH as DIGEST_DEPTH;
 use self::receiving::{Comparing, Ended, Receiving, Report, protocol};
+pub use self::stage::Stage;
 use super::frame::{Encoding, Kind, MAX_DATA};
 use super::message::{self, Begin, Code, Commit, Enroll, EnrollReply, Hello, HelloReply, Open, OpenReply};
 use super::wire;
@@ -93,37 +94,6 @@ pub struct Begun {
     pub writer: Option<Writer>,
     /// How far the point is that it leads to.
     pub stage: watch::Receiver<Stage>,
-}
-
-/// How far a point is: all its sessions go through it side by side.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Stage {
-    /// These machines of the group have not opened all their disks yet.
-    Gathering(Vec<Name>),
-    /// All disks are open; these machines have not begun all their passes yet.
-    Beginning(Vec<Name>),
-    /// All passes have begun: nobody is read before that, and so there was one moment at which all machines stood still.
-    Begun,
-    /// The point is there, recorded at this time.
-    Recorded(OffsetDateTime),
-    /// There will be no such point.
-    Lost(message::Error),
-}
-
-impl Stage {
-    /// What a session that waits for more tells its user.
-    fn awaits(&self) -> Option<String> {
-        let list = |machines: &[Name]| machines.iter().map(Name::as_str).collect::<Vec<_>>().join(", ");
-        match self {
-            Stage::Gathering(machines) => {
-                Some(format!("waiting for the other machines of the group: {}", list(machines)))
-            }
-            Stage::Beginning(machines) => {
-                Some(format!("waiting until all disks of these have begun: {}", list(machines)))
-            }
-            Stage::Begun | Stage::Recorded(_) | Stage::Lost(_) => None,
-        }
-    }
 }
 
 /// Which sessions must end.

@@ -398,7 +398,7 @@ fn the_file_is_readable_by_its_group_at_most() {
 const GOOD: &str = r#"schema_version = 1
 machine = "web01"
 created = "2026-03-01T10:00:00Z"
-
+group = "shop"
 [[disk]]
 name = "root"
 id = "naa.6000c2939d1a4b6f0e8c2d7a5b1f3e90"
@@ -450,6 +450,7 @@ fn each_thing_that_may_be_wrong_is_named_with_its_line() {
         ("machine = \"web01\"\n", "", 1, "missing field `machine`"),
         ("machine = \"web01\"", "machine = 7", 2, "invalid type"),
         ("created = \"2026", "created = \"yesterday", 3, ""),
+        ("group = \"shop\"", "group = \"../shop\"", 4, "is no name"),
         ("name = \"root\"", "name = \"\"", 6, "is no name"),
         ("id = \"naa.6000c2939d1a4b6f0e8c2d7a5b1f3e90\"", "id = \"naa.6000\"", 7, ""),
         ("id = \"naa.6000c2939d1a4b6f0e8c2d7a5b1f3e90\"", "id = \"/dev/sda\"", 7, ""),

@@ -8,10 +8,12 @@
 //!
 //! # What must not be written to
 //!
-//! Whoever writes to a frozen file system waits for its thaw. The guard writes only to its pipe. The sender reads its
-//! identity before, and the source's device, neither of which a freeze stops; it writes nothing but its output, so it
-//! refuses to freeze the file system on which the files lie to which that goes. So `/` can be frozen as well as any other. An image
-//! on a frozen file system, which holds another one that is frozen: the inner one is mounted later, and so frozen first.
+//! Whoever writes to a frozen file system waits for its thaw. The guard writes only to its pipe. The sender reads: its
+//! identity before, and the sources' devices, which a freeze does not stop. It writes nothing but its output, so it refuses
+//! to freeze the file system on which the file lies to which that goes. So `/` can be frozen like any other.
+//!
+//! A file system may lie in a file of another one. Freezing it writes to that file, so it is frozen first: the later one is
+//! mounted, the earlier. And so does thawing it: so all are thawed side by side, and it waits for the other one.
 //!
 //! # The guard's lines
 //!
@@ -36,6 +38,7 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
 
 use crate::disk::discover::Sysroot;
 use crate::disk::discover::roles::{self, FileSystem};
@@ -90,6 +93,9 @@ impl Error {
     }
 }
 
+/// How long a thaw may take: it writes a block.
+const THAW: Duration = Duration::from_secs(30);
+
 /// A file system and the open directory where it is mounted.
 type Held = (PathBuf, File);
 
@@ -141,7 +147,16 @@ impl Frozen {
     /// Thaws; whether everything was frozen until now.
     pub(super) async fn thaw(self) -> bool {
         drop(self.stay);
-        self.watching.await.unwrap_or(false)
+        match timeout(THAW, self.watching).await {
+            Ok(held) => held.unwrap_or(false),
+            Err(_) => {
+                tracing::error!(
+                    "a file system is not thawed after {} s: see whether its disk still answers; the point is no moment",
+                    THAW.as_secs()
+                );
+                false
+            }
+        }
     }
 }
 
@@ -231,8 +246,10 @@ async fn watch(
             tracing::warn!(
                 "the process that freezes was ended: the file systems are thawed, and the point is no moment"
             );
-            let thaw = move || held.iter().for_each(|(_, file)| drop(ioctl::thaw(file)));
-            tokio::task::spawn_blocking(thaw).await.ok();
+            let thaw = |(_, file): Held| tokio::task::spawn_blocking(move || drop(ioctl::thaw(&file)));
+            for thawing in held.into_iter().map(thaw).collect::<Vec<_>>() {
+                thawing.await.ok();
+            }
         }
     }
     guard.wait().await.ok();
@@ -283,20 +300,21 @@ pub fn hold(limit: Duration, files: &[PathBuf]) -> Result<(), IoError> {
         }
     }
     shared.stop.store(true, Ordering::SeqCst);
-    let (mut thawed, mut broken) = (0, false);
-    // One that is being frozen may wait for one that is frozen.
+    let mut thawing = Vec::new();
     loop {
         let done = freezer.is_finished();
         let frozen = shared.frozen.load(Ordering::SeqCst) as usize;
-        for file in files.iter().take(frozen).skip(thawed) {
-            broken |= ioctl::thaw(file).is_err();
+        for index in thawing.len()..frozen {
+            let files = files.clone();
+            thawing.push(std::thread::spawn(move || ioctl::thaw(&files[index]).is_ok()));
         }
-        thawed = frozen;
         if done {
             break;
         }
+        // The next one is being frozen, and may wait for one that is.
         std::thread::sleep(Duration::from_millis(20));
     }
+    let broken = !thawing.into_iter().all(|one| one.join().unwrap_or(false));
     match (broken, late) {
         _ if shared.failed.load(Ordering::SeqCst) => {}
         (true, _) => say("broken"),

@@ -10,10 +10,11 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf, ReadHalf, WriteHalf};
 use tokio::sync::{Mutex, Notify, mpsc, oneshot, watch};
-use tokio::time::{Instant, interval_at, timeout};
+use tokio::time::timeout;
 
 use super::digester::{self, Digester};
-use super::{Begun, CLOSING, Error, Passes, Patience, Reader, Stage, off_runtime, within};
+use super::stage::{Stage, reached};
+use super::{Begun, CLOSING, Error, Passes, Patience, Reader, off_runtime, within};
 use crate::error::{IoError, chain};
 use crate::net::compress;
 use crate::net::frame::{COST_UNIT, DIGEST_UNITS, Encoding, Header, Kind};
@@ -40,48 +41,6 @@ async fn patiently<T>(
             Err(_) if report.is_busy() || report.signs() != before => {}
             Err(_) => return Err(Error::Silent(idle)),
         }
-    }
-}
-
-/// How often a peer that waits for others is told so.
-const TOLD: Duration = Duration::from_secs(10);
-
-/// Waits, at most `limit`, until the point has come so far, and tells the peer now and then for whom. The peer has nothing
-/// to say meanwhile; that it goes away ends the wait.
-async fn reached<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
-    stage: &mut watch::Receiver<Stage>,
-    so_far: impl Fn(&Stage) -> bool,
-    limit: Duration,
-    reader: &mut R,
-    writer: &Mutex<W>,
-) -> Result<(), Error> {
-    let mut next = pin!(wire::read_header(reader));
-    let start = Instant::now();
-    // Not at once: as a rule all disks of one machine begin in one moment.
-    let mut told = interval_at(start + Duration::from_secs(1), TOLD);
-    loop {
-        tokio::select! {
-            reached = stage.wait_for(|stage| so_far(stage) || matches!(stage, Stage::Lost(_))) => {
-                return match reached.map(|stage| stage.clone()) {
-                    Ok(Stage::Lost(error)) => Err(error.into()),
-                    Ok(_) => Ok(()),
-                    Err(_) => Err(lost().into()),
-                };
-            }
-            early = &mut next => {
-                return Err(early.map_or_else(Error::from, |header| {
-                    protocol(format!("a {:?} frame came before the answer to what was sent last", header.kind))
-                }));
-            }
-            _ = told.tick() => {}
-        }
-        let Some(awaits) = stage.borrow().awaits() else { continue };
-        if start.elapsed() >= limit {
-            let text = format!("{awaits}: given up after {} s; send all of them again", limit.as_secs());
-            return Err(message::Error::new(Code::Incomplete, text).into());
-        }
-        let notice = Notice { message: awaits };
-        wire::write_message(&mut *writer.lock().await, 0, &notice).await?;
     }
 }
 
@@ -714,7 +673,7 @@ impl Passes for Gone {
     }
 }
 
-fn lost() -> message::Error {
+pub(super) fn lost() -> message::Error {
     message::Error::new(Code::Internal, "the record of passes was lost; see the agent's log")
 }
 

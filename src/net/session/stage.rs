@@ -1,0 +1,88 @@
+//! How far a point is, and the waiting of its sessions for one another.
+
+use std::pin::pin;
+use std::time::Duration;
+
+use time::OffsetDateTime;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::{Mutex, watch};
+use tokio::time::{Instant, interval_at};
+
+use super::Error;
+use super::receiving::{lost, protocol};
+use crate::name::Name;
+use crate::net::message::{self, Code, Notice};
+use crate::net::wire;
+
+/// How far a point is: all its sessions go through it side by side.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Stage {
+    /// These machines of the group have not opened all their disks yet.
+    Gathering(Vec<Name>),
+    /// All disks are open; these machines have not begun all their passes yet.
+    Beginning(Vec<Name>),
+    /// All passes have begun: nobody is read before that, and so there was one moment at which all machines stood still.
+    Begun,
+    /// The point is there, recorded at this time.
+    Recorded(OffsetDateTime),
+    /// There will be no such point.
+    Lost(message::Error),
+}
+
+impl Stage {
+    /// What a session that waits for more tells its user.
+    fn awaits(&self) -> Option<String> {
+        let list = |machines: &[Name]| machines.iter().map(Name::as_str).collect::<Vec<_>>().join(", ");
+        match self {
+            Stage::Gathering(machines) => {
+                Some(format!("waiting for the other machines of the group: {}", list(machines)))
+            }
+            Stage::Beginning(machines) => {
+                Some(format!("waiting until all disks of these have begun: {}", list(machines)))
+            }
+            Stage::Begun | Stage::Recorded(_) | Stage::Lost(_) => None,
+        }
+    }
+}
+
+/// How often a peer that waits for others is told so.
+const TOLD: Duration = Duration::from_secs(10);
+
+/// Waits, at most `limit`, until the point has come so far, and tells the peer now and then for whom. The peer has nothing
+/// to say meanwhile; that it goes away ends the wait.
+pub(super) async fn reached<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
+    stage: &mut watch::Receiver<Stage>,
+    so_far: impl Fn(&Stage) -> bool,
+    limit: Duration,
+    reader: &mut R,
+    writer: &Mutex<W>,
+) -> Result<(), Error> {
+    let mut next = pin!(wire::read_header(reader));
+    let start = Instant::now();
+    // Not at once: as a rule all disks of one machine begin in one moment.
+    let mut told = interval_at(start + Duration::from_secs(1), TOLD);
+    loop {
+        tokio::select! {
+            reached = stage.wait_for(|stage| so_far(stage) || matches!(stage, Stage::Lost(_))) => {
+                return match reached.map(|stage| stage.clone()) {
+                    Ok(Stage::Lost(error)) => Err(error.into()),
+                    Ok(_) => Ok(()),
+                    Err(_) => Err(lost().into()),
+                };
+            }
+            early = &mut next => {
+                return Err(early.map_or_else(Error::from, |header| {
+                    protocol(format!("a {:?} frame came before the answer to what was sent last", header.kind))
+                }));
+            }
+            _ = told.tick() => {}
+        }
+        let Some(awaits) = stage.borrow().awaits() else { continue };
+        if start.elapsed() >= limit {
+            let text = format!("{awaits}: given up after {} s; send all of them again", limit.as_secs());
+            return Err(message::Error::new(Code::Incomplete, text).into());
+        }
+        let notice = Notice { message: awaits };
+        wire::write_message(&mut *writer.lock().await, 0, &notice).await?;
+    }
+}

@@ -62,7 +62,17 @@ impl Shop {
     fn start(&self, machine: &Machine, args: &[&str]) -> Process {
         let mut command = mt_agent();
         let to = self.service.address().to_string();
-        command.args(["send", "--machine", machine.name, "--to", &to, "--compression", "off"]);
+        command.args([
+            "send",
+            "--machine",
+            machine.name,
+            "--to",
+            &to,
+            "--compression",
+            "off",
+            "--retry-for",
+            "0s",
+        ]);
         command.arg("--state-dir").arg(&machine.client);
         command.arg("--disk").arg(format!("root={}", machine.source.display())).args(args);
         let mut random = [0; 4];

@@ -701,7 +701,7 @@ fn a_target_that_vanishes_in_the_middle() {
     require_root!();
     let rig = Rig::new(&[16 * MIB, 4 * MIB]);
     let source = rig.random("source.img", 16 * MIB);
-    let slow = ["--bwlimit", "8M", "--compression", "off"];
+    let slow = ["--whole", "--bwlimit", "8M", "--compression", "off"];
     type Harm = fn(&Loop, bool);
     let vanish: Harm = |disk, harm| disk.resize(if harm { 0 } else { 16 * MIB });
     let protect: Harm = |disk, harm| disk.set_read_only(harm);
@@ -828,7 +828,7 @@ fn a_killed_sender_leaves_an_interrupted_pass_and_the_others_alone() {
     require_root!();
     let rig = Rig::new(&[16 * MIB, 16 * MIB]);
     let source = rig.random("source.img", 16 * MIB);
-    let slow = ["--bwlimit", "8M", "--compression", "off"];
+    let slow = ["--whole", "--bwlimit", "8M", "--compression", "off"];
     let mut killed = rig.start_into_pass(&[("d0", &source)], &slow);
     let beside = rig.start_into_pass(&[("d1", &source)], &slow);
     killed.kill();
@@ -849,7 +849,7 @@ fn a_service_that_is_stopped_in_the_middle_tells_its_senders() {
     require_root!();
     let mut rig = Rig::new(&[16 * MIB, 16 * MIB]);
     let source = rig.random("source.img", 16 * MIB);
-    let slow = ["--bwlimit", "8M", "--compression", "off"];
+    let slow = ["--whole", "--bwlimit", "8M", "--compression", "off"];
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
         // Whoever says nothing is not waited for.
         let _silent = [(); 3].map(|()| TcpStream::connect(rig.service.address()).unwrap());
@@ -1016,7 +1016,7 @@ fn an_interrupted_send_says_what_became_of_each_disk() {
     let rig = Rig::new(&[MIB, 64 * MIB]);
     let (small, large) = (rig.random("small.img", 64 * KIB), rig.random("large.img", 64 * MIB));
     let disks: [(&str, &Path); 2] = [("d0", &small), ("d1", &large)];
-    let slow = ["--bwlimit", "4M", "--compression", "off"];
+    let slow = ["--whole", "--bwlimit", "4M", "--compression", "off"];
     for (signal, json) in [(Signal::SIGINT, false), (Signal::SIGTERM, false), (Signal::SIGTERM, true)] {
         let send = rig.start(&disks, &[&slow[..], if json { &["--json"] } else { &[] }].concat());
         wait_for("a pass that is done beside one that is not", || {

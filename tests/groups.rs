@@ -121,7 +121,7 @@ fn a_group_s_point_is_one_and_there_on_all_of_its_machines() {
     let shop = Shop::new(&["db01", "web01", "web02"]);
     let listed = shop.command(&["protect", "list"]).ok().stdout;
     assert!(listed.ends_with("group shop: db01, web01, web02\n"), "{listed}");
-    let old = shop.change(64 * KIB);
+    shop.change(64 * KIB);
     for send in shop.start_all(&["--point-name", "monday"]) {
         send.finish().ok();
     }
@@ -156,7 +156,16 @@ fn a_group_s_point_is_one_and_there_on_all_of_its_machines() {
     shop.stands_at(&shop.machines[0], &shop.machines[0].source);
     shop.stands_at(&shop.machines[1], &newer[1]);
     shop.stands_at(&shop.machines[2], &shop.machines[2].source);
-    drop(old);
+    // Called again, it does what is missing.
+    let again = shop.command(&["failover", "--group", "shop", "--to", id]).ok();
+    assert!(again.stderr.contains("web01 is failed over to point"), "{again:#?}");
+    assert!(
+        again.stdout.contains("db01: failed over") && again.stdout.contains("web02: failed over"),
+        "{again:#?}"
+    );
+    for (machine, content) in shop.machines.iter().zip(&newer) {
+        shop.stands_at(machine, content);
+    }
 }
 
 #[test]

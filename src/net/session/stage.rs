@@ -86,3 +86,46 @@ pub(super) async fn reached<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
         wire::write_message(&mut *writer.lock().await, 0, &notice).await?;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHORT: Duration = Duration::from_millis(1);
+
+    async fn wait(stage: &watch::Sender<Stage>, limit: Duration) -> (Result<(), Error>, Vec<String>) {
+        let (mut client, server) = tokio::io::duplex(64 << 10);
+        let (mut reader, writer) = tokio::io::split(server);
+        let begun = |stage: &Stage| *stage == Stage::Begun;
+        let result = reached(&mut stage.subscribe(), begun, limit, &mut reader, &Mutex::new(writer)).await;
+        drop(reader);
+        let mut told = Vec::new();
+        while let Ok(notice) = wire::read_message::<Notice, _>(&mut client).await {
+            told.push(notice.message);
+        }
+        (result, told)
+    }
+
+    #[tokio::test]
+    async fn who_waits_is_told_for_whom_and_not_for_ever() {
+        let stage =
+            watch::Sender::new(Stage::Gathering(vec!["db01".parse().unwrap(), "web01".parse().unwrap()]));
+        let (result, told) = wait(&stage, SHORT).await;
+        let Err(Error::Refused(refusal)) = result else { panic!("{result:?}") };
+        let awaits = "waiting for the other machines of the group: db01, web01";
+        assert_eq!(refusal.code, Code::Incomplete);
+        assert!(refusal.message.starts_with(awaits) && refusal.message.contains("given up"), "{refusal}");
+        assert!(told.is_empty());
+        let (result, told) = tokio::join!(wait(&stage, Duration::from_secs(60)), async {
+            tokio::time::sleep(Duration::from_millis(1500)).await;
+            stage.send_replace(Stage::Begun);
+        })
+        .0;
+        assert!(result.is_ok());
+        assert_eq!(told, [awaits]);
+        let lost = message::Error::new(Code::Incomplete, "lost");
+        stage.send_replace(Stage::Lost(lost.clone()));
+        let (result, _) = wait(&stage, SHORT).await;
+        assert!(matches!(result, Err(Error::Refused(refusal)) if refusal == lost));
+    }
+}

@@ -13,7 +13,7 @@ use crate::error::{IoError, chain};
 use crate::points::retention::{Policy, Room, choose};
 use crate::points::{Dropped, Reason, Record};
 use crate::protection::{self, Store};
-use crate::recovery::{Error, Journal, LONGEST_SEGMENT};
+use crate::recovery::{self, Error, LONGEST_SEGMENT, Standing};
 
 /// Looks once, and lets go of what must go.
 pub(super) fn run(config: &Config, store: &Store, coordinator: &Coordinator, live: &Live) {
@@ -43,8 +43,8 @@ fn look(config: &Config, store: &Store, coordinator: &Coordinator, live: &Live) 
     }
     let room = Room { free: free(retention)?, open: 0 };
     let choice = coordinator.read(|log| {
-        let released: HashSet<_> = log.all_released().map(|released| released.point).collect();
-        choose(log.history(), &released, &policy, room, OffsetDateTime::now_utc())
+        let in_use: HashSet<_> = log.in_use().collect();
+        choose(log.history(), &in_use, &policy, room, OffsetDateTime::now_utc())
     })?;
     // First the record, then the segments: a crash in between leaves segments that the next look removes.
     for reason in [Reason::Age, Reason::Thinned, Reason::Size, Reason::Space] {
@@ -65,12 +65,11 @@ fn look(config: &Config, store: &Store, coordinator: &Coordinator, live: &Live) 
     for (machine, loaded) in store.all()? {
         let Ok(protection) = loaded else { continue };
         for disk in protection.disks {
-            let failed =
-                |source| Error::Journal { machine: machine.clone(), disk: disk.name.clone(), source };
-            let journal = coordinator
-                .read(|log| Journal::read(retention, &machine, &disk.name, &disk.id, log))?
-                .map_err(failed)?;
-            journal.let_go()?;
+            // One journal in which something is wrong concerns no other.
+            let standing = coordinator.read(|log| Standing::of(&machine, &disk.name, &disk.id, log))?;
+            if let Err(error) = recovery::let_go(retention, &machine, &disk.name, &standing) {
+                tracing::warn!(error = chain(&error), "what older points needed could not be removed");
+            }
         }
     }
     Ok(())

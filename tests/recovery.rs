@@ -429,6 +429,33 @@ fn an_interrupted_failover_goes_on_or_is_taken_back() {
         assert_equal(&versions[2], rig.targets[0].backing());
     }
     assert!(in_the_middle > 0);
+    // The same of its undoing, which is not held against what it wrote itself.
+    in_the_middle = 0;
+    for round in 0..6 {
+        command(&rig, &["failover", MACHINE, "--to", &first]).ok();
+        let mut undo = std::process::Command::new(env!("CARGO_BIN_EXE_mt-agent"));
+        undo.args(["failover", MACHINE, "--undo", "--config", &rig.service.config()]);
+        let mut process = rig.spawn(undo);
+        let log = PathBuf::from(rig.service.state_dir()).join("retention/points.log");
+        let last = || fs::read_to_string(&log).unwrap().lines().last().unwrap().to_owned();
+        wait_for("its beginning", || (!last().contains("\"record\":\"released\"")).then_some(()));
+        std::thread::sleep(Duration::from_millis(2 * round));
+        process.kill();
+        let interrupted = last().contains("\"record\":\"begun\"");
+        in_the_middle += u32::from(interrupted);
+        exported(&rig, "latest", &versions[2]);
+        exported(&rig, &first, &versions[0]);
+        if interrupted && round % 2 == 0 {
+            command(&rig, &["failover", MACHINE, "--undo"]).ok();
+        } else if interrupted {
+            rig.service.process().kill();
+            rig.service.spawn();
+            wait_for("the undoing", || last().contains("\"record\":\"taken-back\"").then_some(()));
+        }
+        assert_equal(&versions[2], rig.targets[0].backing());
+        assert_eq!(sound(&rig), [true, true, true]);
+    }
+    assert!(in_the_middle > 0);
     rig.send(&[("d0", &source)], &[]).ok();
 }
 

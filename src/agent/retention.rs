@@ -12,7 +12,7 @@ use super::status::Live;
 use crate::error::{IoError, chain};
 use crate::points::retention::{Policy, Room, choose};
 use crate::points::{Dropped, Reason, Record};
-use crate::protection::{self, Store};
+use crate::protection::Store;
 use crate::recovery::{self, Error, LONGEST_SEGMENT, Standing};
 
 /// Looks once, and lets go of what must go.
@@ -24,17 +24,8 @@ pub(super) fn run(config: &Config, store: &Store, coordinator: &Coordinator, liv
 
 fn look(config: &Config, store: &Store, coordinator: &Coordinator, live: &Live) -> Result<(), Error> {
     let retention = &config.retention_dir;
-    // While a machine is failed over nothing goes: least of all the point that it is brought back to. Held until the end
-    // of this look, so that none begins meanwhile.
-    let mut holds = Vec::new();
-    for (machine, _) in store.all()? {
-        match store.hold(&machine) {
-            Ok(hold) => holds.push(hold),
-            Err(protection::Error::Excluded { .. }) => return Ok(()),
-            // One that cannot be read concerns nobody else.
-            Err(_) => {}
-        }
-    }
+    // Meanwhile a machine may be failed over, or that be taken back. It has recorded so, and its point stays: what is let go
+    // lies before that, and what is removed is nothing that it reads.
     let waits = live.open().values().any(|counters| counters.is_paused());
     let mut policy: Policy = config.retention;
     if waits {

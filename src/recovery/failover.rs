@@ -365,7 +365,7 @@ impl Released {
     }
 }
 
-/// The machine for ourselves: against senders, and against the service's look at the retention, which takes a moment.
+/// The machine for ourselves. A session whose sender has heard of its commit and is gone ends a moment later.
 pub(super) fn alone(store: &Store, machine: &Name) -> Result<Hold, Error> {
     let mut tries = 20;
     loop {

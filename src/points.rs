@@ -125,6 +125,13 @@ pub struct VolumeAt {
     pub bytes: u64,
 }
 
+impl VolumeAt {
+    /// Whether it is this disk of its machine, on this target disk.
+    pub fn is_on(&self, disk: &Name, target: &DiskId) -> bool {
+        self.disk == *disk && self.id == *target
+    }
+}
+
 /// Why points were dropped.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -51,7 +51,6 @@ use crate::disk::id::DiskId;
 use crate::error::IoError;
 use crate::name::Name;
 use crate::pass::PassId;
-use crate::points::VolumeAt;
 use crate::units::ByteLen;
 
 pub use store::{Hold, Listed, Store};
@@ -94,13 +93,6 @@ pub struct Assignment {
     /// The newest pass that was committed, if there is one. The disk stands at it only while the state is
     /// [`State::Synchronized`].
     pub last_commit: Option<Commit>,
-}
-
-impl Assignment {
-    /// Whether this is where the disk was at a point.
-    pub fn is_at(&self, at: &VolumeAt) -> bool {
-        at.disk == self.name && at.id == self.id
-    }
 }
 
 /// How far a target disk is.

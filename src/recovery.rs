@@ -10,7 +10,7 @@ pub mod export;
 pub mod failover;
 mod target;
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::ops::RangeBounds;
 use std::path::{Path, PathBuf};
 
@@ -95,16 +95,14 @@ pub enum Error {
 /// What the points log says of one disk of a machine.
 #[derive(Clone, Debug)]
 pub struct Standing {
-    /// The newest point that the disk has, and the pass that led there.
-    pub newest: Option<(PointId, u64)>,
+    /// The points that the disk has, oldest first, and the passes that led there.
+    points: Vec<(PointId, u64)>,
+    /// The pass that brought it back from the newest point to an older one, at which it is released.
+    pub back: Option<u64>,
     /// What its segments and its points have in common; `None` while it has no point.
     pub lineage: Option<Lineage>,
-    /// The pass that led to the oldest point that is kept.
-    pub oldest: Option<u64>,
-    /// All passes that led to points, or back to one, in order.
-    pub led: Vec<u64>,
-    /// The points that the disk has, and the passes that led there.
-    points: Vec<(PointId, u64)>,
+    /// The passes through which the ways back lead, also those of points that were thinned.
+    led: BTreeSet<u64>,
     /// The lineages of all other disks that have points.
     others: HashSet<Lineage>,
 }
@@ -112,31 +110,40 @@ pub struct Standing {
 impl Standing {
     /// Of this disk, which has points only on this target.
     pub fn of(machine: &Name, disk: &Name, target: &DiskId, log: &Log) -> Standing {
-        let of_disk = |at: &&VolumeAt| at.machine == *machine && at.disk == *disk && at.id == *target;
+        let is_ours = |at: &&VolumeAt| at.machine == *machine && at.is_on(disk, target);
         let kept = log.history().iter().filter(|entry| entry.dropped.is_none()).map(|entry| &entry.point);
-        let passes: Vec<(PointId, &VolumeAt)> =
-            kept.clone().filter_map(|point| Some((point.id, point.volumes.iter().find(of_disk)?))).collect();
-        let oldest = passes.first().map(|(_, at)| at.pass);
-        let mut newest = passes.last().map(|(point, at)| (*point, at.pass));
-        let mut led: Vec<u64> = passes.iter().map(|(_, at)| at.pass).collect();
-        // Going back made a pass of its own, which is a part of what the disk stands at. Not so where the points that it
-        // went back from were given up: then the disk stands at the newest one, and that pass leads nowhere.
-        if let (Some((point, pass)), Some(released)) = (&mut newest, log.released(machine))
-            && *point != released.point
-        {
-            let back = released.disks.iter().find(|back| back.disk == *disk).and_then(|back| back.pass);
-            *pass = back.unwrap_or(*pass);
-            led.extend(back);
-        }
-        let others = kept.flat_map(|point| &point.volumes).filter(|at| !of_disk(at)).map(|at| at.lineage);
-        let lineage = passes.last().map(|(_, at)| at.lineage);
-        let points = passes.iter().map(|(point, at)| (*point, at.pass)).collect();
-        Standing { newest, lineage, oldest, led, points, others: others.collect() }
+        let volumes = kept.clone().filter_map(|point| Some((point, point.volumes.iter().find(is_ours)?)));
+        let lineage = volumes.clone().next_back().map(|(_, at)| at.lineage);
+        let points: Vec<_> = volumes.map(|(point, at)| (point.id, at.pass)).collect();
+        let others = kept.flat_map(|point| &point.volumes).filter(|at| !is_ours(at)).map(|at| at.lineage);
+        let mut standing =
+            Standing { points, back: None, lineage, led: BTreeSet::new(), others: others.collect() };
+        // Where the points that it went back from were given up, it stands at the newest one, and the pass leads nowhere.
+        let released = log.released(machine).filter(|released| standing.newest() != Some(released.point));
+        standing.back = released
+            .and_then(|released| released.disks.iter().find(|back| back.disk == *disk))
+            .and_then(|back| back.pass);
+        let through = standing.oldest() + 1..=standing.points.last().map_or(0, |(_, pass)| *pass);
+        let with_images = log.history().iter().filter(|entry| entry.has_images());
+        let passes = with_images.filter_map(|entry| entry.point.volumes.iter().find(is_ours));
+        let passes = passes.filter(|at| Some(at.lineage) == lineage && through.contains(&at.pass));
+        standing.led = passes.map(|at| at.pass).chain(standing.back).collect();
+        standing
     }
 
-    /// Whether a segment with this lineage belongs to the disk; while it has no point, any that is no other disk's may.
-    pub fn is_ours(&self, lineage: Lineage) -> bool {
-        self.lineage.map_or_else(|| !self.others.contains(&lineage), |ours| ours == lineage)
+    /// The newest point.
+    pub fn newest(&self) -> Option<PointId> {
+        self.points.last().map(|(point, _)| *point)
+    }
+
+    /// The pass that led to the oldest point, or 0.
+    pub fn oldest(&self) -> u64 {
+        self.points.first().map_or(0, |(_, pass)| *pass)
+    }
+
+    /// The pass that led to where the disk stands: to the newest point, or back from there; or 0.
+    pub fn committed(&self) -> u64 {
+        self.back.or(self.points.last().map(|(_, pass)| *pass)).unwrap_or(0)
     }
 
     /// The pass that led to this point.
@@ -144,9 +151,9 @@ impl Standing {
         self.points.iter().find(|(known, _)| *known == point).map(|(_, pass)| *pass)
     }
 
-    /// The pass that led to the newest point, or 0.
-    pub fn committed(&self) -> u64 {
-        self.newest.map_or(0, |(_, pass)| pass)
+    /// Whether a segment with this lineage belongs to the disk; while it has no point, any that is no other disk's may.
+    pub fn is_ours(&self, lineage: Lineage) -> bool {
+        self.lineage.map_or_else(|| !self.others.contains(&lineage), |ours| ours == lineage)
     }
 }
 
@@ -155,7 +162,7 @@ pub fn let_go(retention: &Path, machine: &Name, disk: &Name, standing: &Standing
     let shelf = Directory::at(place(retention, machine, disk));
     let failed = |source| Error::Journal { machine: machine.clone(), disk: disk.clone(), source };
     // What led to the oldest point, or to one that was let go of.
-    let unneeded = ..=standing.oldest.unwrap_or(0);
+    let unneeded = ..=standing.oldest();
     recover::let_go(&shelf, unneeded, &|lineage| standing.is_ours(lineage)).map_err(failed)
 }
 
@@ -197,12 +204,10 @@ impl Journal {
         }
     }
 
-    /// The passes after the oldest point's that led to a point, and are not there to their end.
+    /// The passes through which ways back lead, and that are not there to their end.
     pub fn missing(&self) -> Vec<(u64, Damage)> {
-        let oldest = self.standing.oldest.unwrap_or(0);
-        let led = self.standing.led.iter().filter(|led| **led > oldest);
         let whole = |led: &u64| self.history.passes.get(led).is_some_and(|found| found.ended);
-        let missing = led.filter(|led| !whole(led)).map(|led| {
+        let missing = self.standing.led.iter().filter(|led| !whole(led)).map(|led| {
             let (segment, what) = (segment_name(*led, 0), "segments of this pass, or its end, are missing");
             (*led, Damage { segment, at: 0, what })
         });
@@ -217,7 +222,7 @@ impl Journal {
     /// Removes what nobody needs any more. For the one that writes the disk.
     pub fn tidy(&self) -> Result<(), recover::Error> {
         recover::tidy(&self.shelf)?;
-        self.discard(..=self.standing.oldest.unwrap_or(0))
+        self.discard(..=self.standing.oldest())
     }
 
     /// Passes that lead to no point, oldest first: one that was interrupted, as a rule none or one.

@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use mt_agent::points::{Dropped, Log, Reason, Record};
 use nix::sys::signal::Signal;
 use rand::rngs::StdRng as Dice;
 use rand::{RngExt, SeedableRng};
@@ -312,6 +313,30 @@ fn what_is_damaged_is_given_up_and_the_machine_goes_on() {
     assert_equal(&source, rig.targets[0].backing());
     exported(&rig, "latest", &source);
     assert_eq!(points(&rig).len(), 1);
+}
+
+/// A point that was thinned out is none any more, and what its pass saved is needed all the same.
+#[test]
+fn what_a_thinned_points_pass_saved_is_missed_where_it_is_missing() {
+    require_root!();
+    let mut dice = Dice::seed_from_u64(12);
+    let (rig, _, versions) = with_versions(4, &mut dice);
+    let ids: Vec<String> = points(&rig).iter().map(id).collect();
+    let retention = PathBuf::from(rig.service.state_dir()).join("retention");
+    let thinned = Dropped {
+        time: time::OffsetDateTime::now_utc(),
+        reason: Reason::Thinned,
+        points: vec![ids[2].parse().unwrap()],
+    };
+    Log::open(&retention).unwrap().append(Record::Dropped(thinned)).unwrap();
+    exported(&rig, &ids[0], &versions[0]);
+    for segment in
+        segments(&journal(&rig, "d0")).iter().filter(|path| path.to_str().unwrap().contains("3-0000"))
+    {
+        fs::remove_file(segment).unwrap();
+    }
+    assert_eq!(sound(&rig), [false, false, true]);
+    command(&rig, &["failover", MACHINE, "--to", &ids[0]]).fails(1, &["damaged", "are missing"]);
 }
 
 /// The pass that went back is damaged: what lies before the point of the failover can be reached all the same.

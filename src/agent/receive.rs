@@ -110,7 +110,7 @@ impl Host for Receiver {
             _shown: self.live.show(machine.clone(), open.disk.clone(), counters.clone()),
         };
         Ok(Opened {
-            baseline: ledger.journal.standing.newest.map(|(point, _)| point),
+            baseline: ledger.journal.standing.newest(),
             volume,
             device_size: disk.size.0,
             block: disk.logical_block,
@@ -157,7 +157,7 @@ impl Receiver {
             failed(&recovery::Error::Journal { machine: machine.clone(), disk: disk.name.clone(), source })
         };
         journal.tidy().map_err(damaged)?;
-        if journal.standing.newest.is_some() {
+        if journal.standing.newest().is_some() {
             journal.open().map_err(damaged)?;
         }
         Ok(journal)

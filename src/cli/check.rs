@@ -40,6 +40,11 @@ pub fn run(args: Args) -> Result<(), Failure> {
         true => give_up(retention, &store, &mut log, &args.machine)?,
         false => check(retention, &store, &log, &args.machine)?,
     };
+    for disk in &report.unseen {
+        eprintln!(
+            "mt-agent: disk {disk} is released and not attached: whether somebody wrote to it is not known"
+        );
+    }
     let gone = |damage: &[String]| args.give_up && !damage.is_empty();
     let damaged = report.points.iter().filter(|point| !point.damage.is_empty()).count();
     if args.json {

@@ -125,7 +125,7 @@ impl Image {
     }
 }
 
-/// How often, and how long after, a pass that seems damaged is read again.
+/// How often, and how long after, it is read again what somebody else may have been writing.
 const AGAIN: u32 = 3;
 const PAUSE: Duration = Duration::from_millis(5);
 
@@ -142,6 +142,19 @@ pub type Holds<'a> = &'a dyn Fn(Extent) -> Result<Vec<u8>, IoError>;
 /// apart, but the disk does: where it holds exactly what the record says that it saved, the record may be forgotten, and
 /// otherwise it is damage. What the record is about is told by its header or the copy of it behind its payload.
 pub fn recover(shelf: &dyn Shelf, ours: Ours<'_>, holds: Holds<'_>) -> Result<History, Error> {
+    // Meanwhile, older passes may be let go of, and what was torn be cut off.
+    let went_away =
+        |kind: io::ErrorKind| matches!(kind, io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof);
+    for _ in 0..AGAIN {
+        match read_all(shelf, ours, holds) {
+            Err(Error::Io(error)) if went_away(error.source.kind()) => std::thread::sleep(PAUSE),
+            result => return result,
+        }
+    }
+    read_all(shelf, ours, holds)
+}
+
+fn read_all(shelf: &dyn Shelf, ours: Ours<'_>, holds: Holds<'_>) -> Result<History, Error> {
     let names = names(shelf)?;
     let segments = names.values().flatten().map(|(_, name)| name.clone()).collect();
     let mut history = History { passes: BTreeMap::new(), names: segments };

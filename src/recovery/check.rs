@@ -1,6 +1,7 @@
 //! Reads the journals of a machine whole, says which of its points are sound, and gives up those that are not.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::Path;
 
 use time::OffsetDateTime;
@@ -21,6 +22,8 @@ pub struct Report {
     pub points: Vec<Checked>,
     /// How many bytes of before-images were read.
     pub bytes: u64,
+    /// The released disks that are not attached: whether somebody wrote to them is not known.
+    pub unseen: Vec<Name>,
 }
 
 /// One point.
@@ -47,15 +50,17 @@ struct Disk {
 /// for a machine that is failed over, that nobody is seen to have written to its disks. Writes nothing.
 pub fn check(retention: &Path, store: &Store, log: &Log, machine: &Name) -> Result<Report, Error> {
     let protection = store.load(machine)?;
-    let mut report = Report { points: Vec::new(), bytes: 0 };
+    let mut report = Report { points: Vec::new(), bytes: 0, unseen: Vec::new() };
     let mut disks = Vec::new();
     for disk in &protection.disks {
-        disks.push((disk, look(retention, log, machine, disk, &mut report.bytes)?));
+        disks.push((disk, look(retention, log, machine, disk, &mut report)?));
     }
     for point in log.points(machine) {
         let mut damage = Vec::new();
         for (disk, found) in &disks {
-            let Some(at) = point.volumes_of(machine).find(|at| disk.is_at(at)) else { continue };
+            let Some(at) = point.volumes_of(machine).find(|at| at.is_on(&disk.name, &disk.id)) else {
+                continue;
+            };
             let until = found.released.filter(|released| at.pass <= *released).unwrap_or(u64::MAX);
             let worst = found.passes.iter().rfind(|(pass, _)| (at.pass + 1..=until).contains(*pass));
             let what = found.lost.as_ref().or(worst.map(|(_, what)| what));
@@ -71,7 +76,7 @@ fn look(
     log: &Log,
     machine: &Name,
     disk: &Assignment,
-    read: &mut u64,
+    report: &mut Report,
 ) -> Result<Disk, Error> {
     let mut found = Disk::default();
     let journal = match Journal::read(retention, machine, &disk.name, &disk.id, log) {
@@ -85,20 +90,27 @@ fn look(
     for (pass, damage) in journal.missing() {
         found.passes.insert(pass, damage.to_string());
     }
-    let oldest = journal.standing.oldest.unwrap_or(0);
-    for (number, pass) in journal.history.passes.range(oldest + 1..) {
+    for (number, pass) in journal.history.passes.range(journal.standing.oldest() + 1..) {
         if let Err(error) = verify(pass, &journal.shelf) {
             found.passes.insert(*number, chain(&error));
         }
-        *read += pass.bytes;
+        report.bytes += pass.bytes;
     }
     if let Some(released) = log.released(machine) {
         found.released = journal.standing.pass_at(released.point);
         // While that is being taken back, the disk is neither the one nor the other.
         if log.begun(machine).is_none() {
-            let place = written_to(released, &disk.name, &journal, &Target::attached(&disk.id)?)?;
-            found.lost = place
-                .map(|place| format!("it was written to since it was released: {place} is not as it was"));
+            match Target::attached(&disk.id) {
+                Err(error) if error.source.kind() == io::ErrorKind::NotFound => {
+                    report.unseen.push(disk.name.clone());
+                }
+                target => {
+                    let place = written_to(released, &disk.name, &journal, &target?)?;
+                    found.lost = place.map(|place| {
+                        format!("it was written to since it was released: {place} is not as it was")
+                    });
+                }
+            }
         }
     }
     Ok(found)

@@ -61,7 +61,7 @@ pub fn export(
     }
     let mut plan = Vec::new();
     for disk in &protection.disks {
-        let Some(at) = point.volumes_of(machine).find(|at| disk.is_at(at)) else {
+        let Some(at) = point.volumes_of(machine).find(|at| at.is_on(&disk.name, &disk.id)) else {
             let text =
                 format!("point {} has no disk {} ({}) of machine {machine}", point.id, disk.name, disk.id);
             return Err(Error::Refused(text));

@@ -146,7 +146,7 @@ pub fn fail_over(
     }
     let mut plan = Vec::new();
     for disk in &protection.disks {
-        let Some(at) = point.volumes_of(machine).find(|at| disk.is_at(at)) else {
+        let Some(at) = point.volumes_of(machine).find(|at| at.is_on(&disk.name, &disk.id)) else {
             return Err(Error::Refused(lacks(log, &protection, &point, disk)));
         };
         let journal = Journal::read(retention, machine, &disk.name, &disk.id, log)?;
@@ -221,7 +221,7 @@ fn lacks(log: &Log, protection: &Protection, point: &Point, disk: &Assignment) -
         point.id, disk.name
     );
     let has_all = |point: &&Point| {
-        let has = |disk: &Assignment| point.volumes_of(machine).any(|at| disk.is_at(at));
+        let has = |disk: &Assignment| point.volumes_of(machine).any(|at| at.is_on(&disk.name, &disk.id));
         !point.fuzzy && protection.disks.iter().all(has)
     };
     match log.points(machine).rfind(has_all) {
@@ -259,8 +259,8 @@ pub fn undo(
         // What leads back to the newest point: that which went to an older one, or, where that was interrupted, all that
         // leads nowhere.
         let back: Vec<_> = match &released {
-            Some(released) => {
-                let back = released.back(&disk.name, &journal);
+            Some(_) => {
+                let back = journal.standing.back;
                 let gone = |pass| {
                     let text = format!("the journal of disk {} no longer has pass {pass}", disk.name);
                     Error::Refused(text)
@@ -332,8 +332,7 @@ pub(super) fn written_to(
     if let Some(place) = then.sample.differs(&target.sample()?) {
         return Ok(Some(place));
     }
-    let (Some(back), Some(pass)) = (released.back(disk, journal), journal.standing.pass_at(released.point))
-    else {
+    let (Some(back), Some(pass)) = (journal.standing.back, journal.standing.pass_at(released.point)) else {
         return Ok(None);
     };
     let mut history = journal.history.clone();
@@ -353,15 +352,6 @@ pub(super) fn written_to(
             Ok((!same).then_some("something that was brought back to the point"))
         }
         Err(source) => Err(Error::Journal { machine: released.machine.clone(), disk: disk.clone(), source }),
-    }
-}
-
-impl Released {
-    /// The pass that brought a disk back to the point. None where the disk stood at it already, and where it is the newest
-    /// one since those after it were given up: then that pass leads nowhere.
-    fn back(&self, disk: &Name, journal: &Journal) -> Option<u64> {
-        let newest = journal.standing.newest.is_some_and(|(newest, _)| newest == self.point);
-        self.disks.iter().find(|known| known.disk == *disk)?.pass.filter(|_| !newest)
     }
 }
 

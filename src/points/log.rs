@@ -324,7 +324,10 @@ impl Tail {
 fn settle_file(path: &Path, end: u64) -> Result<File, IoError> {
     let failed = |op| move |error| IoError::new(op, path.display().to_string(), error);
     let file = OpenOptions::new().read(true).write(true).open(path).map_err(failed("open"))?;
-    if file.metadata().map_err(failed("look at"))?.len() != end {
+    let len = file.metadata().map_err(failed("look at"))?.len();
+    if len != end {
+        let (log, bytes) = (path.display(), len.saturating_sub(end));
+        tracing::warn!(%log, bytes, "a part of a line is cut off, of a record that was being written and nobody was told of");
         file.set_len(end).map_err(failed("cut"))?;
     }
     file.sync_all().map_err(failed("flush"))?;

@@ -10,7 +10,7 @@ use super::failover::written_to;
 use super::target::Target;
 use super::{Error, Journal, Standing, let_go};
 use crate::error::chain;
-use crate::journal::recover::{self, verify};
+use crate::journal::{recover, verify};
 use crate::name::Name;
 use crate::points::{Dropped, Log, PointId, Reason, Record};
 use crate::protection::{Assignment, Store};

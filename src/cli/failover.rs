@@ -1,8 +1,9 @@
 //! `mt-agent failover`: brings the disks of machines to a point and releases them, or takes that back.
 //!
 //! `--json` prints one object: `schema_version` (1), `machine`, `point`, `time`, `dry_run`, and `disks`, of each `disk`, `id`,
-//! `rolled_back` (bytes of an interrupted pass) and `brought_back` (bytes that differed from the point). For several machines,
-//! or with `--group`, it has `schema_version` and `machines`, an array of such objects.
+//! `rolled_back` (bytes of an interrupted pass) and `brought_back` (bytes that differed from the point); and `compared`: whether
+//! the disks were held against what they were when they were released. For several machines, or with `--group`, it has
+//! `schema_version` and `machines`, an array of such objects.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -74,7 +75,7 @@ pub(super) fn to(text: &str) -> Result<To, String> {
 impl From<Error> for Failure {
     fn from(error: Error) -> Failure {
         match error {
-            Error::Refused(_) | Error::Disk(_) => Failure::refused(error),
+            Error::Refused(_) | Error::Written { .. } | Error::Disk(_) => Failure::refused(error),
             Error::Protection(error) if error.is_refusal() => Failure::refused(error),
             error => Failure::failed(error),
         }
@@ -230,6 +231,10 @@ fn to_text(machine: &Name, report: &Report, took: Duration, undo: bool, dry_run:
         }
         text += "\n";
     }
+    if report.compared {
+        text += "  looked at, and found as it was when it was released, of each disk: its first 16 MiB, its last MiB, 64 places \
+                 between, and all that had been brought back; what somebody may have written elsewhere was not looked at\n";
+    }
     if !undo && !dry_run {
         text += &format!(
             "  take it back, before anything writes to them, with `mt-agent failover {machine} --undo`\n"
@@ -250,6 +255,6 @@ fn to_json(machine: &Name, report: &Report, dry_run: bool) -> serde_json::Value 
         .collect();
     json!({
         "schema_version": SCHEMA_VERSION, "machine": machine, "point": report.point,
-        "time": report.time.format(&Rfc3339).ok(), "dry_run": dry_run, "disks": disks,
+        "time": report.time.format(&Rfc3339).ok(), "dry_run": dry_run, "disks": disks, "compared": report.compared,
     })
 }

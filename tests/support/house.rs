@@ -1,0 +1,315 @@
+//! A machine whose disks are received and brought back by the library's own pieces, in the order in which the service and
+//! `mt-agent failover` do it: for tests of what the pieces come to together, on whatever disks.
+
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, channel};
+
+use mt_agent::disk::id::DiskId;
+use mt_agent::journal::recover::{self, discard, roll_back, verify};
+use mt_agent::journal::{View, Writer};
+use mt_agent::name::Name;
+use mt_agent::pass::PassId;
+use mt_agent::points::{
+    Dropped, Kind, Log, PassOf, Point, PointId, Reason, Record, Released, TakenBack, VolumeAt,
+};
+use mt_agent::recovery::{Journal, place};
+use mt_agent::storage::Storage;
+use mt_agent::storage::shelf::Directory;
+use mt_agent::sys::aligned::Arena;
+use mt_agent::volume::{Event, Volume};
+use time::OffsetDateTime;
+
+use super::MACHINE;
+
+/// Where it is killed within something that concerns all disks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Killed {
+    No,
+    /// When the first of the disks is done.
+    AfterOneDisk,
+    /// When all are, and the record that counts is not written.
+    BeforeTheRecord,
+}
+
+/// A disk, with how it is opened.
+pub struct Disk {
+    pub name: &'static str,
+    pub size: u64,
+    pub open: Box<dyn Fn(&Arena, Directory) -> Box<dyn Storage>>,
+}
+
+/// One disk that is being received.
+pub struct Session {
+    pub volume: Volume,
+    events: Receiver<Event>,
+    pass: u64,
+}
+
+impl Session {
+    /// Writes bytes from `at` on.
+    pub fn write(&self, at: u64, bytes: &[u8]) {
+        for (index, bytes) in bytes.chunks(16 << 10).enumerate() {
+            let mut buffer = self.volume.arena().alloc_blocking(bytes.len());
+            buffer.copy_from_slice(bytes);
+            self.volume.write(at + (index << 14) as u64, buffer, 0).unwrap();
+        }
+    }
+
+    /// What the journal of the pass takes.
+    fn flush(&self) -> u64 {
+        self.volume.flush();
+        loop {
+            match self.events.recv().unwrap() {
+                Event::Flushed { saved } => return saved,
+                Event::Written { .. } => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+}
+
+pub struct House {
+    pub retention: PathBuf,
+    pub log: Log,
+    disks: Vec<Disk>,
+    /// The longest segment.
+    segment: u64,
+    sessions: Option<Vec<Session>>,
+    next: u128,
+}
+
+pub fn machine() -> Name {
+    MACHINE.parse().unwrap()
+}
+
+fn id(disk: &Disk) -> DiskId {
+    format!("loop:/images/{}", disk.name).parse().unwrap()
+}
+
+fn now() -> OffsetDateTime {
+    OffsetDateTime::now_utc()
+}
+
+impl House {
+    /// With a retention directory that may have the log of one.
+    pub fn open(retention: &Path, disks: Vec<Disk>, segment: u64) -> House {
+        let mut log = Log::open(retention).unwrap();
+        log.settle().unwrap();
+        House { retention: retention.to_owned(), log, disks, segment, sessions: None, next: 1 }
+    }
+
+    pub fn journal(&self, disk: usize) -> Journal {
+        let disk = &self.disks[disk];
+        Journal::read(&self.retention, &machine(), &disk.name.parse().unwrap(), &id(disk), &self.log).unwrap()
+    }
+
+    fn storage(&self, disk: usize, arena: &Arena) -> Box<dyn Storage> {
+        let disk = &self.disks[disk];
+        let shelf = Directory::create_all(place(&self.retention, &machine(), &disk.name.parse().unwrap()));
+        (disk.open)(arena, shelf.unwrap())
+    }
+
+    fn session(&self, disk: usize, writer: Option<Writer>, pass: u64) -> Session {
+        let arena = Arena::new(128 << 10).unwrap();
+        let (sender, events) = channel();
+        let report = Box::new(move |event| drop(sender.send(event)));
+        let Disk { name, size, .. } = self.disks[disk];
+        let volume = Volume::start(name, self.storage(disk, &arena), size, arena, report).unwrap();
+        if let Some(writer) = writer {
+            volume.save(writer);
+        }
+        Session { volume, events, pass }
+    }
+
+    /// Whether disks are being received.
+    pub fn is_receiving(&self) -> bool {
+        self.sessions.is_some()
+    }
+
+    /// Ends the sessions. What was sent arrives.
+    pub fn close(&mut self) {
+        self.sessions = None;
+    }
+
+    /// Kills whoever has the disks open, and reads everything anew.
+    pub fn restart(&mut self) {
+        self.close();
+        self.log = Log::open(&self.retention).unwrap();
+        self.log.settle().unwrap();
+    }
+
+    /// The session of a disk: of a pass that begins now on all disks, or of one that goes on, where none is there.
+    pub fn receiving(&mut self, disk: usize) -> &Session {
+        if self.sessions.is_none() {
+            let begin = |disk| {
+                let journal = self.journal(disk);
+                journal.tidy().unwrap();
+                assert!(journal.newest.is_some(), "the first pass is an initial one");
+                let writer = match journal.open().unwrap().last() {
+                    Some(open) => Writer::go_on(open, self.segment),
+                    None => Writer::new(journal.next(), self.segment),
+                };
+                let pass = writer.pass();
+                self.session(disk, Some(writer), pass)
+            };
+            self.sessions = Some((0..self.disks.len()).map(begin).collect());
+        }
+        &self.sessions.as_ref().unwrap()[disk]
+    }
+
+    /// Ends the pass. The point that it became, or none where it was killed.
+    pub fn commit(&mut self, killed: Killed) -> Option<PointId> {
+        self.receiving(0);
+        let sessions = self.sessions.take().unwrap();
+        let mut volumes = Vec::new();
+        for (disk, session) in self.until(killed).zip(&sessions) {
+            let bytes = session.flush();
+            volumes.push(self.at(disk, session.pass, bytes));
+        }
+        drop(sessions);
+        self.record(killed, volumes)
+    }
+
+    /// The disks that are done before it is killed.
+    fn until(&self, killed: Killed) -> std::ops::Range<usize> {
+        0..if killed == Killed::AfterOneDisk { 1 } else { self.disks.len() }
+    }
+
+    fn at(&self, disk: usize, pass: u64, bytes: u64) -> VolumeAt {
+        let (disk, sender_pass) = (&self.disks[disk], PassId(self.next));
+        VolumeAt {
+            machine: machine(),
+            disk: disk.name.parse().unwrap(),
+            id: id(disk),
+            pass,
+            sender_pass,
+            bytes,
+        }
+    }
+
+    fn record(&mut self, killed: Killed, volumes: Vec<VolumeAt>) -> Option<PointId> {
+        if killed != Killed::No {
+            self.restart();
+            return None;
+        }
+        let (id, time) = (PointId(self.next), now());
+        self.next += 1;
+        let (kind, fuzzy, name, group) = (Kind::Crash, false, None, None);
+        let point = Point { id, time, recorded: time, kind, fuzzy, name, group, volumes };
+        self.log.append(Record::Point(point)).unwrap();
+        Some(id)
+    }
+
+    /// An initial pass, which overwrites the disks in place; all points go.
+    pub fn initial(&mut self, contents: &[Vec<u8>], killed: Killed) -> Option<PointId> {
+        self.close();
+        let journals: Vec<_> = (0..self.disks.len()).map(|disk| self.journal(disk)).collect();
+        let points = self.log.points(&machine()).map(|point| point.id).collect();
+        self.drop_points(points, Reason::Initial, false);
+        let mut volumes = Vec::new();
+        for disk in self.until(killed) {
+            let journal = &journals[disk];
+            for pass in journal.history.passes.values() {
+                discard(pass, &journal.shelf).unwrap();
+            }
+            let session = self.session(disk, None, journal.next());
+            session.write(0, &contents[disk]);
+            session.flush();
+            volumes.push(self.at(disk, session.pass, 0));
+        }
+        self.record(killed, volumes)
+    }
+
+    /// Lets go of points; `swept`: and of the segments that nobody needs then.
+    pub fn drop_points(&mut self, points: Vec<PointId>, reason: Reason, swept: bool) {
+        if !points.is_empty() {
+            self.log.append(Record::Dropped(Dropped { time: now(), reason, points })).unwrap();
+        }
+        if swept {
+            (0..self.disks.len()).for_each(|disk| self.journal(disk).let_go().unwrap());
+        }
+    }
+
+    /// Rolls back the pass that is open on a disk, if one is.
+    pub fn roll_back(&self, disk: usize) {
+        let journal = self.journal(disk);
+        journal.tidy().unwrap();
+        for pass in journal.open().unwrap().into_iter().rev() {
+            verify(pass, &journal.shelf).unwrap();
+            roll_back(pass, &journal.shelf, &mut *self.storage(disk, &Arena::new(1).unwrap())).unwrap();
+            discard(pass, &journal.shelf).unwrap();
+        }
+    }
+
+    /// The pass of a disk that led to a point.
+    pub fn pass(&self, point: PointId, disk: usize) -> u64 {
+        self.log.get(point).unwrap().volumes[disk].pass
+    }
+
+    /// Brings the disks back to a point and releases them.
+    pub fn fail_over(&mut self, point: PointId, killed: Killed) {
+        self.close();
+        let mut passes = Vec::new();
+        for disk in self.until(killed) {
+            let pass = self.pass(point, disk);
+            self.journal(disk).reaches(pass).unwrap();
+            self.roll_back(disk);
+            let journal = self.journal(disk);
+            let view = View::after(&journal.history, pass, &journal.shelf).unwrap();
+            if !view.is_empty() {
+                let pass = journal.next();
+                let session = self.session(disk, Some(Writer::new(pass, self.segment)), pass);
+                view.each(|at, bytes| {
+                    session.write(at, bytes);
+                    Ok::<(), recover::Error>(())
+                })
+                .unwrap();
+                session.flush();
+                passes.push(PassOf { disk: self.disks[disk].name.parse().unwrap(), pass });
+            }
+        }
+        if killed == Killed::No {
+            let released = Released { machine: machine(), point, time: now(), passes };
+            self.log.append(Record::Released(released)).unwrap();
+        } else {
+            self.restart();
+        }
+    }
+
+    /// Takes that back.
+    pub fn undo(&mut self, killed: Killed) {
+        let released = self.log.released(&machine()).cloned().unwrap();
+        let mut gone = Vec::new();
+        for disk in self.until(killed) {
+            let name: Name = self.disks[disk].name.parse().unwrap();
+            if let Some(back) = released.passes.iter().find(|back| back.disk == name) {
+                let journal = self.journal(disk);
+                let pass = journal.history.passes[&back.pass].clone();
+                verify(&pass, &journal.shelf).unwrap();
+                roll_back(&pass, &journal.shelf, &mut *self.storage(disk, &Arena::new(1).unwrap())).unwrap();
+                gone.push((pass, journal.shelf));
+            }
+        }
+        if killed == Killed::No {
+            self.log.append(Record::TakenBack(TakenBack { machine: machine(), time: now() })).unwrap();
+            gone.iter().for_each(|(pass, shelf)| discard(pass, shelf).unwrap());
+        } else {
+            self.restart();
+        }
+    }
+
+    /// What a disk was at each point that is kept, oldest first, read through its journal over what it holds: `bytes`, which
+    /// must have been read before this is called.
+    pub fn views(&self, disk: usize, bytes: &[u8]) -> Vec<(PointId, Vec<u8>)> {
+        let journal = self.journal(disk);
+        let view = |point: &Point| {
+            let pass = self.pass(point.id, disk);
+            journal.reaches(pass).unwrap();
+            let mut bytes = bytes.to_owned();
+            let view = View::after(&journal.history, pass, &journal.shelf).unwrap();
+            view.overlay(0, &mut bytes).unwrap();
+            (point.id, bytes)
+        };
+        self.log.points(&machine()).map(view).collect()
+    }
+}

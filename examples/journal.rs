@@ -219,7 +219,8 @@ fn commit(device: &Path, retention: &Path, times: u64) -> Result<Value, Failure>
     let beside = retention.join("beside");
     File::create(&beside)?.write_all_at(&vec![1; size as usize], 0)?;
     File::open(&beside)?.sync_all()?;
-    let (disk, beside) = (direct(device)?, direct(&beside).or_else(|_| File::options().write(true).open(&beside))?);
+    let (disk, beside) =
+        (direct(device)?, direct(&beside).or_else(|_| File::options().write(true).open(&beside))?);
     let mut rounds = Vec::new();
     for round in 0..times {
         let pool = content(round);

@@ -69,8 +69,7 @@ enum Step {
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
-    let killed =
-        || prop_oneof![6 => Just(Killed::No), 1 => Just(Killed::AfterOneDisk), 1 => Just(Killed::BeforeTheRecord)];
+    let killed = || prop_oneof![6 => Just(Killed::No), 1 => Just(Killed::AfterOneDisk), 1 => Just(Killed::BeforeTheRecord)];
     let range = || {
         (0..2usize).prop_flat_map(|disk| {
             let size = SIZES[disk];

@@ -191,6 +191,7 @@ impl Script<'_> {
                 recover_to(self.disk(), self.newest());
                 self.model = self.promise()[&self.newest()].to_vec();
             }
+            tidy(&self.disk().shelf()).unwrap();
             let writer = match recover(&self.disk().shelf()).unwrap().passes.get(&pass) {
                 Some(pass) => Writer::go_on(pass, SEGMENT),
                 None => Writer::new(pass, SEGMENT),

@@ -213,6 +213,7 @@ const BEFORE: u64 = 8;
 const UNIT: u64 = 64 << 10;
 
 fn commit(device: &Path, retention: &Path, times: u64) -> Result<Value, Failure> {
+    fs::create_dir_all(retention)?;
     let (journal, mut log) = (retention.join("journal"), Log::open(retention)?);
     let size = (BEFORE + 1) * UNIT;
     // Its blocks are written once already, so that a flush of it is one of nothing but the device.

@@ -18,12 +18,13 @@ use crate::storage::{Action, Geometry, Place};
 use crate::sys::aligned::{Arena, Buffer};
 use crate::units::Extent;
 
-/// How many bytes of the disk one batch covers, but for a single command that is longer.
+/// How many bytes of the disk one batch covers.
 const BATCH: usize = 2 << 20;
 /// How many commands one batch has at most: fewer than a record takes images, so that as a rule one record does.
 const MOST: usize = 128;
 /// The longest command: one data frame, with the blocks that it touches in part.
 const LONGEST: usize = (1 << 20) + 2 * BLOCK as usize;
+const _: () = assert!(LONGEST <= BATCH);
 /// The unit in which long runs of zeros are handled.
 const ZEROS: u64 = 256 << 10;
 /// How long until it is tried again to get room for the journal.
@@ -35,8 +36,9 @@ pub(super) struct Delta {
     ended: bool,
     /// The size of the device: blocks end there.
     size: u64,
-    /// Old content, of a batch and the next.
-    old: Arena,
+    /// Old content, of a batch and the next in turns: whatever the sizes, a whole batch has room in one that is empty.
+    old: [Arena; 2],
+    turn: usize,
     /// One record.
     record: Arena,
     /// New content that is a part of a command, until it is written.
@@ -65,9 +67,10 @@ impl Delta {
             writer,
             ended: false,
             size: geometry.size,
-            old: arena(2 * (BATCH + LONGEST))?,
-            record: arena(record_len(BATCH + LONGEST))?,
-            new: arena(BATCH + LONGEST)?,
+            old: [arena(BATCH)?, arena(BATCH)?],
+            turn: 0,
+            record: arena(record_len(BATCH))?,
+            new: arena(BATCH)?,
         })
     }
 
@@ -224,7 +227,8 @@ impl Worker {
     }
 
     /// Starts to read what the pieces may overwrite.
-    fn begin_reads(&mut self, delta: &Delta, batch: &mut [Piece]) -> Result<(), IoError> {
+    fn begin_reads(&mut self, delta: &mut Delta, batch: &mut [Piece]) -> Result<(), IoError> {
+        delta.turn = 1 - delta.turn;
         for piece in batch {
             // What has its image, and is replaced whole, need not be known.
             if piece.extent == piece.blocks && delta.writer.has_all(piece.blocks) {
@@ -234,7 +238,7 @@ impl Worker {
             while !self.has_room() {
                 self.step()?;
             }
-            let buffer = delta.old.alloc_blocking(piece.blocks.len() as usize);
+            let buffer = delta.old[delta.turn].alloc_blocking(piece.blocks.len() as usize);
             let read = Action::Read { offset: piece.blocks.offset(), buffer };
             piece.read = Some(self.begin(Place::Disk, read));
         }
@@ -264,7 +268,7 @@ impl Worker {
         while !rest.is_empty() {
             let payload: usize =
                 rest.iter().map(|(_, bytes)| bytes.len().next_multiple_of(BLOCK as usize)).sum();
-            let longest = record_len(payload.min(BATCH + LONGEST - BLOCK as usize));
+            let longest = record_len(payload.min(BATCH));
             self.make_room(delta, longest as u64)?;
             let mut buffer = delta.record.alloc_blocking(longest);
             let (taken, len) = delta.writer.compose(rest, &mut buffer);

@@ -9,11 +9,12 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::Instant;
 
 use clap::{Parser, Subcommand};
+use mt_agent::error::IoError;
 use mt_agent::journal::format::{self, BLOCK, Body, Entry, Record, Segment};
-use mt_agent::journal::recover::{discard, recover};
+use mt_agent::journal::recover::{self, History, let_go};
 use mt_agent::journal::writer::segment_name;
 use mt_agent::journal::{View, Writer};
-use mt_agent::pass::PassId;
+use mt_agent::pass::{Lineage, PassId};
 use mt_agent::points::{self, Kind, Log, Point, PointId, VolumeAt};
 use mt_agent::recovery::LONGEST_SEGMENT;
 use mt_agent::storage::Geometry;
@@ -122,7 +123,7 @@ impl Running {
         let report = Box::new(move |event| drop(sender.send(event)));
         let volume = Volume::start("bench", Box::new(storage), size, arena, report)?;
         if journal.is_some() {
-            volume.save(Writer::new(1, LONGEST_SEGMENT));
+            volume.save(Writer::new(LINEAGE, 1, LONGEST_SEGMENT));
         }
         Ok(Running { volume, events, written: 0 })
     }
@@ -174,12 +175,19 @@ fn part(pool: &[u8], at: u64, len: u64) -> &[u8] {
     &pool[from..from + len as usize]
 }
 
-fn let_go(journal: &Path) -> Result<(), Failure> {
-    let shelf = Directory::at(journal.to_owned());
-    for pass in recover(&shelf)?.passes.values() {
-        discard(pass, &shelf)?;
-    }
-    Ok(())
+const LINEAGE: Lineage = Lineage(1);
+
+fn ours(lineage: Lineage) -> bool {
+    lineage == LINEAGE
+}
+
+fn recover(dir: &Path) -> Result<History, recover::Error> {
+    let holds = |_| Err(IoError::new("read", "the disk", io::ErrorKind::Unsupported));
+    recover::recover(&Directory::at(dir.to_owned()), &ours, &holds)
+}
+
+fn remove(journal: &Path) -> Result<(), recover::Error> {
+    let_go(&Directory::at(journal.to_owned()), .., &ours)
 }
 
 fn pass(
@@ -204,7 +212,7 @@ fn pass(
     let wall = begin.elapsed().as_secs_f64();
     let written = running.written;
     running.volume.close();
-    journal.map(let_go).transpose()?;
+    journal.map(remove).transpose()?;
     Ok(json!({ "wall": wall, "written": written, "saved": saved }))
 }
 
@@ -237,7 +245,7 @@ fn commit(device: &Path, retention: &Path, times: u64) -> Result<Value, Failure>
             log.append(points::Record::Point(point(round, bytes)?))?;
             let took = begin.elapsed().as_secs_f64();
             running.volume.close();
-            let_go(&journal)?;
+            remove(&journal)?;
             Ok(took)
         };
         let theirs = || -> Result<f64, Failure> {
@@ -279,6 +287,7 @@ fn point(round: u64, bytes: u64) -> Result<Point, Failure> {
         machine: "bench".parse()?,
         disk: "disk".parse()?,
         id: "loop:/bench".parse()?,
+        lineage: LINEAGE,
         pass,
         sender_pass: PassId(pass.into()),
         bytes,
@@ -302,7 +311,7 @@ const RECORD: u64 = 2 << 20;
 /// there: the images are holes, which nobody reads. How many bytes of images that are.
 fn make_up(dir: &Path, segments: u64) -> Result<u64, Failure> {
     const OF_PASS: u64 = 100;
-    let records = (LONGEST_SEGMENT - BLOCK) / (BLOCK + RECORD);
+    let records = (LONGEST_SEGMENT - BLOCK) / (2 * BLOCK + RECORD);
     let (mut at, mut sequence) = (0, 0);
     for number in 0..segments {
         let (pass, index) = (1 + number / OF_PASS, (number % OF_PASS) as u32);
@@ -313,7 +322,8 @@ fn make_up(dir: &Path, segments: u64) -> Result<u64, Failure> {
         let file = File::options().write(true).create_new(true).open(path)?;
         file.set_len(LONGEST_SEGMENT)?;
         let generation = number + 1;
-        file.write_all_at(&format::encode_segment(&Segment { pass, index, generation, sequence }), 0)?;
+        let segment = Segment { lineage: LINEAGE, pass, index, generation, sequence };
+        file.write_all_at(&format::encode_segment(&segment), 0)?;
         let mut place = BLOCK;
         for _ in 0..records {
             let entry = |index| {
@@ -322,8 +332,11 @@ fn make_up(dir: &Path, segments: u64) -> Result<u64, Failure> {
             };
             let entries = (0..RECORD / UNIT).map(entry).collect::<Result<Vec<_>, _>>()?;
             let body = Body::Images { entries, payload_len: RECORD as u32 };
-            file.write_all_at(&format::encode_record(&Record { generation, sequence, body })?, place)?;
-            (at, place, sequence) = (at + RECORD, place + BLOCK + RECORD, sequence + 1);
+            let record = Record { generation, sequence, body };
+            let header = format::encode_record(&record)?;
+            file.write_all_at(&header, place)?;
+            file.write_all_at(&header, place + BLOCK + RECORD)?;
+            (at, place, sequence) = (at + RECORD, place + record.len(), sequence + 1);
         }
         if index == (OF_PASS - 1) as u32 || number + 1 == segments {
             let end = Record { generation, sequence, body: Body::End };
@@ -344,10 +357,10 @@ fn index(dir: &Path, segments: u64) -> Result<Value, Failure> {
     let images = make_up(dir, segments)?;
     let shelf = Directory::at(dir.to_owned());
     let before = memory()?;
-    let history = recover(&shelf)?;
+    let history = recover(dir)?;
     let read = memory()?;
-    let writers: Vec<Writer> =
-        history.passes.values().map(|pass| Writer::go_on(pass, LONGEST_SEGMENT)).collect();
+    let go_on = |pass| recover::go_on(pass, LINEAGE, LONGEST_SEGMENT, &shelf);
+    let writers = history.passes.values().map(go_on).collect::<Result<Vec<Writer>, _>>()?;
     let saved = memory()?;
     drop(writers);
     let again = memory()?;
@@ -368,7 +381,7 @@ fn open(dir: &Path, segments: u64, times: u64) -> Result<Value, Failure> {
     let mut rounds = Vec::new();
     for _ in 0..times {
         let begin = Instant::now();
-        let history = recover(&Directory::at(dir.to_owned()))?;
+        let history = recover(dir)?;
         let took = begin.elapsed().as_secs_f64();
         let damaged = history.passes.values().any(|pass| pass.damage.is_some() || !pass.ended);
         let found: usize = history.passes.values().map(|pass| pass.segments.len()).sum();

@@ -36,8 +36,9 @@ use crate::net::message::{self, Code};
 use crate::net::session::{self, Patience};
 use crate::net::tls::{self, HandshakeError};
 use crate::net::token::TokenStore;
-use crate::points::Log;
+use crate::points::{Begun, Log};
 use crate::protection::{State, Store};
+use crate::recovery::failover::{How, To, fail_over, undo};
 use crate::storage::device;
 use commit::Coordinator;
 use config::Config;
@@ -148,6 +149,11 @@ async fn run(config: Config) -> Result<(), Error> {
             }
         })
     };
+    {
+        // It may take long, and the machine that it is about is refused meanwhile as before.
+        let (config, store) = (config.clone(), store.clone());
+        tokio::task::spawn_blocking(move || go_on(&config, &store));
+    }
     let fingerprint = identity.fingerprint();
     tracing::info!(%listen, engine = %engine, %fingerprint, "listening");
     let tokens = TokenStore::new(directory);
@@ -203,6 +209,32 @@ fn points(config: &Config, store: &Store) -> Result<Log, Error> {
         }
     }
     Ok(log)
+}
+
+/// Goes on with failovers, and their undoing, that were interrupted.
+fn go_on(config: &Config, store: &Store) {
+    let retention = &config.retention_dir;
+    let log = |error: &dyn std::error::Error, what: &str| tracing::error!(error = chain(error), "{what}");
+    let mut points = match Log::open(retention) {
+        Ok(points) => points,
+        Err(error) => return log(&error, "the recovery points"),
+    };
+    let begun: Vec<Begun> = points.all_begun().cloned().collect();
+    for begun in begun {
+        let (machine, engine) = (&begun.machine, config.engine);
+        tracing::info!(%machine, "{begun} was interrupted, and goes on");
+        let done = match begun.point {
+            Some(point) => {
+                let how = How { fuzzy: true, dry_run: false, engine };
+                fail_over(retention, store, &mut points, machine, &To::Id(point), how)
+            }
+            None => undo(retention, store, &mut points, machine, engine),
+        };
+        match done {
+            Ok(_) => tracing::info!(%machine, "{begun} is done"),
+            Err(error) => log(&error, &format!("{begun} could not go on; call it again")),
+        }
+    }
 }
 
 /// Whether the directory lies on the file system of `/`, which before-images may fill.

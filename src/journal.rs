@@ -16,14 +16,18 @@
 //! blocks are written to the disk. At the pass's end: (4) all of (3) has completed, (5) the disk is flushed, (6) the end
 //! record is written and (7) flushed, (8) the point is recorded elsewhere, and that is the commit.
 //!
-//! - Before (2): the record may be there, torn, or not. Nothing of its blocks was overwritten. A record that does not
-//!   check out ends the segment for its reader.
+//! - Before (2): the record may be there, torn, or not. Nothing of its blocks was overwritten. A newest record that does
+//!   not check out is taken for this only where the disk still holds what it says that it saved ([`recover`]).
 //! - Between (2) and (8): the blocks may be old, new, or torn. Their images are there: the pass goes on (the images are
 //!   not taken again), or is rolled back by writing them back.
 //! - Within a rollback: it begins again from the first image. Writing an image twice is writing it once.
 //!
-//! A pass that goes on after an interruption begins a new segment: behind the last record of an old one there is never
-//! another, so a sound record behind a broken one means damage, and is told from the end ([`recover`]).
+//! A pass that goes on after an interruption begins a new segment, after what a power cut left behind the last record of
+//! the old one was cut off: behind the last record of a segment there is never another, so a sound record behind a broken
+//! one means damage, and in a pass that ended every byte behind it is zero ([`recover::verify`]).
+//!
+//! The segments of a volume carry its *lineage*, as do its points: files that were exchanged between two volumes are told by
+//! it, and neither read nor removed.
 
 pub mod format;
 pub mod recover;

@@ -1,4 +1,4 @@
-//! The names of passes, and how 128 bits that somebody chose are written: on the wire, in the protections, in the
+//! The names of passes and of what they belong to, and how 128 bits that somebody chose are written: on the wire, in the protections, in the
 //! log.
 
 /// Defines a name of 128 bits, written as 32 lower-case hexadecimal digits, and the error of its `FromStr`.
@@ -63,3 +63,20 @@ id!(
     ParsePassIdError,
     "a pass"
 );
+
+id!(
+    /// The name of what a volume's journal and points have in common: 128 random bits, drawn when an initial pass begins
+    /// and kept by all passes after it.
+    Lineage,
+    ParseLineageError,
+    "a lineage"
+);
+
+impl Lineage {
+    /// A new one.
+    pub fn random() -> std::io::Result<Lineage> {
+        let mut random = [0; 16];
+        getrandom::fill(&mut random)?;
+        Ok(Lineage(u128::from_ne_bytes(random)))
+    }
+}

@@ -4,7 +4,7 @@
 //! The bytes are in [`line`](mod@line), the file in [`Log`], and which points are let go in [`retention`].
 //!
 //! ```text
-//! 7bd4ec45 {"record":"log","schema_version":1}
+//! 7bd4ec45 {"record":"log","schema_version":2}
 //! 5c1f0ab2 {"record":"point","id":"0001…","time":"2026-03-01T10:00:00Z","recorded":"…","kind":"crash",…}
 //! 91e2d03c {"record":"dropped","time":"2026-03-02T10:00:05Z","reason":"age","points":["0001…"]}
 //! ```
@@ -31,9 +31,9 @@ use time::OffsetDateTime;
 use crate::disk::id::DiskId;
 use crate::error::IoError;
 use crate::name::Name;
-use crate::pass::{PassId, id};
+use crate::pass::{Lineage, PassId, id};
 
-pub use log::{Entry, FILE_NAME, Log};
+pub use log::{Entry, FILE_NAME, JOURNALS, Log};
 
 id!(
     /// The name of a point, chosen by the sender: 128 random bits, written as 32 hexadecimal digits.
@@ -114,6 +114,8 @@ pub struct VolumeAt {
     pub disk: Name,
     /// The target disk.
     pub id: DiskId,
+    /// What the volume's journal and all its points since the last initial pass have in common.
+    pub lineage: Lineage,
     /// The number of the pass in the volume's journal that led to the point.
     pub pass: u64,
     /// The sender's name for that pass.
@@ -121,6 +123,13 @@ pub struct VolumeAt {
     /// How many bytes of before-images that pass saved: what going back *from* this point to the one before it
     /// writes. None, for an initial pass.
     pub bytes: u64,
+}
+
+impl VolumeAt {
+    /// Whether it is this disk of its machine, on this target disk.
+    pub fn is_on(&self, disk: &Name, target: &DiskId) -> bool {
+        self.disk == *disk && self.id == *target
+    }
 }
 
 /// Why points were dropped.
@@ -167,22 +176,73 @@ pub struct Released {
     /// When.
     #[serde(with = "time::serde::rfc3339")]
     pub time: OffsetDateTime,
-    /// The passes that brought disks back to the point. A disk that stood at it already has none.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub passes: Vec<PassOf>,
+    /// Its disks.
+    pub disks: Vec<ReleasedDisk>,
 }
 
-/// A pass of the journal of one of a machine's disks.
+/// One disk of a machine that was failed over.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct PassOf {
+pub struct ReleasedDisk {
     /// The machine's name for the disk.
     pub disk: Name,
-    /// The number of the pass in the volume's journal.
-    pub pass: u64,
+    /// The number of the pass, in the volume's journal, that brought it back to the point. A disk that stood at it already
+    /// has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pass: Option<u64>,
+    /// What it held then, so that it can be noticed when somebody wrote to it.
+    pub sample: Sample,
 }
 
-/// A failover was undone, or the machine is protected again.
+/// Checksums of some places of a disk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sample {
+    /// Of its first 16 MiB.
+    pub head: u32,
+    /// Of its last MiB.
+    pub tail: u32,
+    /// Of 4 KiB at each of 64 places between.
+    pub between: u32,
+}
+
+impl Sample {
+    /// Where it shows that the disk holds something else now.
+    pub fn differs(&self, now: &Sample) -> Option<&'static str> {
+        let places = [
+            (self.head != now.head, "its first 16 MiB"),
+            (self.tail != now.tail, "its last MiB"),
+            (self.between != now.between, "one of 64 places between its ends"),
+        ];
+        places.into_iter().find_map(|(differs, place)| differs.then_some(place))
+    }
+}
+
+/// Disks of a machine are about to be written by something else than its passes. Until it is done, and that is recorded,
+/// nothing else writes them, and its point is not let go.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Begun {
+    /// The machine.
+    pub machine: Name,
+    /// The point of a failover; none where one is taken back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub point: Option<PointId>,
+    /// When.
+    #[serde(with = "time::serde::rfc3339")]
+    pub time: OffsetDateTime,
+}
+
+impl fmt::Display for Begun {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.point {
+            Some(point) => write!(f, "a failover of machine {} to point {point}", self.machine),
+            None => write!(f, "the undoing of the failover of machine {}", self.machine),
+        }
+    }
+}
+
+/// A failover was undone.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TakenBack {
@@ -201,6 +261,8 @@ pub enum Record {
     Point(Point),
     /// Points were let go.
     Dropped(Dropped),
+    /// A failover begins, or its undoing.
+    Begun(Begun),
     /// A machine was failed over.
     Released(Released),
     /// That was undone.
@@ -213,10 +275,11 @@ pub enum Error {
     /// The operating system refused. Where a write or a flush of the log failed, it is [`Error::Latched`] from then on.
     #[error(transparent)]
     Io(#[from] IoError),
-    /// The log does not hold what it must, and not at its very end, where a crash may leave half a line.
+    /// The log does not hold what it must; a crash leaves nothing but a part of the last line.
     #[error(
-        "{}:{line}: {what}; put back a sound copy of the file, or move it away: the disks keep what they hold, \
-         the points are given up, and the machines' next passes must be initial ones", file.display()
+        "{}:{line}: {what}; put back a sound copy of the file, or move it away together with the directory `journals` beside \
+         it: the disks keep what they hold, the points are given up, and the machines' next passes must be initial ones",
+        file.display()
     )]
     Corrupt {
         /// The file.
@@ -225,6 +288,16 @@ pub enum Error {
         line: usize,
         /// What is wrong there.
         what: String,
+    },
+    /// There is no log where there must be one: it is made before the first journal is.
+    #[error(
+        "{} is missing, and the directory `journals` beside it shows that there were recovery points; put back a sound copy, \
+         or move `journals` away too: the disks keep what they hold, the points are given up, and the machines' next passes \
+         must be initial ones", file.display()
+    )]
+    Missing {
+        /// The file.
+        file: PathBuf,
     },
     /// A log of a schema that this version does not know.
     #[error(
@@ -285,6 +358,9 @@ pub enum Refused {
         /// The point.
         point: PointId,
     },
+    /// Something else writes the disks of the machine, or was interrupted.
+    #[error("{0} began and is not done")]
+    Begun(Begun),
     /// The disks of the machine are ours.
     #[error("machine {0} is not failed over")]
     NotReleased(Name),

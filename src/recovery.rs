@@ -8,7 +8,10 @@
 pub mod check;
 pub mod export;
 pub mod failover;
+mod target;
 
+use std::collections::{BTreeSet, HashSet};
+use std::ops::RangeBounds;
 use std::path::{Path, PathBuf};
 
 use crate::disk::id::DiskId;
@@ -16,16 +19,18 @@ use crate::error::IoError;
 use crate::journal::recover::{self, Damage, History, Pass, recover};
 use crate::journal::writer::segment_name;
 use crate::name::Name;
+use crate::pass::Lineage;
 use crate::points::{self, Log, PointId, VolumeAt};
 use crate::protection;
 use crate::storage::shelf::Directory;
+use target::Target;
 
 /// The longest segment of a journal, in bytes.
 pub const LONGEST_SEGMENT: u64 = 64 << 20;
 
 /// Where the journal of a disk lies.
 pub fn place(retention: &Path, machine: &Name, disk: &Name) -> PathBuf {
-    retention.join("journals").join(machine.as_str()).join(disk.as_str())
+    retention.join(points::JOURNALS).join(machine.as_str()).join(disk.as_str())
 }
 
 /// Why a machine's disks cannot be brought to a point, or a point not be read.
@@ -35,7 +40,10 @@ pub enum Error {
     #[error(transparent)]
     Io(#[from] IoError),
     /// A journal is damaged or cannot be read.
-    #[error("disk {disk} of machine {machine}")]
+    #[error(
+        "disk {disk} of machine {machine} (`mt-agent check {machine}` on the master target says which points that costs, and \
+         with --give-up gives these up, so that the machine can be received again)"
+    )]
     Journal {
         /// The machine.
         machine: Name,
@@ -54,6 +62,20 @@ pub enum Error {
     /// A target disk cannot be opened.
     #[error(transparent)]
     Disk(#[from] crate::disk::device::Error),
+    /// Somebody wrote to a disk that was released.
+    #[error(
+        "disk {disk} of machine {machine} was written to since it was released: {place} is not as it was; the points are not on \
+         it any more. Fail over no more and use the disks as they are, or give the points up with \
+         `mt-agent check {machine} --give-up`: then the machine can be received again, from an initial pass on"
+    )]
+    Written {
+        /// The machine.
+        machine: Name,
+        /// The disk.
+        disk: Name,
+        /// Where it shows.
+        place: &'static str,
+    },
     /// A rule or the present state forbids it; nothing was changed.
     #[error("{0}")]
     Refused(String),
@@ -70,18 +92,88 @@ pub enum Error {
     },
 }
 
+/// What the points log says of one disk of a machine.
+#[derive(Clone, Debug)]
+pub struct Standing {
+    /// The points that the disk has, oldest first, and the passes that led there.
+    points: Vec<(PointId, u64)>,
+    /// The pass that brought it back from the newest point to an older one, at which it is released.
+    pub back: Option<u64>,
+    /// What its segments and its points have in common; `None` while it has no point.
+    pub lineage: Option<Lineage>,
+    /// The passes through which the ways back lead, also those of points that were thinned.
+    led: BTreeSet<u64>,
+    /// The lineages of all other disks that have points.
+    others: HashSet<Lineage>,
+}
+
+impl Standing {
+    /// Of this disk, which has points only on this target.
+    pub fn of(machine: &Name, disk: &Name, target: &DiskId, log: &Log) -> Standing {
+        let is_ours = |at: &&VolumeAt| at.machine == *machine && at.is_on(disk, target);
+        let kept = log.history().iter().filter(|entry| entry.dropped.is_none()).map(|entry| &entry.point);
+        let volumes = kept.clone().filter_map(|point| Some((point, point.volumes.iter().find(is_ours)?)));
+        let lineage = volumes.clone().next_back().map(|(_, at)| at.lineage);
+        let points: Vec<_> = volumes.map(|(point, at)| (point.id, at.pass)).collect();
+        let others = kept.flat_map(|point| &point.volumes).filter(|at| !is_ours(at)).map(|at| at.lineage);
+        let mut standing =
+            Standing { points, back: None, lineage, led: BTreeSet::new(), others: others.collect() };
+        // Where the points that it went back from were given up, it stands at the newest one, and the pass leads nowhere.
+        let released = log.released(machine).filter(|released| standing.newest() != Some(released.point));
+        standing.back = released
+            .and_then(|released| released.disks.iter().find(|back| back.disk == *disk))
+            .and_then(|back| back.pass);
+        let through = standing.oldest() + 1..=standing.points.last().map_or(0, |(_, pass)| *pass);
+        let with_images = log.history().iter().filter(|entry| entry.has_images());
+        let passes = with_images.filter_map(|entry| entry.point.volumes.iter().find(is_ours));
+        let passes = passes.filter(|at| Some(at.lineage) == lineage && through.contains(&at.pass));
+        standing.led = passes.map(|at| at.pass).chain(standing.back).collect();
+        standing
+    }
+
+    /// The newest point.
+    pub fn newest(&self) -> Option<PointId> {
+        self.points.last().map(|(point, _)| *point)
+    }
+
+    /// The pass that led to the oldest point, or 0.
+    pub fn oldest(&self) -> u64 {
+        self.points.first().map_or(0, |(_, pass)| *pass)
+    }
+
+    /// The pass that led to where the disk stands: to the newest point, or back from there; or 0.
+    pub fn committed(&self) -> u64 {
+        self.back.or(self.points.last().map(|(_, pass)| *pass)).unwrap_or(0)
+    }
+
+    /// The pass that led to this point.
+    pub fn pass_at(&self, point: PointId) -> Option<u64> {
+        self.points.iter().find(|(known, _)| *known == point).map(|(_, pass)| *pass)
+    }
+
+    /// Whether a segment with this lineage belongs to the disk; while it has no point, any that is no other disk's may.
+    pub fn is_ours(&self, lineage: Lineage) -> bool {
+        self.lineage.map_or_else(|| !self.others.contains(&lineage), |ours| ours == lineage)
+    }
+}
+
+/// Removes the segments of one disk that no kept point needs. Whoever writes the disk meanwhile writes others.
+pub fn let_go(retention: &Path, machine: &Name, disk: &Name, standing: &Standing) -> Result<(), Error> {
+    let shelf = Directory::at(place(retention, machine, disk));
+    let failed = |source| Error::Journal { machine: machine.clone(), disk: disk.clone(), source };
+    // What led to the oldest point, or to one that was let go of.
+    let unneeded = ..=standing.oldest();
+    recover::let_go(&shelf, unneeded, &|lineage| standing.is_ours(lineage)).map_err(failed)
+}
+
 /// The journal of one disk of a machine, and what the log says of it.
 pub struct Journal {
     /// Its segments.
     pub shelf: Directory,
     /// What they hold.
     pub history: History,
-    /// The newest point that the disk has, and the pass that led there.
-    pub newest: Option<(PointId, u64)>,
-    /// The pass that led to the oldest point that is kept.
-    pub oldest: Option<u64>,
-    /// All passes that led to points, or back to one, in order.
-    led: Vec<u64>,
+    /// What the log says.
+    pub standing: Standing,
 }
 
 impl Journal {
@@ -92,70 +184,55 @@ impl Journal {
         disk: &Name,
         target: &DiskId,
         log: &Log,
-    ) -> Result<Journal, recover::Error> {
+    ) -> Result<Journal, Error> {
         let shelf = Directory::at(place(retention, machine, disk));
-        let history = recover(&shelf)?;
-        let of_disk = |volume: &&VolumeAt| volume.disk == *disk && volume.id == *target;
-        let passes: Vec<(PointId, u64)> = log
-            .points(machine)
-            .filter_map(|point| {
-                let volume = point.volumes_of(machine).find(of_disk)?;
-                Some((point.id, volume.pass))
-            })
-            .collect();
-        let oldest = passes.first().copied();
-        let mut newest = passes.last().copied();
-        let mut led: Vec<u64> = passes.iter().map(|(_, pass)| *pass).collect();
-        // Going back made a pass of its own, which is a part of what the disk stands at.
-        if let (Some((_, pass)), Some(released)) = (&mut newest, log.released(machine)) {
-            let back = released.passes.iter().find(|back| back.disk == *disk);
-            *pass = back.map_or(*pass, |back| back.pass);
-            led.extend(back.map(|back| back.pass));
-        }
-        Ok(Journal { shelf, history, newest, oldest: oldest.map(|(_, pass)| pass), led })
+        let standing = Standing::of(machine, disk, target, log);
+        // Not opened unless it is asked: most journals say all by themselves.
+        let holds = |extent| Target::attached(target)?.read(extent);
+        let history = recover(&shelf, &|lineage| standing.is_ours(lineage), &holds)
+            .map_err(|source| Error::Journal { machine: machine.clone(), disk: disk.clone(), source })?;
+        Ok(Journal { shelf, history, standing })
     }
 
     /// Whether the way back to the point after this pass is whole: every pass since then that led to a point is there, to
     /// its end, and nothing is known to be damaged.
     pub fn reaches(&self, pass: u64) -> Result<(), recover::Error> {
         self.history.after(pass)?;
-        for led in self.led.iter().filter(|led| **led > pass) {
-            let whole = self.history.passes.get(led).is_some_and(|found| found.ended);
-            if !whole {
-                let (segment, what) =
-                    (segment_name(*led, 0), "segments of this pass, or its end, are missing");
-                return Err(recover::Error::Corrupt { pass: *led, damage: Damage { segment, at: 0, what } });
-            }
+        match self.missing().into_iter().find(|(missing, _)| *missing > pass) {
+            Some((pass, damage)) => Err(recover::Error::Corrupt { pass, damage }),
+            None => Ok(()),
         }
-        Ok(())
+    }
+
+    /// The passes through which ways back lead, and that are not there to their end.
+    pub fn missing(&self) -> Vec<(u64, Damage)> {
+        let whole = |led: &u64| self.history.passes.get(led).is_some_and(|found| found.ended);
+        let missing = self.standing.led.iter().filter(|led| !whole(led)).map(|led| {
+            let (segment, what) = (segment_name(*led, 0), "segments of this pass, or its end, are missing");
+            (*led, Damage { segment, at: 0, what })
+        });
+        missing.collect()
+    }
+
+    /// Removes the segments of these passes.
+    pub fn discard(&self, passes: impl RangeBounds<u64>) -> Result<(), recover::Error> {
+        recover::let_go(&self.shelf, passes, &|lineage| self.standing.is_ours(lineage))
     }
 
     /// Removes what nobody needs any more. For the one that writes the disk.
-    pub fn tidy(&self) -> Result<(), IoError> {
+    pub fn tidy(&self) -> Result<(), recover::Error> {
         recover::tidy(&self.shelf)?;
-        self.let_go()
-    }
-
-    /// Removes the segments of passes that no kept point needs. Whoever writes the disk meanwhile writes others.
-    pub fn let_go(&self) -> Result<(), IoError> {
-        // What led to the oldest point, or to one that was let go of.
-        let unneeded = self.history.up_to(self.oldest.unwrap_or(0));
-        unneeded.into_iter().try_for_each(|pass| recover::discard(pass, &self.shelf))
-    }
-
-    /// The pass that led to the newest point, or 0.
-    pub fn committed(&self) -> u64 {
-        self.newest.map_or(0, |(_, pass)| pass)
+        self.discard(..=self.standing.oldest())
     }
 
     /// Passes that lead to no point, oldest first: one that was interrupted, as a rule none or one.
     pub fn open(&self) -> Result<Vec<&Pass>, recover::Error> {
-        self.history.after(self.committed())
+        self.history.after(self.standing.committed())
     }
 
     /// The number of a new pass.
     pub fn next(&self) -> u64 {
         let last = self.history.passes.keys().next_back().copied().unwrap_or(0);
-        last.max(self.committed()) + 1
+        last.max(self.standing.committed()) + 1
     }
 }

@@ -126,6 +126,9 @@ pub trait Shelf: Send + Sync {
     /// Opens one for reading.
     fn open(&self, name: &str) -> Result<Box<dyn ReadAt + Send + Sync>, IoError>;
 
+    /// Makes all of one durable, after shortening it to `cut` bytes where that is given.
+    fn settle(&self, name: &str, cut: Option<u64>) -> Result<(), IoError>;
+
     /// Gives one another name, durably.
     fn rename(&self, from: &str, to: &str) -> Result<(), IoError>;
 

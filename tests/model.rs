@@ -3,7 +3,6 @@
 
 mod support;
 
-use std::collections::HashSet;
 use std::fs::{self, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -111,6 +110,8 @@ struct Pair {
     /// The points, oldest first, with what the disks held.
     points: Vec<(PointId, Contents)>,
     released: Option<PointId>,
+    /// The point of a failover that was killed.
+    begun: Option<PointId>,
     dir: TempDir,
 }
 
@@ -126,6 +127,12 @@ impl Pair {
             Disk {
                 name,
                 size: SIZES[index],
+                read: {
+                    let path = path.clone();
+                    Box::new(move |extent| {
+                        fs::read(&path).unwrap()[extent.offset() as usize..extent.end() as usize].to_vec()
+                    })
+                },
                 open: Box::new(move |arena, shelf| {
                     let file = OpenOptions::new().read(true).write(true).open(&path).unwrap();
                     let device = Device::new(file, name, geometry, EngineChoice::Auto, 8, arena);
@@ -134,7 +141,7 @@ impl Pair {
             }
         });
         let house = House::open(&dir.path().join("retention"), disks.collect(), SEGMENT);
-        Pair { house, now, points: Vec::new(), released: None, dir }
+        Pair { house, now, points: Vec::new(), released: None, begun: None, dir }
     }
 
     /// The point became one, unless it did not.
@@ -164,9 +171,11 @@ impl Pair {
 
     /// Does a step, unless it is none that can be done now.
     fn step(&mut self, step: &Step) {
-        let (points, released) = (self.points.len(), self.released.is_some());
+        // Whoever was failed over, or half so, is not received.
+        let (points, busy) = (self.points.len(), self.released.or(self.begun));
+        let ours = busy.is_none();
         match *step {
-            Step::Write { disk, at, len, fill } if !released => {
+            Step::Write { disk, at, len, fill } if ours => {
                 self.begin();
                 let bytes = pattern(fill, at, len);
                 self.house.receiving(disk).write(at, &bytes);
@@ -174,38 +183,37 @@ impl Pair {
                 // Before it has arrived there is nothing to be looked at.
                 return;
             }
-            Step::Zero { disk, at, len } if !released => {
+            Step::Zero { disk, at, len } if ours => {
                 self.begin();
                 self.house.receiving(disk).volume.zero(Extent::new(at, len).unwrap(), 0).unwrap();
                 self.now[disk][at as usize..(at + len) as usize].fill(0);
                 return;
             }
-            Step::Resend if !released => {
+            Step::Resend if ours => {
                 self.begin();
                 self.now.iter().enumerate().for_each(|(disk, now)| self.house.receiving(disk).write(0, now));
             }
-            Step::Commit(killed) if !released => {
+            Step::Commit(killed) if ours => {
                 self.begin();
                 let point = self.house.commit(killed);
                 self.committed(point);
             }
-            Step::Initial { fill, killed } if !released => {
+            Step::Initial { fill, killed } if ours => {
                 self.initial(SIZES.map(|size| pattern(fill, 0, size)), killed);
             }
             Step::LetGo { point, swept } if points > 1 => {
                 // The newest one stays, and where the machine was failed over to.
                 let id = self.points[point % (points - 1)].0;
-                if self.released != Some(id) {
+                if busy != Some(id) {
                     self.let_go(vec![id], swept);
                 }
             }
             Step::Retain { bytes } => {
                 let max_age = Duration::from_secs(1 << 40);
                 let policy = Policy { max_age, max_bytes: Some(bytes), min_free: 0, thinning: false };
-                let (released, now): (HashSet<_>, _) =
-                    (self.released.into_iter().collect(), OffsetDateTime::now_utc());
-                let room = Room { free: 1 << 40, open: 0 };
-                let choice = choose(self.house.log.history(), &released, &policy, room, now);
+                let (room, now) = (Room { free: 1 << 40, open: 0 }, OffsetDateTime::now_utc());
+                let choice =
+                    choose(self.house.log.history(), &busy.into_iter().collect(), &policy, room, now);
                 let gone: Vec<PointId> = choice.drop.into_iter().map(|(id, _)| id).collect();
                 let oldest = self.points.iter().map(|(id, _)| *id);
                 assert!(gone.is_empty() || gone.len() < points, "the newest point stays");
@@ -213,21 +221,24 @@ impl Pair {
                 self.let_go(gone, true);
             }
             Step::Restart => self.house.restart(),
-            Step::RollBack if !released && points > 0 => {
+            Step::RollBack if ours && points > 0 => {
                 self.house.close();
                 (0..2).for_each(|disk| self.house.roll_back(disk));
                 self.now = self.points[points - 1].1.clone();
             }
-            Step::FailOver { point, killed } if !released && points > 0 => {
+            Step::FailOver { point, killed } if self.released.is_none() && points > 0 => {
                 let (id, then) = self.points[point % points].clone();
                 self.house.fail_over(id, killed);
                 self.becomes(then, killed);
-                self.released = (killed == Killed::No).then_some(id);
+                (self.released, self.begun) =
+                    if killed == Killed::No { (Some(id), None) } else { (None, Some(id)) };
             }
-            Step::Undo(killed) if released => {
+            Step::Undo(killed) if !ours => {
                 self.house.undo(killed);
                 self.becomes(self.points[points - 1].1.clone(), killed);
-                self.released = self.released.filter(|_| killed != Killed::No);
+                if killed == Killed::No {
+                    (self.released, self.begun) = (None, None);
+                }
             }
             _ => return,
         }

@@ -7,7 +7,7 @@ use std::process::Command;
 use std::thread;
 
 use mt_agent::name::Name;
-use mt_agent::pass::PassId;
+use mt_agent::pass::{Lineage, PassId};
 use mt_agent::points::{Dropped, Error, Kind, Log, Point, PointId, Reason, Record, Released, VolumeAt};
 use serde_json::{Value, json};
 use support::Tmpfs;
@@ -25,6 +25,7 @@ fn point(id: u128, volumes: &[(&str, &str, u64)]) -> Point {
         machine: name(machine),
         disk: name(disk),
         id: format!("loop:/images/{machine}.{disk}").parse().unwrap(),
+        lineage: Lineage(5),
         pass: id as u64,
         sender_pass: PassId(id),
         bytes,
@@ -194,8 +195,8 @@ fn points_are_listed_oldest_first_with_what_they_are_worth() {
         "00000000000000000000000000000002  2026-03-01T12:02:00Z  application  -     1.0 GiB  yes\n"
     ));
 
-    let passes = Vec::new();
-    let released = Released { machine: name("web01"), point: PointId(3), time: NOON, passes };
+    let disks = Vec::new();
+    let released = Released { machine: name("web01"), point: PointId(3), time: NOON, disks };
     log.append(Record::Released(released)).unwrap();
     let (_, out, _) = points(dir, &["web01"]);
     let last =
@@ -248,7 +249,8 @@ fn a_machine_without_points_says_so_and_one_that_there_is_not_is_refused() {
     assert_eq!((code, out.as_str()), (0, "machine web01 has no recovery points\n"));
     let (code, out, _) = points(dir, &["web01", "--json"]);
     let listed: Value = serde_json::from_str(&out).unwrap();
-    let nothing = json!({ "schema_version": 1, "machine": "web01", "released": null, "points": [] });
+    let nothing =
+        json!({ "schema_version": 1, "machine": "web01", "released": null, "begun": null, "points": [] });
     assert_eq!((code, listed), (0, nothing));
     let (code, out, err) = points(dir, &["web02"]);
     assert_eq!((code, out.as_str()), (3, ""));

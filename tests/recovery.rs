@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use mt_agent::points::{Dropped, Log, Reason, Record};
 use nix::sys::signal::Signal;
 use rand::rngs::StdRng as Dice;
 use rand::{RngExt, SeedableRng};
@@ -191,20 +192,53 @@ fn kill_9_of_the_service_at_random_moments_loses_no_point() {
     assert!(checked.stdout.contains(" 0 not sound"), "{}", checked.stdout);
 }
 
+/// The directory of the journals of a machine's disk.
+fn journal(rig: &Rig, disk: &str) -> PathBuf {
+    PathBuf::from(rig.service.state_dir()).join("retention/journals").join(MACHINE).join(disk)
+}
+
+fn segments(directory: &Path) -> Vec<PathBuf> {
+    let mut segments: Vec<_> = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()).collect();
+    segments.sort();
+    segments
+}
+
+fn flip(path: &Path, at: u64) {
+    let file = File::options().read(true).write(true).open(path).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], at).unwrap();
+}
+
+/// Whether each of the points is sound, as `check` says.
+fn sound(rig: &Rig) -> Vec<bool> {
+    let report = command(rig, &["check", MACHINE, "--json"]).json();
+    report["points"].as_array().unwrap().iter().map(|point| point["sound"] == true).collect()
+}
+
 #[test]
 fn a_damaged_segment_costs_the_points_that_need_it() {
     require_root!();
     let mut dice = Dice::seed_from_u64(3);
     let (rig, _, versions) = with_versions(3, &mut dice);
-    let journal = PathBuf::from(rig.service.state_dir()).join("retention/journals").join(MACHINE).join("d0");
-    let mut segments: Vec<_> = fs::read_dir(journal).unwrap().map(|entry| entry.unwrap().path()).collect();
-    segments.sort();
+    let segments = segments(&journal(&rig, "d0"));
     // The first of the newest pass.
     let newest = segments.iter().find(|path| path.to_str().unwrap().ends_with("3-00000000.seg")).unwrap();
-    let file = File::options().read(true).write(true).open(newest).unwrap();
-    let mut byte = [0];
-    file.read_exact_at(&mut byte, 8192 + 100).unwrap();
-    file.write_all_at(&[byte[0] ^ 1], 8192 + 100).unwrap();
+    // Wherever a byte is flipped, also behind the last record.
+    for segment in &segments {
+        let len = fs::metadata(segment).unwrap().len();
+        let places =
+            [0, 100, 4095, 4096 + 70, 8192 + 100, len / 2, len - 4096, len - 1].map(|at| at.min(len - 1));
+        for at in places {
+            flip(segment, at);
+            let is_newest = segment.to_str().unwrap().contains("3-0000");
+            let expected = if is_newest { [false, false, true] } else { [false, true, true] };
+            assert_eq!(sound(&rig), expected, "byte {at} of {}", segment.display());
+            flip(segment, at);
+        }
+    }
+    assert_eq!(sound(&rig), [true, true, true]);
+    flip(newest, 8192 + 100);
     let points = points(&rig);
     let checked = command(&rig, &["check", MACHINE, "--json"]);
     assert_eq!(checked.code, Some(1));
@@ -231,6 +265,316 @@ fn a_damaged_segment_costs_the_points_that_need_it() {
         assert_equal(&versions[2], rig.targets[0].backing());
         exported(&rig, &id(&points[2]), &versions[2]);
     }
+}
+
+/// What cannot be reached any more is given up, and no more than that; then the machine is received again.
+#[test]
+fn what_is_damaged_is_given_up_and_the_machine_goes_on() {
+    require_root!();
+    let mut dice = Dice::seed_from_u64(6);
+    let (mut rig, source, mut versions) = with_versions(4, &mut dice);
+    // A pass that led to a point: the points before it go.
+    let third =
+        segments(&journal(&rig, "d0")).into_iter().find(|path| path.to_str().unwrap().contains("2-0000"));
+    flip(&third.unwrap(), 8192 + 100);
+    command(&rig, &["check", MACHINE]).fails(1, &["1 points of web01", "--give-up"]);
+    let given_up = command(&rig, &["check", MACHINE, "--give-up"]).ok();
+    assert!(given_up.stdout.contains("NOT SOUND, given up: disk d0: "), "{}", given_up.stdout);
+    versions.remove(0);
+    assert_eq!(points(&rig).len(), 3);
+    assert_eq!(sound(&rig), [true, true, true]);
+
+    // An open pass: all points go, since the disk is at none, but not the disk.
+    support::write_random(&source, 0, SIZE);
+    let send = rig.start_into_pass(&[("d0", &source)], &["--bwlimit", "4M", "--compression", "off"]);
+    command(&rig, &["check", MACHINE, "--give-up"]).fails(3, &["is receiving"]);
+    wait_for("a record", || {
+        let open: Vec<_> = segments(&journal(&rig, "d0"));
+        open.iter().any(|path| path.to_str().unwrap().contains("5-0000")).then_some(())
+    });
+    std::thread::sleep(Duration::from_millis(500));
+    rig.service.process().kill();
+    send.finish();
+    let open =
+        segments(&journal(&rig, "d0")).into_iter().find(|path| path.to_str().unwrap().contains("5-0000"));
+    flip(&open.unwrap(), 4096 + 70);
+    let dir = rig.path("out");
+    fs::create_dir(&dir).unwrap();
+    let dir = dir.to_str().unwrap();
+    for args in [&["failover", MACHINE, "--to", "latest"][..], &["export", "web01@latest", "--dir", dir]] {
+        command(&rig, args).fails(1, &["damaged", "mt-agent check web01", "--give-up"]);
+    }
+    rig.service.spawn();
+    rig.send(&[("d0", &source)], &[]).fails(3, &["damaged", "mt-agent check web01", "--give-up"]);
+    assert_eq!(sound(&rig), [false, false, false]);
+    command(&rig, &["check", MACHINE, "--give-up"]).ok();
+    assert_eq!(points(&rig).len(), 0);
+    rig.send(&[("d0", &source)], &[]).ok();
+    assert_equal(&source, rig.targets[0].backing());
+    exported(&rig, "latest", &source);
+    assert_eq!(points(&rig).len(), 1);
+}
+
+/// A point that was thinned out is none any more, and what its pass saved is needed all the same.
+#[test]
+fn what_a_thinned_points_pass_saved_is_missed_where_it_is_missing() {
+    require_root!();
+    let mut dice = Dice::seed_from_u64(12);
+    let (rig, _, versions) = with_versions(4, &mut dice);
+    let ids: Vec<String> = points(&rig).iter().map(id).collect();
+    let retention = PathBuf::from(rig.service.state_dir()).join("retention");
+    let thinned = Dropped {
+        time: time::OffsetDateTime::now_utc(),
+        reason: Reason::Thinned,
+        points: vec![ids[2].parse().unwrap()],
+    };
+    Log::open(&retention).unwrap().append(Record::Dropped(thinned)).unwrap();
+    exported(&rig, &ids[0], &versions[0]);
+    for segment in
+        segments(&journal(&rig, "d0")).iter().filter(|path| path.to_str().unwrap().contains("3-0000"))
+    {
+        fs::remove_file(segment).unwrap();
+    }
+    assert_eq!(sound(&rig), [false, false, true]);
+    command(&rig, &["failover", MACHINE, "--to", &ids[0]]).fails(1, &["damaged", "are missing"]);
+}
+
+/// The pass that went back is damaged: what lies before the point of the failover can be reached all the same.
+#[test]
+fn a_failover_that_cannot_be_taken_back_becomes_the_newest_point() {
+    require_root!();
+    let mut dice = Dice::seed_from_u64(7);
+    let (rig, source, versions) = with_versions(4, &mut dice);
+    let second = id(&points(&rig)[1]);
+    command(&rig, &["failover", MACHINE, "--to", &second]).ok();
+    let back =
+        segments(&journal(&rig, "d0")).into_iter().find(|path| path.to_str().unwrap().contains("5-0000"));
+    flip(&back.unwrap(), 8192 + 100);
+    command(&rig, &["failover", MACHINE, "--undo"]).fails(1, &["damaged", "--give-up"]);
+    assert_equal(&versions[1], rig.targets[0].backing());
+    assert_eq!(sound(&rig), [true, true, false, false]);
+    command(&rig, &["check", MACHINE, "--give-up"]).ok();
+    rig.send(&[("d0", &source)], &[]).fails(3, &["was failed over"]);
+    command(&rig, &["failover", MACHINE, "--undo"]).ok();
+    assert_equal(&versions[1], rig.targets[0].backing());
+    assert_eq!(sound(&rig), [true, true]);
+    exported(&rig, &id(&points(&rig)[0]), &versions[0]);
+    exported(&rig, "latest", &versions[1]);
+    rig.send(&[("d0", &source)], &[]).ok();
+    assert_equal(&source, rig.targets[0].backing());
+    for (point, version) in points(&rig).iter().zip([&versions[0], &versions[1], &versions[3]]) {
+        exported(&rig, &id(point), version);
+    }
+}
+
+/// Somebody wrote to a released disk: neither taken back nor exported as though nobody had.
+#[test]
+fn writes_to_a_released_disk_are_noticed() {
+    require_root!();
+    let mut dice = Dice::seed_from_u64(8);
+    let (rig, source, versions) = with_versions(3, &mut dice);
+    let target = rig.targets[0].backing().to_owned();
+    let byte = |at: u64| flip(&target, at);
+    let dir = rig.path("out");
+    fs::create_dir(&dir).unwrap();
+    // As far as one can go back, everything that was brought back is compared; the disk is no larger than what is sampled.
+    for to in [id(&points(&rig)[0]), "latest".to_owned()] {
+        let version = if to == "latest" { &versions[2] } else { &versions[0] };
+        command(&rig, &["failover", MACHINE, "--to", &to]).ok();
+        for at in [3, SIZE / 2, SIZE - 1] {
+            byte(at);
+            let undo = command(&rig, &["failover", MACHINE, "--undo"]);
+            undo.fails(3, &["was written to since it was released", "--give-up"]);
+            let export = command(&rig, &["export", "web01@latest", "--dir", dir.to_str().unwrap()]);
+            export.fails(3, &["was written to since it was released"]);
+            assert_eq!(sound(&rig), [false, false, false]);
+            byte(at);
+        }
+        assert_eq!(fs::read_dir(&dir).unwrap().count(), 0);
+        exported(&rig, &id(&points(&rig)[1]), &versions[1]);
+        assert_equal(version, &target);
+        let undone = command(&rig, &["failover", MACHINE, "--undo"]).ok();
+        assert!(undone.stdout.contains("was not looked at"), "{}", undone.stdout);
+        assert_equal(&versions[2], &target);
+    }
+    command(&rig, &["failover", MACHINE, "--to", "latest"]).ok();
+    byte(77);
+    command(&rig, &["check", MACHINE, "--give-up"]).ok();
+    assert_eq!(points(&rig).len(), 0);
+    rig.send(&[("d0", &source)], &[]).ok();
+    assert_equal(&source, &target);
+}
+
+/// An interrupted failover is told by the log, and goes on; nothing is received meanwhile.
+#[test]
+fn an_interrupted_failover_goes_on_or_is_taken_back() {
+    require_root!();
+    let mut dice = Dice::seed_from_u64(9);
+    let (mut rig, source, versions) = with_versions(3, &mut dice);
+    let first = id(&points(&rig)[0]);
+    let mut in_the_middle = 0;
+    for round in 0..6 {
+        let mut failover = std::process::Command::new(env!("CARGO_BIN_EXE_mt-agent"));
+        failover.args(["failover", MACHINE, "--to", &first, "--config", &rig.service.config()]);
+        let mut process = rig.spawn(failover);
+        let config = rig.service.config();
+        let begun = || {
+            let list = run(&["points", MACHINE, "--json", "--config", &config]).ok().json();
+            (list["begun"]["point"] == first, list["released"].is_object())
+        };
+        let log = PathBuf::from(rig.service.state_dir()).join("retention/points.log");
+        // Not by a command: it would miss the moment.
+        wait_for("its beginning", || {
+            let text = fs::read_to_string(&log).unwrap();
+            (text.lines().last().unwrap().contains("\"record\":\"begun\"") || begun().1).then_some(())
+        });
+        std::thread::sleep(Duration::from_millis(3 * round));
+        process.kill();
+        let (interrupted, released) = begun();
+        assert!(interrupted != released);
+        if interrupted {
+            in_the_middle += 1;
+            let listed = command(&rig, &["points", MACHINE]).ok();
+            assert!(listed.stdout.contains("began at"), "{}", listed.stdout);
+            rig.send(&[("d0", &source)], &[]).fails(3, &["is not done", "--to or --undo"]);
+        }
+        match round % 3 {
+            0 if interrupted => drop(command(&rig, &["failover", MACHINE, "--to", &first]).ok()),
+            1 => {
+                rig.service.process().kill();
+                rig.service.spawn();
+                wait_for("the failover", || begun().1.then_some(()));
+            }
+            _ => {}
+        }
+        if begun().1 {
+            assert_equal(&versions[0], rig.targets[0].backing());
+        }
+        command(&rig, &["failover", MACHINE, "--undo"]).ok();
+        assert_equal(&versions[2], rig.targets[0].backing());
+    }
+    assert!(in_the_middle > 0);
+    // The same of its undoing, which is not held against what it wrote itself.
+    in_the_middle = 0;
+    for round in 0..6 {
+        command(&rig, &["failover", MACHINE, "--to", &first]).ok();
+        let mut undo = std::process::Command::new(env!("CARGO_BIN_EXE_mt-agent"));
+        undo.args(["failover", MACHINE, "--undo", "--config", &rig.service.config()]);
+        let mut process = rig.spawn(undo);
+        let log = PathBuf::from(rig.service.state_dir()).join("retention/points.log");
+        let last = || fs::read_to_string(&log).unwrap().lines().last().unwrap().to_owned();
+        wait_for("its beginning", || (!last().contains("\"record\":\"released\"")).then_some(()));
+        std::thread::sleep(Duration::from_millis(2 * round));
+        process.kill();
+        let interrupted = last().contains("\"record\":\"begun\"");
+        in_the_middle += u32::from(interrupted);
+        exported(&rig, "latest", &versions[2]);
+        exported(&rig, &first, &versions[0]);
+        if interrupted && round % 2 == 0 {
+            command(&rig, &["failover", MACHINE, "--undo"]).ok();
+        } else if interrupted {
+            rig.service.process().kill();
+            rig.service.spawn();
+            wait_for("the undoing", || last().contains("\"record\":\"taken-back\"").then_some(()));
+        }
+        assert_equal(&versions[2], rig.targets[0].backing());
+        assert_eq!(sound(&rig), [true, true, true]);
+    }
+    assert!(in_the_middle > 0);
+    rig.send(&[("d0", &source)], &[]).ok();
+}
+
+/// The files of two disks were exchanged: nothing is read through them, written beside them or removed.
+#[test]
+fn journals_that_were_exchanged_are_noticed() {
+    require_root!();
+    let rig = Rig::new(&[SIZE, SIZE]);
+    let sources = [rig.random("a.img", SIZE), rig.random("b.img", SIZE)];
+    let disks: [(&str, &Path); 2] = [("d0", &sources[0]), ("d1", &sources[1])];
+    let mut dice = Dice::seed_from_u64(10);
+    for _ in 0..3 {
+        sources.iter().for_each(|source| change(source, &mut dice));
+        rig.send(&disks, &[]).ok();
+    }
+    let (a, b) = (journal(&rig, "d0"), journal(&rig, "d1"));
+    let exchange = |a: &Path, b: &Path| {
+        let aside = a.with_extension("aside");
+        fs::rename(a, &aside).unwrap();
+        fs::rename(b, a).unwrap();
+        fs::rename(aside, b).unwrap();
+    };
+    let names = [segments(&a), segments(&b)];
+    let one = [names[0][0].clone(), b.join(names[0][0].file_name().unwrap())];
+    let out = rig.path("out");
+    fs::create_dir(&out).unwrap();
+    for [a, b] in [[a.clone(), b.clone()], one] {
+        exchange(&a, &b);
+        let first = id(&points(&rig)[0]);
+        for to in ["latest", &first] {
+            command(&rig, &["failover", MACHINE, "--to", to])
+                .fails(1, &["belongs to the journal of another disk"]);
+            let what = format!("{MACHINE}@{to}");
+            let export = command(&rig, &["export", &what, "--dir", out.to_str().unwrap()]);
+            export.fails(1, &["belongs to the journal of another disk", "put each of them back"]);
+        }
+        assert_eq!(sound(&rig), [false, false, false]);
+        rig.send(&disks, &[]).fails(3, &["belongs to the journal of another disk"]);
+        exchange(&a, &b);
+        assert_eq!([segments(&journal(&rig, "d0")), segments(&journal(&rig, "d1"))], names);
+    }
+    assert_eq!(sound(&rig), [true, true, true]);
+    rig.send(&disks, &[]).ok();
+    // And none is missing where they are.
+    let log = PathBuf::from(rig.service.state_dir()).join("retention/points.log");
+    let text = fs::read(&log).unwrap();
+    for harm in [None, Some(&b""[..])] {
+        match harm {
+            None => fs::remove_file(&log).unwrap(),
+            Some(bytes) => fs::write(&log, bytes).unwrap(),
+        }
+        command(&rig, &["points", MACHINE]).fails(1, &["points.log", "put back a sound copy"]);
+        command(&rig, &["failover", MACHINE, "--to", "latest"]).fails(1, &["put back a sound copy"]);
+        assert_eq!(fs::read(&log).ok().as_deref(), harm);
+    }
+    fs::write(&log, text).unwrap();
+    assert_eq!(sound(&rig), [true, true, true, true]);
+}
+
+/// The newest point lacks a disk: the refusal names the one to take. And an export leaves all images or nothing.
+#[test]
+fn what_is_refused_names_what_would_do_and_leaves_nothing() {
+    require_root!();
+    let rig = Rig::new(&[SIZE, SIZE]);
+    let sources = [rig.random("a.img", SIZE), rig.random("b.img", SIZE)];
+    let disks: [(&str, &Path); 2] = [("d0", &sources[0]), ("d1", &sources[1])];
+    rig.send(&disks, &[]).ok();
+    rig.send(&disks[..1], &[]).ok();
+    let whole = id(&points(&rig)[0]);
+    let named = format!("mt-agent failover {MACHINE} --to {whole}");
+    command(&rig, &["failover", MACHINE, "--to", "latest"]).fails(3, &["has no disk d1", &named]);
+    let unknown = command(&rig, &["failover", MACHINE, "--to", "2001-01-01T00:00:00Z"]);
+    let unknown = unknown.fails(3, &["mt-agent points"]);
+    assert_eq!(unknown.stderr.matches("mt-agent points").count(), 1, "{}", unknown.stderr);
+    let what = format!("{MACHINE}@{whole}");
+    let out = rig.path("out");
+    let export = || command(&rig, &["export", &what, "--dir", out.to_str().unwrap()]);
+    export().fails(3, &["is no directory"]);
+    fs::create_dir(&out).unwrap();
+    fs::write(out.join("d1.img"), "mine").unwrap();
+    export().fails(3, &["d1.img exists"]);
+    assert_eq!(fs::read_dir(&out).unwrap().count(), 1);
+    assert_eq!(fs::read(out.join("d1.img")).unwrap(), b"mine");
+    fs::remove_file(out.join("d1.img")).unwrap();
+    // One that fails on the way.
+    support::tool("mount", &["-t", "tmpfs", "-o", "size=20m", "none", out.to_str().unwrap()]);
+    let full = export();
+    let left = fs::read_dir(&out).unwrap().count();
+    support::tool("umount", &[out.to_str().unwrap()]);
+    full.fails(1, &["No space left on device"]);
+    assert_eq!(left, 0);
+    export().ok();
+    assert_equal(&sources[1], &out.join("d1.img"));
+    assert_eq!(fs::read_dir(&out).unwrap().count(), 2);
 }
 
 /// A disk that is taken away is nobody's: its points go with it, and the machine begins anew.

@@ -12,7 +12,7 @@
 //! | `max_sessions` | how many disks may be received at once, 1 to 4096 | `64` |
 //! | `allow_loop` | whether loop devices may be targets | `false` |
 //! | `idle_timeout` | how long a connection may be silent while the disk is not at work, `"1s"` to `"24h"` | `"60s"` |
-//! | `retention_age` | how old a recovery point may become, `"1m"` to `"87600h"` | `"24h"` |
+//! | `retention_age` | how far one can go back: a recovery point goes once a newer one is so old, `"1m"` to `"87600h"` | `"24h"` |
 //! | `retention_size` | the most bytes of before-images, from `"1M"` on | no bound |
 //! | `retention_free` | the bytes that the retention file system keeps free | `"1G"` |
 //! | `retention_thinning` | whether points are thinned as they age | `false` |

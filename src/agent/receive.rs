@@ -22,7 +22,7 @@ use crate::net::message::{self, Begin, Code, Commit, Enroll, EnrollReply, Open, 
 use crate::net::session::{Decision, Host, Opened, Passes};
 use crate::net::token::TokenStore;
 use crate::net::{enrolment, tls};
-use crate::pass::PassId;
+use crate::pass::{Lineage, PassId};
 use crate::points::VolumeAt;
 use crate::protection::{self, Assignment, State, Store};
 use crate::recovery::{self, Journal, LONGEST_SEGMENT};
@@ -110,7 +110,7 @@ impl Host for Receiver {
             _shown: self.live.show(machine.clone(), open.disk.clone(), counters.clone()),
         };
         Ok(Opened {
-            baseline: ledger.journal.newest.map(|(point, _)| point),
+            baseline: ledger.journal.standing.newest(),
             volume,
             device_size: disk.size.0,
             block: disk.logical_block,
@@ -134,9 +134,17 @@ impl Receiver {
             .map_err(|error| failed(&error))?;
         let read = self.coordinator.read(|log| {
             let released = log.released(machine).map(|released| released.point);
-            (released, Journal::read(retention, machine, &disk.name, &disk.id, log))
+            let begun = log.begun(machine).cloned();
+            (begun, released, Journal::read(retention, machine, &disk.name, &disk.id, log))
         });
-        let (released, journal) = read.map_err(|error| commit::refuse(&error))?;
+        let (begun, released, journal) = read.map_err(|error| commit::refuse(&error))?;
+        if let Some(begun) = begun {
+            let text = format!(
+                "{begun} began and is not done: its disks are not written to; `mt-agent failover {machine}` on the master \
+                 target, with --to or --undo, goes on with it or takes it back"
+            );
+            return Err(message::Error::new(Code::Refused, text));
+        }
         if let Some(point) = released {
             let text = format!(
                 "machine {machine} was failed over to point {point}: its disks are not written to; \
@@ -145,9 +153,12 @@ impl Receiver {
             return Err(message::Error::new(Code::Refused, text));
         }
         let journal = journal.map_err(|error| failed(&error))?;
-        journal.tidy().map_err(|error| failed(&error))?;
-        if journal.newest.is_some() {
-            journal.open().map_err(|error| failed(&error))?;
+        let damaged = |source| {
+            failed(&recovery::Error::Journal { machine: machine.clone(), disk: disk.name.clone(), source })
+        };
+        journal.tidy().map_err(damaged)?;
+        if journal.standing.newest().is_some() {
+            journal.open().map_err(damaged)?;
         }
         Ok(journal)
     }
@@ -189,19 +200,24 @@ struct Ledger {
 impl Passes for Ledger {
     fn begin(&mut self, begin: &Begin) -> Result<Option<Writer>, message::Error> {
         let pass = begin.pass;
-        if begin.kind == PassKind::Delta && self.journal.newest.is_none() {
-            let text = "the disk stands at no point yet: its first pass must be an initial one";
-            return Err(message::Error::new(Code::Protocol, text));
-        }
+        let failed = |error: &dyn std::error::Error| message::Error::new(Code::Internal, chain(error));
+        let lineage = match (begin.kind, self.journal.standing.lineage) {
+            (PassKind::Delta, None) => {
+                let text = "the disk stands at no point yet: its first pass must be an initial one";
+                return Err(message::Error::new(Code::Protocol, text));
+            }
+            (PassKind::Delta, Some(lineage)) => lineage,
+            _ => Lineage::random().map_err(|error| failed(&IoError::new("draw", "random bits", error)))?,
+        };
         self.ticket = Some(self.coordinator.join(&self.machine, &self.disk, begin)?);
         let journal = &self.journal;
         let (number, writer) = match begin.kind {
             PassKind::Delta => {
-                let open =
-                    journal.open().map_err(|error| message::Error::new(Code::Internal, chain(&error)))?;
+                let open = journal.open().map_err(|error| failed(&error))?;
                 let writer = match open.last() {
-                    Some(open) => Writer::go_on(open, LONGEST_SEGMENT),
-                    None => Writer::new(journal.next(), LONGEST_SEGMENT),
+                    Some(open) => recover::go_on(open, lineage, LONGEST_SEGMENT, &journal.shelf)
+                        .map_err(|error| failed(&error))?,
+                    None => Writer::new(lineage, journal.next(), LONGEST_SEGMENT),
                 };
                 (writer.pass(), Some(writer))
             }
@@ -215,10 +231,7 @@ impl Passes for Ledger {
                 self.coordinator
                     .drop_for_initial(&self.machine, &self.disk)
                     .map_err(|error| commit::refuse(&error))?;
-                for pass in journal.history.passes.values() {
-                    recover::discard(pass, &journal.shelf)
-                        .map_err(|error| message::Error::new(Code::Internal, chain(&error)))?;
-                }
+                journal.discard(..).map_err(|error| failed(&error))?;
                 (journal.next(), None)
             }
         };
@@ -228,6 +241,7 @@ impl Passes for Ledger {
             machine: self.machine.clone(),
             disk: self.disk.clone(),
             id: self.target.clone(),
+            lineage,
             pass: number,
             sender_pass: pass,
             bytes: 0,

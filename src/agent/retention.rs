@@ -12,8 +12,8 @@ use super::status::Live;
 use crate::error::{IoError, chain};
 use crate::points::retention::{Policy, Room, choose};
 use crate::points::{Dropped, Reason, Record};
-use crate::protection::{self, Store};
-use crate::recovery::{Error, Journal, LONGEST_SEGMENT};
+use crate::protection::Store;
+use crate::recovery::{self, Error, LONGEST_SEGMENT, Standing};
 
 /// Looks once, and lets go of what must go.
 pub(super) fn run(config: &Config, store: &Store, coordinator: &Coordinator, live: &Live) {
@@ -24,17 +24,8 @@ pub(super) fn run(config: &Config, store: &Store, coordinator: &Coordinator, liv
 
 fn look(config: &Config, store: &Store, coordinator: &Coordinator, live: &Live) -> Result<(), Error> {
     let retention = &config.retention_dir;
-    // While a machine is failed over nothing goes: least of all the point that it is brought back to. Held until the end
-    // of this look, so that none begins meanwhile.
-    let mut holds = Vec::new();
-    for (machine, _) in store.all()? {
-        match store.hold(&machine) {
-            Ok(hold) => holds.push(hold),
-            Err(protection::Error::Excluded { .. }) => return Ok(()),
-            // One that cannot be read concerns nobody else.
-            Err(_) => {}
-        }
-    }
+    // Meanwhile a machine may be failed over, or that be taken back. It has recorded so, and its point stays: what is let go
+    // lies before that, and what is removed is nothing that it reads.
     let waits = live.open().values().any(|counters| counters.is_paused());
     let mut policy: Policy = config.retention;
     if waits {
@@ -43,8 +34,8 @@ fn look(config: &Config, store: &Store, coordinator: &Coordinator, live: &Live) 
     }
     let room = Room { free: free(retention)?, open: 0 };
     let choice = coordinator.read(|log| {
-        let released: HashSet<_> = log.all_released().map(|released| released.point).collect();
-        choose(log.history(), &released, &policy, room, OffsetDateTime::now_utc())
+        let in_use: HashSet<_> = log.in_use().collect();
+        choose(log.history(), &in_use, &policy, room, OffsetDateTime::now_utc())
     })?;
     // First the record, then the segments: a crash in between leaves segments that the next look removes.
     for reason in [Reason::Age, Reason::Thinned, Reason::Size, Reason::Space] {
@@ -65,12 +56,11 @@ fn look(config: &Config, store: &Store, coordinator: &Coordinator, live: &Live) 
     for (machine, loaded) in store.all()? {
         let Ok(protection) = loaded else { continue };
         for disk in protection.disks {
-            let failed =
-                |source| Error::Journal { machine: machine.clone(), disk: disk.name.clone(), source };
-            let journal = coordinator
-                .read(|log| Journal::read(retention, &machine, &disk.name, &disk.id, log))?
-                .map_err(failed)?;
-            journal.let_go()?;
+            // One journal in which something is wrong concerns no other.
+            let standing = coordinator.read(|log| Standing::of(&machine, &disk.name, &disk.id, log))?;
+            if let Err(error) = recovery::let_go(retention, &machine, &disk.name, &standing) {
+                tracing::warn!(error = chain(&error), "what older points needed could not be removed");
+            }
         }
     }
     Ok(())

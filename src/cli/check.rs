@@ -1,12 +1,13 @@
-//! `mt-agent check`: reads the journals of a machine whole, and says which of its points are sound.
+//! `mt-agent check`: reads the journals of a machine whole, says which of its points are sound, and gives up the others where
+//! it is told to.
 //!
-//! `--json` prints one object: `schema_version` (1), `machine`, `read_bytes`, and `points`, oldest first, of each `id`, `sound`
-//! and `damage` (an array of texts).
+//! `--json` prints one object: `schema_version` (1), `machine`, `read_bytes`, and `points`, oldest first, of each `id`, `sound`,
+//! `given_up`, and `damage` (an array of texts).
 
 use mt_agent::name::Name;
 use mt_agent::points::Log;
 use mt_agent::protection::Store;
-use mt_agent::recovery::check::check;
+use mt_agent::recovery::check::{check, give_up};
 use mt_agent::units::ByteLen;
 use serde_json::json;
 
@@ -15,11 +16,15 @@ use super::{Failure, print};
 
 const SCHEMA_VERSION: u32 = 1;
 
-/// Verify the before-images of a machine's recovery points; exit code 1 where one is not sound
+/// Verify the before-images of a machine's recovery points; exit code 1 where one is not sound, and was not given up
 #[derive(clap::Args)]
 pub struct Args {
     /// The machine
     machine: Name,
+    /// Give up the points that are not sound, for good: then the machine can be received again, from the newest one that is
+    /// left on, or, where a disk has none left, from an initial pass on
+    #[arg(long)]
+    give_up: bool,
     /// Print it as JSON
     #[arg(long)]
     json: bool,
@@ -30,14 +35,28 @@ pub struct Args {
 pub fn run(args: Args) -> Result<(), Failure> {
     let config = args.places.load()?;
     let (retention, store) = (&config.retention_dir, Store::open(&config.retention_dir));
-    let log = Log::open(retention)?;
-    let report = check(retention, &store, &log, &args.machine)?;
+    let mut log = Log::open(retention)?;
+    let report = match args.give_up {
+        true => give_up(retention, &store, &mut log, &args.machine)?,
+        false => check(retention, &store, &log, &args.machine)?,
+    };
+    for disk in &report.unseen {
+        eprintln!(
+            "mt-agent: disk {disk} is released and not attached: whether somebody wrote to it is not known"
+        );
+    }
+    let gone = |damage: &[String]| args.give_up && !damage.is_empty();
     let damaged = report.points.iter().filter(|point| !point.damage.is_empty()).count();
     if args.json {
         let points: Vec<_> = report
             .points
             .iter()
-            .map(|point| json!({ "id": point.id, "sound": point.damage.is_empty(), "damage": point.damage }))
+            .map(|point| {
+                json!({
+                    "id": point.id, "sound": point.damage.is_empty(), "given_up": gone(&point.damage),
+                    "damage": point.damage,
+                })
+            })
             .collect();
         let report = json!({
             "schema_version": SCHEMA_VERSION, "machine": args.machine, "read_bytes": report.bytes, "points": points,
@@ -47,7 +66,10 @@ pub fn run(args: Args) -> Result<(), Failure> {
         for point in &report.points {
             match point.damage.as_slice() {
                 [] => print(&format!("{}  sound\n", point.id))?,
-                damage => print(&format!("{}  NOT SOUND: {}\n", point.id, damage.join("; ")))?,
+                damage => {
+                    let done = if gone(damage) { ", given up" } else { "" };
+                    print(&format!("{}  NOT SOUND{done}: {}\n", point.id, damage.join("; ")))?;
+                }
             }
         }
         let (count, read) = (report.points.len(), ByteLen(report.bytes));
@@ -58,6 +80,10 @@ pub fn run(args: Args) -> Result<(), Failure> {
     }
     match damaged {
         0 => Ok(()),
-        _ => Err(Failure::failed(format!("{damaged} points of {} cannot be gone back to", args.machine))),
+        _ if args.give_up => Ok(()),
+        _ => Err(Failure::failed(format!(
+            "{damaged} points of {} cannot be gone back to; `mt-agent check {} --give-up` gives them up for good",
+            args.machine, args.machine
+        ))),
     }
 }

@@ -57,6 +57,14 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let images = export(retention, &store, &mut log, &machine, &point, &args.dir, |bytes| bar.inc(bytes));
     bar.finish_and_clear();
     let images = images?;
+    if let Some(released) = log.released(&machine) {
+        eprintln!(
+            "mt-agent: machine {machine} is failed over to point {}: its disks are no longer ours. Their first 16 MiB, their \
+             last MiB, 64 places between, and all that was brought back are as they were then; if somebody wrote elsewhere, that \
+             is in the images, too",
+            released.point
+        );
+    }
     if args.json {
         let images: Vec<_> = images
             .iter()

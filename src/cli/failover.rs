@@ -61,7 +61,7 @@ pub(super) fn to(text: &str) -> Result<To, String> {
 impl From<Error> for Failure {
     fn from(error: Error) -> Failure {
         match error {
-            Error::Refused(_) | Error::Disk(_) => Failure::refused(error),
+            Error::Refused(_) | Error::Written { .. } | Error::Disk(_) => Failure::refused(error),
             Error::Protection(error) if error.is_refusal() => Failure::refused(error),
             error => Failure::failed(error),
         }
@@ -101,6 +101,10 @@ pub fn run(args: Args) -> Result<(), Failure> {
             text += &format!(", {} brought back", ByteLen(disk.brought_back));
         }
         text += "\n";
+    }
+    if args.undo {
+        text += "  looked at, and found as it was when it was released, of each disk: its first 16 MiB, its last MiB, 64 places \
+                 between, and all that had been brought back; what somebody may have written elsewhere was not looked at\n";
     }
     if !args.undo && !args.dry_run {
         text += &format!(

@@ -7,6 +7,7 @@
 //! | `schema_version` | 1 |
 //! | `machine` | its name |
 //! | `released` | `null`, or where the machine was failed over to: `point` and `time` |
+//! | `begun` | `null`, or what began and is not done: a failover to `point`, or, where that is `null`, its undoing; and `time` |
 //! | `points` | oldest first |
 //!
 //! and of each point:
@@ -84,6 +85,9 @@ pub fn run(args: &Args) -> Result<(), Failure> {
             "schema_version": SCHEMA_VERSION,
             "machine": machine,
             "released": released.map(|at| json!({ "point": at.point.to_string(), "time": rfc3339(at.time) })),
+            "begun": log.begun(machine).map(|begun| json!({
+                "point": begun.point.map(|point| point.to_string()), "time": rfc3339(begun.time),
+            })),
             "points": points,
         });
         return print(&format!("{value:#}\n"));
@@ -98,6 +102,13 @@ pub fn run(args: &Args) -> Result<(), Failure> {
             "machine {machine} was failed over to point {} at {}",
             at.point,
             rfc3339(at.time)
+        ));
+    }
+    if let Some(begun) = log.begun(machine) {
+        lines.push(format!(
+            "{begun} began at {} and is not done: `mt-agent failover {machine}`, with --to or --undo, goes on with it or takes it \
+             back",
+            rfc3339(begun.time)
         ));
     }
     print(&(lines.join("\n") + "\n"))

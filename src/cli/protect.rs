@@ -7,7 +7,7 @@ use mt_agent::disk::device;
 use mt_agent::disk::discover::{self, Disk, Sysroot};
 use mt_agent::error::chain;
 use mt_agent::name::Name;
-use mt_agent::points::{Dropped, Log, Point, PointId, Reason, Record, TakenBack};
+use mt_agent::points::{Dropped, Log, Point, PointId, Reason, Record};
 use mt_agent::protection::assign::{self, Allowed, Planned, Request};
 use mt_agent::protection::{Assignment, Error, Listed, State, Store};
 use mt_agent::units::{ByteLen, rfc3339};
@@ -321,6 +321,13 @@ fn remove(args: &RemoveArgs) -> Result<(), Failure> {
     let store = Store::open(&config.retention_dir);
     let planned = store.remove_dry(&args.machine, args.disk.as_ref())?;
     let mut log = Log::open(&config.retention_dir)?;
+    if let (Some(begun), Some(disk)) = (log.begun(&args.machine), &args.disk) {
+        let machine = &args.machine;
+        return Err(Failure::refused(format!(
+            "{begun} began and is not done: go on with it or take it back first, with `mt-agent failover {machine}`; disk {disk} \
+             stays"
+        )));
+    }
     if let (Some(released), Some(disk)) = (log.released(&args.machine), &args.disk) {
         let (machine, point) = (&args.machine, released.point);
         return Err(Failure::refused(format!(
@@ -340,9 +347,6 @@ fn remove(args: &RemoveArgs) -> Result<(), Failure> {
             if !points.is_empty() {
                 let alone = store.exclude(&args.machine)?;
                 let (time, reason) = (OffsetDateTime::now_utc(), Reason::Asked);
-                if log.released(&args.machine).is_some() {
-                    log.append(Record::TakenBack(TakenBack { machine: args.machine.clone(), time }))?;
-                }
                 log.append(Record::Dropped(Dropped { time, reason, points: points.clone() }))?;
                 drop(alone);
             }

@@ -8,11 +8,12 @@
 //! | at | size | field | |
 //! |---|---|---|---|
 //! | 0 | 8 | magic | the bytes `MTSEGMNT` |
-//! | 8 | 4 | version | 1 |
+//! | 8 | 4 | version | 2 |
 //! | 12 | 4 | index | which segment of its pass, from 0 |
 //! | 16 | 8 | pass | the number of the pass |
 //! | 24 | 8 | generation | random: records of another segment that once lay on the same blocks do not have it |
 //! | 32 | 8 | sequence | that of the first record |
+//! | 40 | 16 | lineage | whose journal it is: a segment that got to another volume's place is told by it |
 //!
 //! Record header, then its payload:
 //!
@@ -31,7 +32,11 @@
 //! be verified.
 //!
 //! The header covers itself and the checksum of each image: of a record that was torn by a power cut, whichever part is
-//! missing, one of them does not hold.
+//! missing, one of them does not hold. Behind the payload of before-images the header stands once more, the same bytes: of
+//! a record that is damaged one of the two says which blocks it is about, so that the disk can be asked whether they were
+//! overwritten, and the record thus whole once. A power cut may leave either without the other.
+//!
+//! Behind the last record there are zeros to the end of the file.
 #![deny(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -41,6 +46,7 @@
 )]
 
 use crate::checksum::crc32c;
+use crate::pass::Lineage;
 use crate::units::Extent;
 
 /// The unit of everything in a segment, and of the ranges that are saved together, in bytes.
@@ -56,7 +62,7 @@ pub const MAX_IMAGE: u64 = 256 << 10;
 
 const SEGMENT_MAGIC: [u8; 8] = *b"MTSEGMNT";
 const RECORD_MAGIC: [u8; 8] = *b"MTRECORD";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const ENTRIES_AT: usize = 64;
 const ENTRY_LEN: usize = 24;
 const CRC_AT: usize = BLOCK_LEN - 4;
@@ -69,6 +75,8 @@ pub type Block = [u8; BLOCK_LEN];
 /// What a segment says of itself.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Segment {
+    /// Whose journal it is part of.
+    pub lineage: Lineage,
     /// The number of its pass.
     pub pass: u64,
     /// Which of the pass's segments it is, from 0.
@@ -123,11 +131,19 @@ pub enum Body {
 }
 
 impl Record {
-    /// How many bytes the whole record takes in its segment.
+    /// How many bytes the whole record takes in its segment, with the copy of its header.
     pub fn len(&self) -> u64 {
         match &self.body {
-            Body::Images { payload_len, .. } => BLOCK.saturating_add(u64::from(*payload_len)),
+            Body::Images { payload_len, .. } => (2 * BLOCK).saturating_add(u64::from(*payload_len)),
             Body::End => BLOCK,
+        }
+    }
+
+    /// Its entries.
+    pub fn entries(&self) -> &[Entry] {
+        match &self.body {
+            Body::Images { entries, .. } => entries,
+            Body::End => &[],
         }
     }
 
@@ -200,6 +216,7 @@ pub fn encode_segment(segment: &Segment) -> Block {
     put(&mut block, 16, &segment.pass.to_le_bytes());
     put(&mut block, 24, &segment.generation.to_le_bytes());
     put(&mut block, 32, &segment.sequence.to_le_bytes());
+    put(&mut block, 40, &segment.lineage.0.to_le_bytes());
     seal(block)
 }
 
@@ -211,6 +228,7 @@ pub fn parse_segment(block: &Block) -> Result<Segment, Error> {
         return Err(Error::Version(version));
     }
     Ok(Segment {
+        lineage: Lineage(u128::from_le_bytes(array(block, 40))),
         pass: u64_at(block, 16),
         index: u32_at(block, 12),
         generation: u64_at(block, 24),
@@ -346,10 +364,16 @@ mod tests {
 
     #[test]
     fn segments_come_back_and_other_versions_are_named() {
-        let segment = Segment { pass: 3, index: 2, generation: u64::MAX, sequence: 11 };
+        let segment = Segment {
+            lineage: Lineage(u128::MAX - 7),
+            pass: 3,
+            index: 2,
+            generation: u64::MAX,
+            sequence: 11,
+        };
         let block = encode_segment(&segment);
         assert_eq!(parse_segment(&block), Ok(segment));
-        assert_eq!(parse_segment(&patched(&block, 8, &[2])), Err(Error::Version(2)));
+        assert_eq!(parse_segment(&patched(&block, 8, &[3])), Err(Error::Version(3)));
         assert_eq!(parse_segment(&[0; BLOCK_LEN]), Err(Error::Magic));
         assert_eq!(parse_record(&block), Err(Error::Magic));
     }

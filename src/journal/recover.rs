@@ -4,10 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::time::Duration;
 
-use super::format::{self, BLOCK, BLOCK_LEN, Body, MAX_IMAGE};
-use super::writer::{gone_name, parse_gone, parse_name, segment_name};
+use super::format::{self, BLOCK, BLOCK_LEN, Body, MAX_IMAGE, Record};
+use super::writer::{Writer, gone_name, parse_gone, parse_name, segment_name};
 use crate::checksum::crc32c;
 use crate::error::IoError;
+use crate::pass::Lineage;
 use crate::storage::{Action, Completion, Place, ReadAt, Request, Shelf, Storage};
 use crate::sys::aligned::Arena;
 use crate::units::Extent;
@@ -26,6 +27,15 @@ pub enum Error {
         /// Where.
         #[source]
         damage: Damage,
+    },
+    /// A segment of another volume.
+    #[error(
+        "segment {segment} belongs to the journal of another disk: files below `journals` were exchanged or copied; put \
+         each of them back where it was"
+    )]
+    Foreign {
+        /// The file.
+        segment: String,
     },
     /// A segment of another version.
     #[error("segment {segment} is of version {version}: update mt-agent")]
@@ -64,7 +74,7 @@ pub struct Pass {
     /// Its number.
     pub number: u64,
     /// Its segments, by their index.
-    pub segments: Vec<String>,
+    pub segments: Vec<Segment>,
     /// Its images, in the order in which they were taken; they do not overlap.
     pub images: Vec<Image>,
     /// Whether it has all of its images: its end record is there.
@@ -75,6 +85,17 @@ pub struct Pass {
     pub damage: Option<Damage>,
     pub(super) next_sequence: u64,
     pub(super) next_index: u32,
+}
+
+/// One file of a pass.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Segment {
+    /// Its name.
+    pub name: String,
+    /// Where its last record ends; 0 where it has no header.
+    pub end: u64,
+    /// Whether there is more in it than that, which a power cut may leave of the last record that was begun.
+    pub torn: bool,
 }
 
 /// Where an image lies.
@@ -104,30 +125,41 @@ impl Image {
     }
 }
 
-/// How often, and how long after, a pass that seems damaged is read again.
+/// How often, and how long after, it is read again what somebody else may have been writing.
 const AGAIN: u32 = 3;
 const PAUSE: Duration = Duration::from_millis(5);
 
+/// Whether a segment with this lineage belongs where it is.
+pub type Ours<'a> = &'a dyn Fn(Lineage) -> bool;
+
+/// What the disk holds now; asked only where a power cut may have torn the newest record.
+pub type Holds<'a> = &'a dyn Fn(Extent) -> Result<Vec<u8>, IoError>;
+
 /// Reads the headers of all segments. What is damaged is said pass by pass; an error is only what concerns all.
-pub fn recover(shelf: &dyn Shelf) -> Result<History, Error> {
-    let mut names: Vec<(u64, u32, String)> = Vec::new();
-    let mut gone = BTreeSet::new();
-    for name in shelf.list()? {
-        // Anything else was not made by this program.
-        if let Some((pass, index)) = parse_name(&name) {
-            names.push((pass, index, name));
-        } else {
-            gone.extend(parse_gone(&name));
+///
+/// The newest record of a pass that did not end may be one that a power cut tore, and then nothing of its blocks was
+/// overwritten; or it was whole, its blocks were overwritten, and it was damaged since. Nothing in the journal tells the two
+/// apart, but the disk does: where it holds exactly what the record says that it saved, the record may be forgotten, and
+/// otherwise it is damage. What the record is about is told by its header or the copy of it behind its payload.
+pub fn recover(shelf: &dyn Shelf, ours: Ours<'_>, holds: Holds<'_>) -> Result<History, Error> {
+    // Meanwhile, older passes may be let go of, and what was torn be cut off.
+    let went_away =
+        |kind: io::ErrorKind| matches!(kind, io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof);
+    for _ in 0..AGAIN {
+        match read_all(shelf, ours, holds) {
+            Err(Error::Io(error)) if went_away(error.source.kind()) => std::thread::sleep(PAUSE),
+            result => return result,
         }
     }
-    names.retain(|(pass, ..)| !gone.contains(pass));
-    names.sort();
-    let segments = names.iter().map(|(.., name)| name.clone()).collect();
+    read_all(shelf, ours, holds)
+}
+
+fn read_all(shelf: &dyn Shelf, ours: Ours<'_>, holds: Holds<'_>) -> Result<History, Error> {
+    let names = names(shelf)?;
+    let segments = names.values().flatten().map(|(_, name)| name.clone()).collect();
     let mut history = History { passes: BTreeMap::new(), names: segments };
-    for group in names.chunk_by(|a, b| a.0 == b.0) {
-        let segments: Vec<(u32, String)> =
-            group.iter().map(|(_, index, name)| (*index, name.clone())).collect();
-        let mut pass = read_pass(shelf, group[0].0, segments.clone())?;
+    for (number, segments) in names {
+        let mut pass = read_pass(shelf, number, segments.clone(), ours, holds)?;
         // Whoever reads beside the writer may find a record half written, and the next one behind it a moment later: that
         // is no damage. Damage stays.
         for _ in 0..AGAIN {
@@ -135,27 +167,83 @@ pub fn recover(shelf: &dyn Shelf) -> Result<History, Error> {
                 break;
             }
             std::thread::sleep(PAUSE);
-            pass = read_pass(shelf, group[0].0, segments.clone())?;
+            pass = read_pass(shelf, number, segments.clone(), ours, holds)?;
         }
-        history.passes.insert(pass.number, pass);
+        history.passes.insert(number, pass);
     }
     Ok(history)
 }
 
-/// Lets go of a pass: nothing will be read through it any more.
-///
-/// Its first segment gets another name, durably; then the others are removed; then the first. A crash in between leaves
-/// the new name there, and the rest of the pass counts for nothing; [`tidy`] removes it.
-pub fn discard(pass: &Pass, shelf: &dyn Shelf) -> Result<(), IoError> {
-    let Some((first, others)) = pass.segments.split_first() else { return Ok(()) };
-    let gone = gone_name(pass.number);
-    match shelf.rename(first, &gone) {
-        // Somebody else lets go of it, too.
-        Err(error) if error.source.kind() == io::ErrorKind::NotFound => return Ok(()),
-        other => other?,
+/// The index and name of each segment, by its pass, without those of passes that were let go of.
+fn names(shelf: &dyn Shelf) -> Result<BTreeMap<u64, Vec<(u32, String)>>, IoError> {
+    let mut names: BTreeMap<u64, Vec<(u32, String)>> = BTreeMap::new();
+    let mut gone = BTreeSet::new();
+    for name in shelf.list()? {
+        // Anything else was not made by this program.
+        if let Some((pass, index)) = parse_name(&name) {
+            names.entry(pass).or_default().push((index, name));
+        } else {
+            gone.extend(parse_gone(&name));
+        }
     }
-    shelf.remove(others)?;
-    shelf.remove(&[gone])
+    names.retain(|pass, _| !gone.contains(pass));
+    names.values_mut().for_each(|segments| segments.sort());
+    Ok(names)
+}
+
+/// Lets go of all passes with numbers in this range: nothing will be read through them any more. Of their segments only
+/// the first block is read.
+///
+/// The first segment of a pass gets another name, durably; then the others are removed; then the first. A crash in between
+/// leaves the new name there, and the rest of the pass counts for nothing; [`tidy`] removes it. Oldest first: what is left
+/// has no gap.
+///
+/// # Errors
+/// [`Error::Foreign`], where one of them is not ours to remove.
+pub fn let_go(
+    shelf: &dyn Shelf,
+    passes: impl std::ops::RangeBounds<u64>,
+    ours: Ours<'_>,
+) -> Result<(), Error> {
+    for (pass, segments) in names(shelf)?.range(passes) {
+        let mut segments: Vec<String> = segments.iter().map(|(_, name)| name.clone()).collect();
+        for name in &segments {
+            let mut block = [0; BLOCK_LEN];
+            let reader = match shelf.open(name) {
+                // Somebody else lets go of it, too.
+                Err(error) if error.source.kind() == io::ErrorKind::NotFound => continue,
+                other => other?,
+            };
+            if reader.size() < BLOCK {
+                continue;
+            }
+            reader.read_at(0, &mut block)?;
+            if format::parse_segment(&block).is_ok_and(|segment| !ours(segment.lineage)) {
+                return Err(Error::Foreign { segment: name.clone() });
+            }
+        }
+        let first = segments.remove(0);
+        let gone = gone_name(*pass);
+        match shelf.rename(&first, &gone) {
+            Err(error) if error.source.kind() == io::ErrorKind::NotFound => continue,
+            other => other?,
+        }
+        shelf.remove(&segments)?;
+        shelf.remove(&[gone])?;
+    }
+    Ok(())
+}
+
+/// The writer that goes on with a pass that was interrupted, of a journal with this lineage. For the one that writes.
+///
+/// What a power cut may have left behind the last record is cut off first, so that a finished pass has nothing but its
+/// records and zeros. The cut flushes the segment, too: a service that was killed may have left a record that is whole and
+/// not durable, and is about to be relied on. A crash before it is durable leaves what was there.
+pub fn go_on(pass: &Pass, lineage: Lineage, longest: u64, shelf: &dyn Shelf) -> Result<Writer, IoError> {
+    if let Some(Segment { name, end, torn }) = pass.segments.last() {
+        shelf.settle(name, torn.then_some(*end))?;
+    }
+    Ok(Writer::go_on(lineage, pass, longest))
 }
 
 /// Removes what a crash left of passes that were let go of. For the writer, before it writes.
@@ -200,10 +288,20 @@ impl History {
     }
 }
 
-fn read_pass(shelf: &dyn Shelf, number: u64, segments: Vec<(u32, String)>) -> Result<Pass, Error> {
+fn read_pass(
+    shelf: &dyn Shelf,
+    number: u64,
+    segments: Vec<(u32, String)>,
+    ours: Ours<'_>,
+    holds: Holds<'_>,
+) -> Result<Pass, Error> {
+    let count = segments.len();
     let mut pass = Pass {
         number,
-        segments: segments.iter().map(|(_, name)| name.clone()).collect(),
+        segments: segments
+            .iter()
+            .map(|(_, name)| Segment { name: name.clone(), end: 0, torn: false })
+            .collect(),
         images: Vec::new(),
         ended: false,
         bytes: 0,
@@ -211,19 +309,17 @@ fn read_pass(shelf: &dyn Shelf, number: u64, segments: Vec<(u32, String)>) -> Re
         next_sequence: 0,
         next_index: segments.last().map_or(0, |(index, _)| index.saturating_add(1)),
     };
-    // How much the last record brought: it is void where the next segment begins with its number.
-    let mut last = Last::default();
-    let mut newest = None;
     for (place, (index, name)) in segments.into_iter().enumerate() {
         let damage = |at, what| Some(Damage { segment: name.clone(), at, what });
         if index as usize != place {
             pass.damage = damage(0, "the segment before it is missing");
             return Ok(pass);
         }
+        let newest = place + 1 == count;
         let reader = shelf.open(&name)?;
         let mut block = [0; BLOCK_LEN];
         if reader.size() < BLOCK {
-            // A crash came between its creation and the reservation of its space.
+            // A crash came between its creation and the reservation of its space, or it was cut off.
             continue;
         }
         reader.read_at(0, &mut block)?;
@@ -232,32 +328,30 @@ fn read_pass(shelf: &dyn Shelf, number: u64, segments: Vec<(u32, String)>) -> Re
             Err(format::Error::Version(version)) => {
                 return Err(Error::Unsupported { segment: name, version });
             }
-            // Created, and never written to before the power went: no record can be in it.
+            // Created, and never written to before the power went: no record can be in it, and none after it.
             Err(_) => {
-                if sound_record(&*reader, BLOCK, |_| true)?.is_some() {
+                if !newest || records(&window(&*reader, BLOCK)?).next().is_some() {
                     pass.damage = damage(0, "the segment's header is damaged");
                     return Ok(pass);
                 }
+                pass.segments[place].torn = true;
                 continue;
             }
         };
+        if !ours(segment.lineage) {
+            return Err(Error::Foreign { segment: name });
+        }
         if (segment.pass, segment.index) != (number, index) {
             pass.damage = damage(0, "it is a segment of another place");
             return Ok(pass);
         }
         // It ended, its point was not recorded, and it went on.
         pass.ended = false;
-        if segment.sequence.checked_add(1) == Some(pass.next_sequence) && last.records == 1 {
-            // It was torn when the pass went on.
-            pass.images.truncate(pass.images.len() - last.images);
-            pass.bytes -= last.bytes;
-            pass.next_sequence -= 1;
-        }
         if segment.sequence != pass.next_sequence {
             pass.damage = damage(0, "records before it are missing");
             return Ok(pass);
         }
-        last = Last::default();
+        let mut last = None;
         let mut at = BLOCK;
         while at.saturating_add(BLOCK) <= reader.size() && !pass.ended {
             reader.read_at(at, &mut block)?;
@@ -270,78 +364,120 @@ fn read_pass(shelf: &dyn Shelf, number: u64, segments: Vec<(u32, String)>) -> Re
                 }
                 _ => break,
             };
-            last = Last { records: 1, images: 0, bytes: record.len() };
-            match &record.body {
-                Body::End => pass.ended = true,
-                Body::Images { entries, .. } => {
-                    let mut stored = at + BLOCK;
-                    for entry in entries {
-                        pass.images.push(Image {
-                            offset: entry.extent.offset(),
-                            at: if entry.zero { 0 } else { stored },
-                            len: u32::try_from(entry.extent.len()).unwrap_or(0),
-                            crc: entry.crc,
-                            segment: u32::try_from(place).unwrap_or(u32::MAX),
-                        });
-                        stored += entry.stored();
-                    }
-                    last.images = entries.len();
-                }
-            }
-            pass.next_sequence += 1;
-            pass.bytes += record.len();
+            pass.add(&record, place, at);
             at += record.len();
+            last = Some(record);
         }
-        newest = Some((name, reader, segment.generation, at));
-    }
-    let Some((segment, reader, generation, at)) = newest else { return Ok(pass) };
-    if pass.ended {
-        return Ok(pass);
-    }
-    // Only the newest record can be torn, and nothing can stand behind the end.
-    let sound = pass.images.len() - last.images;
-    if pass.images[sound..].iter().any(|image| read_image(&*reader, image).is_err()) {
-        pass.images.truncate(sound);
-        pass.bytes -= last.bytes;
-        pass.next_sequence -= 1;
-    }
-    let is_later =
-        |record: &format::Record| record.generation == generation && record.sequence >= pass.next_sequence;
-    // The newest record itself, where it was torn, lies before `at`.
-    if let Some(at) = sound_record(&*reader, at, is_later)? {
-        let what = "a record stands behind one that is damaged";
-        pass.damage = Some(Damage { segment, at, what });
+        pass.segments[place].end = at;
+        if newest && !pass.ended {
+            pass.settle(&*reader, segment.generation, last, holds)?;
+        }
     }
     Ok(pass)
 }
 
-#[derive(Default)]
-struct Last {
-    records: u32,
-    images: usize,
-    bytes: u64,
-}
-
-/// Where a sound record header stands from `at` on, if one does.
-fn sound_record(
-    reader: &dyn ReadAt,
-    mut at: u64,
-    is: impl Fn(&format::Record) -> bool,
-) -> Result<Option<u64>, IoError> {
-    const STEP: u64 = 1 << 20;
-    let mut chunk = vec![0; STEP as usize];
-    let end = reader.size() - reader.size() % BLOCK;
-    while at < end {
-        let len = (end - at).min(STEP) as usize;
-        reader.read_at(at, &mut chunk[..len])?;
-        for (index, block) in chunk[..len].as_chunks::<BLOCK_LEN>().0.iter().enumerate() {
-            if format::parse_record(block).is_ok_and(|record| is(&record)) {
-                return Ok(Some(at + index as u64 * BLOCK));
+impl Pass {
+    /// Takes a record that begins at `at` in the segment with this index.
+    fn add(&mut self, record: &Record, segment: usize, at: u64) {
+        match &record.body {
+            Body::End => self.ended = true,
+            Body::Images { entries, .. } => {
+                let mut stored = at + BLOCK;
+                for entry in entries {
+                    self.images.push(Image {
+                        offset: entry.extent.offset(),
+                        at: if entry.zero { 0 } else { stored },
+                        len: u32::try_from(entry.extent.len()).unwrap_or(0),
+                        crc: entry.crc,
+                        segment: u32::try_from(segment).unwrap_or(u32::MAX),
+                    });
+                    stored += entry.stored();
+                }
             }
         }
-        at += len as u64;
+        self.next_sequence += 1;
+        self.bytes += record.len();
     }
-    Ok(None)
+
+    /// Looks at the newest record of a pass that did not end, `last` or one whose header cannot be read: is it sound, torn,
+    /// or damaged?
+    fn settle(
+        &mut self,
+        reader: &dyn ReadAt,
+        generation: u64,
+        mut last: Option<Record>,
+        holds: Holds<'_>,
+    ) -> Result<(), Error> {
+        let Some(newest) = self.segments.last_mut() else { return Ok(()) };
+        let (end, mut at) = (newest.end, newest.end);
+        let images = last.as_ref().map_or(0, |last| last.entries().len());
+        let sound = self.images.len() - images;
+        let is_bad = |image: &Image| read_image(reader, image).is_err();
+        let bad = last.take_if(|_| self.images[sound..].iter().any(is_bad));
+        let behind = window(reader, end)?;
+        if let Some(bad) = &bad {
+            self.images.truncate(sound);
+            self.next_sequence -= 1;
+            self.bytes -= bad.len();
+            at -= bad.len();
+        }
+        newest.end = at;
+        newest.torn = bad.is_some() || behind.iter().any(|byte| *byte != 0);
+        let ours: Vec<(u64, Record)> =
+            records(&behind).filter(|(_, record)| record.generation == generation).collect();
+        // Only the newest record can be torn, and nothing can stand behind it.
+        if let Some((behind, _)) = ours.iter().find(|(_, record)| record.sequence > self.next_sequence) {
+            let what = "a record stands behind one that is damaged";
+            self.damage = Some(Damage { segment: newest.name.clone(), at: end + behind, what });
+            return Ok(());
+        }
+        // Where its header cannot be read, its copy tells what it is.
+        let copy =
+            ours.into_iter().map(|(_, record)| record).find(|record| record.sequence == self.next_sequence);
+        for entry in bad.or(copy).iter().flat_map(Record::entries) {
+            let bytes = holds(entry.extent)?;
+            let same =
+                if entry.zero { bytes.iter().all(|byte| *byte == 0) } else { crc32c(&bytes) == entry.crc };
+            if !same {
+                let what = "the newest record is damaged, and the disk no longer holds what it saved";
+                self.damage = Some(Damage { segment: newest.name.clone(), at, what });
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The longest record, in bytes: whatever can stand behind a record that cannot be read begins within so much.
+const LONGEST_RECORD: u64 = 2 * BLOCK + format::MAX_PAYLOAD as u64;
+
+/// What stands from `at` on, as far as the next record can begin.
+fn window(reader: &dyn ReadAt, at: u64) -> Result<Vec<u8>, IoError> {
+    let len = reader.size().saturating_sub(at).min(LONGEST_RECORD + BLOCK);
+    let mut bytes = vec![0; len as usize];
+    reader.read_at(at, &mut bytes)?;
+    Ok(bytes)
+}
+
+/// The sound record headers among these blocks, and where they stand.
+fn records(bytes: &[u8]) -> impl Iterator<Item = (u64, Record)> {
+    let blocks = bytes.as_chunks::<BLOCK_LEN>().0.iter().zip(0u64..);
+    blocks.filter_map(|(block, index)| Some((index * BLOCK, format::parse_record(block).ok()?)))
+}
+
+/// Whether there are only zeros from `at` to the end.
+fn is_zero(reader: &dyn ReadAt, mut at: u64) -> Result<bool, IoError> {
+    const STEP: u64 = 1 << 20;
+    let mut chunk = vec![0; STEP as usize];
+    while at < reader.size() {
+        let chunk = &mut chunk[..(reader.size() - at).min(STEP) as usize];
+        reader.read_at(at, chunk)?;
+        if chunk.iter().any(|byte| *byte != 0) {
+            return Ok(false);
+        }
+        at += chunk.len() as u64;
+    }
+    Ok(true)
 }
 
 /// The bytes of an image whose checksum holds.
@@ -453,27 +589,53 @@ fn reap(storage: &mut dyn Storage, done: &mut Vec<Completion>) -> Result<usize, 
     Ok(count)
 }
 
-/// Reads all records of a pass, and says whether they are as they were written: every image, and what fills it up to a whole
-/// block. What lies behind the last record is not looked at.
+/// Reads all segments of a pass, and says whether they are as they were written, to the last byte: headers, images, what
+/// fills them up to whole blocks, and the zeros behind the last record. Only behind the newest record of a pass that did not
+/// end there may be something else, which a power cut tore; [`recover`] has judged it.
 pub fn verify(pass: &Pass, shelf: &dyn Shelf) -> Result<(), Error> {
     let corrupt = |damage| Error::Corrupt { pass: pass.number, damage };
     if let Some(damage) = &pass.damage {
         return Err(corrupt(damage.clone()));
     }
-    let mut images = Images::of(shelf);
-    for image in &pass.images {
-        images.read(pass.number, image)?;
-        let filled = u64::from(image.len).next_multiple_of(BLOCK);
-        let padding = (filled - u64::from(image.len)) as usize;
-        if !image.is_zero() && padding > 0 {
-            let (segment, reader) = images.segment(pass.number, image)?;
-            let mut bytes = vec![0; padding];
-            let at = image.at + u64::from(image.len);
-            reader.read_at(at, &mut bytes)?;
-            if bytes.iter().any(|byte| *byte != 0) {
-                let what = "what fills up a before-image is not zero";
-                return Err(corrupt(Damage { segment: segment.clone(), at, what }));
+    for (place, Segment { name, end, .. }) in pass.segments.iter().enumerate() {
+        let damaged = |at, what| corrupt(Damage { segment: name.clone(), at, what });
+        let reader = shelf.open(name)?;
+        let mut block = [0; BLOCK_LEN];
+        let mut at = 0;
+        if *end > 0 {
+            reader.read_at(0, &mut block)?;
+            format::parse_segment(&block).map_err(|_| damaged(0, "the segment's header is damaged"))?;
+            at = BLOCK;
+        }
+        while at < *end {
+            reader.read_at(at, &mut block)?;
+            let record =
+                format::parse_record(&block).map_err(|_| damaged(at, "a record's header is damaged"))?;
+            let mut stored = at + BLOCK;
+            for entry in record.entries().iter().filter(|entry| !entry.zero) {
+                let mut bytes = vec![0; entry.stored() as usize];
+                reader.read_at(stored, &mut bytes)?;
+                let (image, padding) = bytes.split_at(entry.extent.len() as usize);
+                if crc32c(image) != entry.crc {
+                    return Err(damaged(stored, "the checksum of a before-image does not hold"));
+                }
+                if padding.iter().any(|byte| *byte != 0) {
+                    return Err(damaged(stored, "what fills up a before-image is not zero"));
+                }
+                stored += entry.stored();
             }
+            at += record.len();
+            if let Body::Images { .. } = record.body {
+                let mut copy = [0; BLOCK_LEN];
+                reader.read_at(at - BLOCK, &mut copy)?;
+                if copy != block {
+                    return Err(damaged(at - BLOCK, "the copy of a record's header is damaged"));
+                }
+            }
+        }
+        let may_be_torn = place + 1 == pass.segments.len() && (!pass.ended || *end == 0);
+        if !may_be_torn && !is_zero(&*reader, at)? {
+            return Err(damaged(at, "something stands behind the last record"));
         }
     }
     Ok(())

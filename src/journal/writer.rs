@@ -6,6 +6,7 @@ use super::format::{
 use super::recover::Pass;
 use super::saved::Saved;
 use crate::checksum::crc32c;
+use crate::pass::Lineage;
 use crate::units::Extent;
 
 /// The first segment of a pass has this length, in bytes; each further one about as much as was written before it, up to
@@ -15,6 +16,7 @@ const SHORTEST: u64 = 1 << 20;
 /// The pass that is being written.
 #[derive(Debug)]
 pub struct Writer {
+    lineage: Lineage,
     pass: u64,
     shortest: u64,
     longest: u64,
@@ -49,19 +51,19 @@ pub struct NewSegment {
 
 /// A buffer of this many bytes takes any record whose images come to so many bytes, each filled up to whole blocks.
 pub const fn record_len(images: usize) -> usize {
-    BLOCK_LEN + images
+    2 * BLOCK_LEN + images
 }
 
 impl Writer {
-    /// For a new pass. `longest` is the length of its longest segments in bytes.
-    pub fn new(pass: u64, longest: u64) -> Writer {
+    /// For a new pass of the volume with this lineage. `longest` is the length of its longest segments in bytes.
+    pub fn new(lineage: Lineage, pass: u64, longest: u64) -> Writer {
         let (shortest, saved) = (SHORTEST.min(longest), Saved::default());
-        Writer { pass, shortest, longest, saved, sequence: 0, index: 0, open: None, bytes: 0 }
+        Writer { lineage, pass, shortest, longest, saved, sequence: 0, index: 0, open: None, bytes: 0 }
     }
 
-    /// For a pass that was interrupted: what it saved stays saved.
-    pub fn go_on(pass: &Pass, longest: u64) -> Writer {
-        let mut writer = Writer::new(pass.number, longest);
+    /// For a pass that was interrupted: what it saved stays saved. See [`go_on`](super::recover::go_on).
+    pub(super) fn go_on(lineage: Lineage, pass: &Pass, longest: u64) -> Writer {
+        let mut writer = Writer::new(lineage, pass.number, longest);
         pass.images.iter().for_each(|image| writer.saved.insert(image.extent()));
         (writer.sequence, writer.index, writer.bytes) = (pass.next_sequence, pass.next_index, pass.bytes);
         writer
@@ -98,7 +100,7 @@ impl Writer {
             let crc = if zero { 0 } else { crc32c(bytes) };
             let entry = Entry { extent: *extent, zero, crc };
             let end = at + entry.stored() as usize;
-            if end > buffer.len() || end - BLOCK_LEN > MAX_PAYLOAD as usize {
+            if end + BLOCK_LEN > buffer.len() || end - BLOCK_LEN > MAX_PAYLOAD as usize {
                 break;
             }
             if !zero {
@@ -113,7 +115,8 @@ impl Writer {
         let payload_len = (at - BLOCK_LEN) as u32;
         // Its generation is that of the segment, which is known once there is a place.
         self.head(Body::Images { entries, payload_len }, &mut buffer[..BLOCK_LEN]);
-        (taken, at)
+        buffer.copy_within(..BLOCK_LEN, at);
+        (taken, at + BLOCK_LEN)
     }
 
     /// Puts the record that ends the pass into `buffer`, one block.
@@ -140,7 +143,8 @@ impl Writer {
         let doubled = self.bytes.next_power_of_two().clamp(self.shortest, self.longest);
         // The end of a pass that changed nothing more takes no more room than it needs.
         let segment_len = if len == BLOCK { 2 * BLOCK } else { doubled.max(BLOCK + len) };
-        let segment = Segment { pass: self.pass, index: self.index, generation, sequence: self.sequence };
+        let (lineage, pass, index, sequence) = (self.lineage, self.pass, self.index, self.sequence);
+        let segment = Segment { lineage, pass, index, generation, sequence };
         let header = format::encode_segment(&segment);
         Some(NewSegment { name: segment_name(self.pass, self.index), len: segment_len, header })
     }

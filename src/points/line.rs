@@ -19,7 +19,7 @@ use super::Record;
 use crate::checksum::crc32c;
 
 /// The version of the schema that is written, and the only one that is read.
-pub const SCHEMA_VERSION: u32 = 1;
+pub const SCHEMA_VERSION: u32 = 2;
 /// The longest line, in bytes, with its newline.
 pub const MAX_LINE: usize = 4 << 20;
 /// The most disks of one point.
@@ -27,7 +27,7 @@ pub const MAX_VOLUMES: usize = 4096;
 /// The most points that one record drops.
 pub const MAX_DROPPED: usize = 65536;
 /// The most disks of a machine that was failed over.
-pub const MAX_PASSES: usize = 256;
+pub const MAX_RELEASED: usize = 256;
 
 /// Why bytes are no line, or a record cannot be one.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -130,6 +130,22 @@ pub fn hides_another(line: &[u8]) -> bool {
     start.and_then(|start| line.get(start..)).is_some_and(|behind| verified(behind).is_ok())
 }
 
+/// Whether these bytes are all of a line but for its newline.
+pub fn is_whole(line: &[u8]) -> bool {
+    verified(line).is_ok()
+}
+
+/// Whether a sector of the line, which begins at this byte of its file, has nothing but zeros: what a crash leaves of a
+/// line that was being written. No line has a zero in it, and no single bit makes one of the few bytes that it may have in
+/// its first or last sector.
+pub fn lacks_a_sector(line: &[u8], at: u64) -> bool {
+    const SECTOR: usize = 512;
+    let into = usize::try_from(at).unwrap_or(0).checked_rem(SECTOR).unwrap_or(0);
+    let (first, rest) = line.split_at(SECTOR.saturating_sub(into).min(line.len()));
+    let mut sectors = std::iter::once(first).chain(rest.chunks(SECTOR));
+    sectors.any(|sector| !sector.is_empty() && sector.iter().all(|byte| *byte == 0))
+}
+
 fn line(value: &impl Serialize) -> Result<Vec<u8>, Error> {
     let json = serde_json::to_vec(value).map_err(|error| Error::Json(error.to_string()))?;
     let mut line = format!("{:08x} ", crc32c(&json)).into_bytes();
@@ -169,8 +185,8 @@ fn check(record: &Record) -> Result<(), Error> {
             }
             list("points", &dropped.points, MAX_DROPPED, |point| point)
         }
-        Record::Released(released) => list("disks", &released.passes, MAX_PASSES, |pass| &pass.disk),
-        Record::TakenBack(_) => Ok(()),
+        Record::Released(released) => list("disks", &released.disks, MAX_RELEASED, |disk| &disk.disk),
+        Record::Begun(_) | Record::TakenBack(_) => Ok(()),
     }
 }
 

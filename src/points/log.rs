@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{FallocateFlags, Flock, fallocate};
 use time::OffsetDateTime;
 
-use super::{Dropped, Error, Point, PointId, Reason, Record, Refused, Released, VolumeAt, line};
+use super::{
+    Begun, Dropped, Error, Point, PointId, Reason, Record, Refused, Released, TakenBack, VolumeAt, line,
+};
 use crate::durable;
 use crate::error::{IoError, chain};
 use crate::name::Name;
@@ -18,6 +20,8 @@ use crate::name::Name;
 pub const FILE_NAME: &str = "points.log";
 /// A longer log is not read, and none is made: a point a minute of a hundred machines for two weeks is less.
 const MAX_LOG: u64 = 1 << 30;
+/// The directory of the journals, beside the log.
+pub const JOURNALS: &str = "journals";
 /// How much room is held for the records to come, so that points can be let go where nothing else has room.
 const SPARE: u64 = 64 << 10;
 /// A log of fewer lines is not worth compacting.
@@ -31,9 +35,10 @@ const WORTH: usize = 1000;
 ///
 /// # What a crash leaves
 ///
-/// *Appending* is one write behind the last line, and a flush. A crash within it leaves a part of the line, or bytes
-/// that its checksum does not fit, as the very last line; or all of it, durable or not. Nobody was told of it in
-/// either case. Readers pass over the part. What comes before is not touched: it was flushed.
+/// *Appending* is one write behind the last line, and a flush. A crash within it leaves a part of the line as the very
+/// last one: less than all of it, or sectors of zeros where the file got its length and not its content; or all of it,
+/// durable or not. Nobody was told of it in either case. Readers pass over the part. What comes before is not touched:
+/// it was flushed. A whole line whose checksum does not hold is no such part, and damage also where it is the last one.
 ///
 /// *The next to append* cannot tell whether a whole last line is durable. So a `Log` appends only behind an end that it
 /// made itself; otherwise it reads all, cuts off what is no line, flushes the file, and then the directory. From
@@ -44,7 +49,8 @@ const WORTH: usize = 1000;
 /// *Making the log*, and *compacting* it, replaces the file whole ([`durable::write`]): a crash leaves the old one
 /// or the new one, which mean the same, and perhaps a temporary file whose name begins with a dot. Should the flush
 /// of the directory fail, either may be there after a power cut; so nothing is appended before the directory was
-/// flushed with the file that has the name.
+/// flushed with the file that has the name. So there is never a log without its first line, and since it is made before
+/// the first journal is, never none where there are journals.
 ///
 /// A *bad line with anything behind it* is left by no crash. It is [`Error::Corrupt`], and nothing is appended.
 ///
@@ -95,6 +101,7 @@ struct State {
     entries: Vec<Entry>,
     places: HashMap<PointId, usize>,
     released: BTreeMap<Name, Released>,
+    begun: BTreeMap<Name, Begun>,
     /// How many records the file has.
     lines: usize,
 }
@@ -277,9 +284,19 @@ impl Log {
         self.state.released.get(machine)
     }
 
-    /// All machines that are failed over.
-    pub fn all_released(&self) -> impl Iterator<Item = &Released> {
-        self.state.released.values()
+    /// What writes the machine's disks, or did when it was interrupted.
+    pub fn begun(&self, machine: &Name) -> Option<&Begun> {
+        self.state.begun.get(machine)
+    }
+
+    /// All that was begun and is not done.
+    pub fn all_begun(&self) -> impl Iterator<Item = &Begun> {
+        self.state.begun.values()
+    }
+
+    /// The points at which machines are failed over, and those to which they are being failed over.
+    pub fn in_use(&self) -> impl Iterator<Item = PointId> {
+        self.state.in_use().map(|(_, point)| point)
     }
 }
 
@@ -327,7 +344,13 @@ fn read_unlocked(path: &Path) -> Result<(State, u64), Error> {
 fn read(path: &Path) -> Result<(State, u64), Error> {
     let bytes = match durable::read(path, MAX_LOG) {
         Ok(bytes) => bytes,
-        Err(error) if error.source.kind() == io::ErrorKind::NotFound => return Ok((State::default(), 0)),
+        Err(error) if error.source.kind() == io::ErrorKind::NotFound => {
+            return match path.with_file_name(JOURNALS).try_exists() {
+                Ok(false) => Ok((State::default(), 0)),
+                Ok(true) => Err(Error::Missing { file: path.to_owned() }),
+                Err(error) => Err(IoError::new("look beside", path.display().to_string(), error).into()),
+            };
+        }
         Err(error) => return Err(error.into()),
     };
     let mut state = State::default();
@@ -340,6 +363,9 @@ fn read(path: &Path) -> Result<(State, u64), Error> {
             // A part of a line, at the very end.
             if rest.len() >= line::MAX_LINE {
                 return Err(corrupt(number + 1, line::Error::TooLong.to_string()));
+            }
+            if line::is_whole(&rest[..rest.len() - 1]) {
+                return Err(corrupt(number + 1, "another byte stands where the line ends".to_owned()));
             }
             break;
         };
@@ -356,7 +382,9 @@ fn read(path: &Path) -> Result<(State, u64), Error> {
             }
             // The same, of a line whose last bytes were written and not all of the first.
             Err(line::Error::Form | line::Error::Checksum { .. })
-                if behind.is_empty() && !line::hides_another(line) =>
+                if behind.is_empty()
+                    && line::lacks_a_sector(line, end(rest))
+                    && !line::hides_another(line) =>
             {
                 break;
             }
@@ -367,6 +395,10 @@ fn read(path: &Path) -> Result<(State, u64), Error> {
         }
         rest = behind;
         number += 1;
+    }
+    if number == 0 {
+        let what = "the first line of the log is missing".to_owned();
+        return Err(Error::Corrupt { file: path.to_owned(), line: 1, what });
     }
     Ok((state, end(rest)))
 }
@@ -411,6 +443,7 @@ impl State {
                     return Err(Refused::Known(point.id));
                 }
                 for volume in &point.volumes {
+                    self.not_begun(&volume.machine)?;
                     if let Some(released) = self.released.get(&volume.machine) {
                         return Err(Refused::Released {
                             machine: released.machine.clone(),
@@ -423,23 +456,49 @@ impl State {
             }
             Record::Dropped(dropped) => dropped.points.iter().try_for_each(|&id| {
                 self.find(id)?;
-                match self.released.values().find(|released| released.point == id) {
-                    Some(released) => Err(Refused::Released { machine: released.machine.clone(), point: id }),
-                    None => Ok(()),
+                match self.in_use().find(|(_, point)| *point == id) {
+                    Some((machine, point)) if dropped.reason != Reason::Asked => {
+                        Err(Refused::Released { machine: machine.clone(), point })
+                    }
+                    _ => Ok(()),
                 }
             }),
-            Record::Released(released) => {
-                let (machine, point) = (released.machine.clone(), released.point);
-                match self.find(point)?.is_of(&machine) {
+            Record::Begun(Begun { machine, point: Some(point), .. }) => {
+                if let Some(Released { machine, point, .. }) = self.released.get(machine).cloned() {
+                    return Err(Refused::Released { machine, point });
+                }
+                self.has(*point, machine)
+            }
+            Record::Begun(Begun { machine, point: None, .. }) => match self.released.contains_key(machine) {
+                true => Ok(()),
+                false => Err(Refused::NotReleased(machine.clone())),
+            },
+            Record::Released(released) => self.has(released.point, &released.machine),
+            Record::TakenBack(TakenBack { machine, .. }) => {
+                match self.released.contains_key(machine) || self.begun.contains_key(machine) {
                     true => Ok(()),
-                    false => Err(Refused::NotOf { point, machine }),
+                    false => Err(Refused::NotReleased(machine.clone())),
                 }
             }
-            Record::TakenBack(back) => match self.released.contains_key(&back.machine) {
-                true => Ok(()),
-                false => Err(Refused::NotReleased(back.machine.clone())),
-            },
         }
+    }
+
+    /// Whether there is this point, of this machine.
+    fn has(&self, point: PointId, machine: &Name) -> Result<(), Refused> {
+        match self.find(point)?.is_of(machine) {
+            true => Ok(()),
+            false => Err(Refused::NotOf { point, machine: machine.clone() }),
+        }
+    }
+
+    fn not_begun(&self, machine: &Name) -> Result<(), Refused> {
+        self.begun.get(machine).map_or(Ok(()), |begun| Err(Refused::Begun(begun.clone())))
+    }
+
+    /// The machines that are failed over, or being failed over, and the points.
+    fn in_use(&self) -> impl Iterator<Item = (&Name, PointId)> {
+        let begun = self.begun.values().filter_map(|begun| Some((&begun.machine, begun.point?)));
+        self.released.values().map(|released| (&released.machine, released.point)).chain(begun)
     }
 
     /// Whether the pass is one after that of the volume's newest point.
@@ -467,12 +526,24 @@ impl State {
                 for place in points.iter().filter_map(|id| self.places.get(id)) {
                     self.entries[*place].dropped = Some((time, reason));
                 }
+                // In one step, so that no crash leaves a machine that is failed over to nothing, or not at all and written to.
+                self.released.retain(|_, released| !points.contains(&released.point));
+                let Self { begun, released, .. } = self;
+                begun.retain(|machine, begun| match begun.point {
+                    Some(point) => !points.contains(&point),
+                    None => released.contains_key(machine),
+                });
+            }
+            Record::Begun(begun) => {
+                self.begun.insert(begun.machine.clone(), begun);
             }
             Record::Released(released) => {
+                self.begun.remove(&released.machine);
                 self.released.insert(released.machine.clone(), released);
             }
-            Record::TakenBack(back) => {
-                self.released.remove(&back.machine);
+            Record::TakenBack(TakenBack { machine, .. }) => {
+                self.begun.remove(&machine);
+                self.released.remove(&machine);
             }
         }
     }
@@ -497,6 +568,7 @@ impl State {
         }
         points.append(&mut dropped);
         points.extend(self.released.values().cloned().map(Record::Released));
+        points.extend(self.begun.values().cloned().map(Record::Begun));
         points
     }
 }

@@ -2,7 +2,10 @@
 //!
 //! Points go oldest first, for one of four reasons, looked at in this order:
 //!
-//! 1. *age*: it was recorded longer ago than [`Policy::max_age`], by this host's clock;
+//! 1. *age*: it was superseded longer ago than [`Policy::max_age`], by this host's clock, on all of its disks: until a
+//!    newer point is that old, the older one is what the disks were at that age. So at any time of the last `max_age` one can
+//!    go back to what was the newest point then, however seldom passes are made. A fuzzy point, which is no moment, supersedes
+//!    only fuzzy ones;
 //! 2. *thinning*, where it is on: all points of the last hour stay, then the best one of each hour for a day, then the
 //!    best one of each day for a week. The best one is an application's before a file system's before a crash's, a fuzzy
 //!    one last; of equals the oldest, so that what was kept stays kept as time goes on;
@@ -42,7 +45,7 @@ const DAY: i64 = 24 * HOUR;
 /// How much is kept.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Policy {
-    /// The age beyond which a point goes.
+    /// The age beyond which the points before one go.
     pub max_age: Duration,
     /// The most bytes of before-images, if there is a bound.
     pub max_bytes: Option<u64>,
@@ -87,11 +90,10 @@ pub fn choose(
     let before = volumes.held(&kept);
     let mut drop: Vec<(usize, Reason)> = Vec::new();
 
-    for (at, entry) in history.iter().enumerate() {
-        if kept[at] && !pinned[at] && now - entry.point.recorded > policy.max_age {
-            drop.push((at, Reason::Age));
-            kept[at] = false;
-        }
+    let superseded = volumes.superseded(history, &kept, |point| now - point.recorded > policy.max_age);
+    for at in superseded.into_iter().filter(|at| !pinned[*at]) {
+        drop.push((at, Reason::Age));
+        kept[at] = false;
     }
     if policy.thinning {
         let best = best(history, &kept, now);
@@ -172,6 +174,23 @@ impl Volumes {
         pinned
     }
 
+    /// The kept points that have, for each of their disks, a newer kept one that is old enough to take their place.
+    fn superseded(&self, history: &[Entry], kept: &[bool], is_old: impl Fn(&Point) -> bool) -> Vec<usize> {
+        let mut stays = vec![false; history.len()];
+        for run in &self.runs {
+            let (mut any_is_old, mut moment_is_old) = (false, false);
+            for &(at, _) in run.iter().rev() {
+                let point = &history[at].point;
+                stays[at] |= !(if point.fuzzy { any_is_old } else { moment_is_old });
+                if kept[at] && is_old(point) {
+                    any_is_old = true;
+                    moment_is_old |= !point.fuzzy;
+                }
+            }
+        }
+        (0..history.len()).filter(|at| kept[*at] && !stays[*at]).collect()
+    }
+
     /// The bytes that are needed: of each disk those behind its oldest kept point.
     fn held(&self, kept: &[bool]) -> u128 {
         let behind = |run: &Vec<(usize, u128)>| -> u128 {
@@ -243,7 +262,7 @@ mod tests {
     use time::macros::datetime;
 
     use super::*;
-    use crate::pass::PassId;
+    use crate::pass::{Lineage, PassId};
     use crate::points::{Kind, VolumeAt};
 
     const NOW: OffsetDateTime = datetime!(2026-03-09 12:30 UTC);
@@ -262,6 +281,7 @@ mod tests {
                     machine: machine.parse().unwrap(),
                     disk: disk.parse().unwrap(),
                     id: format!("loop:/{machine}/{disk}").parse().unwrap(),
+                    lineage: Lineage(5),
                     pass: id as u64,
                     sender_pass: PassId(id),
                     bytes: *bytes,
@@ -296,10 +316,11 @@ mod tests {
     }
 
     #[test]
-    fn points_go_by_age_but_never_the_newest() {
-        let history = single(&[181, 121, 120, 60]);
+    fn points_go_by_age_once_a_newer_one_is_so_old() {
+        let history = single(&[181, 122, 121, 60]);
         let policy = Policy { max_age: Duration::from_secs(7200), ..FOREVER };
         let choice = choose(&history, &HashSet::new(), &policy, WIDE, NOW);
+        // The third one is what the disk was two hours ago.
         assert_eq!(chosen(&choice), [(1, Reason::Age), (2, Reason::Age)]);
         // What the second and the third point's passes saved.
         assert_eq!((choice.frees, choice.lacking), (20, 0));
@@ -307,6 +328,25 @@ mod tests {
         let choice = choose(&history, &HashSet::new(), &policy, WIDE, late);
         assert_eq!(chosen(&choice).len(), 3, "{choice:?}");
         assert_eq!(choice.frees, 30);
+    }
+
+    /// A pass a day, and points for a day: that of yesterday stays until today's is a day old.
+    #[test]
+    fn what_was_the_newest_until_now_does_not_go_at_once() {
+        let day = 24 * 60;
+        let policy = Policy { max_age: Duration::from_secs(24 * 3600), ..FOREVER };
+        let gone = |minutes: &[i64]| chosen(&choose(&single(minutes), &HashSet::new(), &policy, WIDE, NOW));
+        assert_eq!(gone(&[day + 1, 0]), []);
+        assert_eq!(gone(&[2 * day, day - 1]), []);
+        assert_eq!(gone(&[2 * day + 1, day + 1, 1]), [(1, Reason::Age)]);
+        // A point that is no moment does not take the place of one that is.
+        let mut history = single(&[3 * day, 2 * day, day + 1, 1]);
+        history[2].point.fuzzy = true;
+        let choice = choose(&history, &HashSet::new(), &policy, WIDE, NOW);
+        assert_eq!(chosen(&choice), [(1, Reason::Age)]);
+        history[1].point.fuzzy = true;
+        let choice = choose(&history, &HashSet::new(), &policy, WIDE, NOW);
+        assert_eq!(chosen(&choice), [(2, Reason::Age)]);
     }
 
     #[test]
@@ -500,12 +540,22 @@ mod tests {
                     prop_assert!(must || needed(&history, &more) == after);
                 }
             }
-            // What is too old is gone, unless it must stay.
-            for Entry { point, dropped } in &history {
+            // What has a newer point, that is too old itself, on each of its disks is gone, unless it must stay; and by age
+            // nothing else is.
+            for (at, Entry { point, dropped }) in history.iter().enumerate() {
                 let must = failed_over.contains(&point.id) || newest.values().any(|id| *id == point.id);
-                if dropped.is_none() && !must && NOW - point.recorded > policy.max_age {
+                let superseded = point.volumes.iter().all(|volume| {
+                    history[at + 1..].iter().any(|later| {
+                        later.dropped.is_none()
+                            && NOW - later.point.recorded > policy.max_age
+                            && (point.fuzzy || !later.point.fuzzy)
+                            && later.point.volumes.iter().any(|other| other.disk == volume.disk && other.machine == volume.machine)
+                    })
+                });
+                if dropped.is_none() && !must && superseded {
                     prop_assert!(gone.contains(&point.id));
                 }
+                prop_assert!(superseded || !choice.drop.contains(&(point.id, Reason::Age)));
             }
 
             // Once done, nothing is left to do.

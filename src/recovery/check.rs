@@ -1,13 +1,19 @@
-//! Reads the journals of a machine whole, and says which of its points are sound.
+//! Reads the journals of a machine whole, says which of its points are sound, and gives up those that are not.
 
+use std::collections::BTreeMap;
+use std::io;
 use std::path::Path;
 
-use super::{Error, Journal};
+use time::OffsetDateTime;
+
+use super::failover::written_to;
+use super::target::Target;
+use super::{Error, Journal, Standing, let_go};
 use crate::error::chain;
-use crate::journal::recover::verify;
+use crate::journal::recover::{self, verify};
 use crate::name::Name;
-use crate::points::{Log, PointId};
-use crate::protection::Store;
+use crate::points::{Dropped, Log, PointId, Reason, Record};
+use crate::protection::{Assignment, Store};
 
 /// What was found.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -16,6 +22,8 @@ pub struct Report {
     pub points: Vec<Checked>,
     /// How many bytes of before-images were read.
     pub bytes: u64,
+    /// The released disks that are not attached: whether somebody wrote to them is not known.
+    pub unseen: Vec<Name>,
 }
 
 /// One point.
@@ -27,60 +35,113 @@ pub struct Checked {
     pub damage: Vec<String>,
 }
 
-/// Verifies every segment that a point of the machine needs: checksums, sequence, and that none is missing. Writes nothing.
+/// What is wrong with one disk.
+#[derive(Default)]
+struct Disk {
+    /// Nothing can be said of what it holds: no point can be reached.
+    lost: Option<String>,
+    /// The passes that are damaged.
+    passes: BTreeMap<u64, String>,
+    /// The pass that led to the point at which it is released: what lies before needs nothing that came after.
+    released: Option<u64>,
+}
+
+/// Verifies every segment that a point of the machine needs: checksums, sequence, whose it is, and that none is missing; and
+/// for a machine that is failed over, that nobody is seen to have written to its disks. Writes nothing.
 pub fn check(retention: &Path, store: &Store, log: &Log, machine: &Name) -> Result<Report, Error> {
     let protection = store.load(machine)?;
-    let mut report = Report { points: Vec::new(), bytes: 0 };
-    let mut passes = Vec::new();
+    let mut report = Report { points: Vec::new(), bytes: 0, unseen: Vec::new() };
+    let mut disks = Vec::new();
     for disk in &protection.disks {
-        let failed = |source| Error::Journal { machine: machine.clone(), disk: disk.name.clone(), source };
-        let journal = Journal::read(retention, machine, &disk.name, &disk.id, log).map_err(failed)?;
-        // From the newest back: a damaged pass costs the points before it.
-        let mut broken: Option<(u64, String)> = None;
-        let led_to_points: Vec<u64> = log
-            .points(machine)
-            .flat_map(|point| point.volumes_of(machine))
-            .filter(|volume| volume.disk == disk.name && volume.id == disk.id)
-            .map(|volume| volume.pass)
-            .collect();
-        let oldest = journal.oldest.unwrap_or(0);
-        for (number, pass) in journal.history.passes.range(oldest + 1..).rev() {
-            let sound = match verify(pass, &journal.shelf) {
-                Ok(()) if led_to_points.contains(number) && !pass.ended => {
-                    Err("its end is missing".to_owned())
-                }
-                Ok(()) => Ok(()),
-                Err(error) => Err(chain(&error)),
-            };
-            report.bytes += pass.bytes;
-            if let Err(what) = sound
-                && broken.is_none()
-            {
-                broken = Some((*number, format!("disk {}: {what}", disk.name)));
-            }
-        }
-        // A delta pass that led to a point has a segment, if only for its end.
-        let missing =
-            led_to_points.iter().skip(1).rev().find(|pass| !journal.history.passes.contains_key(pass));
-        if let Some(missing) = missing
-            && broken.as_ref().is_none_or(|(number, _)| number < missing)
-        {
-            broken =
-                Some((*missing, format!("disk {}: the segments of pass {missing} are missing", disk.name)));
-        }
-        passes.push((disk.name.clone(), broken));
+        disks.push((disk, look(retention, log, machine, disk, &mut report)?));
     }
     for point in log.points(machine) {
         let mut damage = Vec::new();
-        for (disk, broken) in &passes {
-            let at = point.volumes_of(machine).find(|volume| volume.disk == *disk);
-            if let (Some(at), Some((number, what))) = (at, broken)
-                && at.pass < *number
-            {
-                damage.push(what.clone());
-            }
+        for (disk, found) in &disks {
+            let Some(at) = point.volumes_of(machine).find(|at| at.is_on(&disk.name, &disk.id)) else {
+                continue;
+            };
+            let until = found.released.filter(|released| at.pass <= *released).unwrap_or(u64::MAX);
+            let worst = found.passes.iter().rfind(|(pass, _)| (at.pass + 1..=until).contains(*pass));
+            let what = found.lost.as_ref().or(worst.map(|(_, what)| what));
+            damage.extend(what.map(|what| format!("disk {}: {what}", disk.name)));
         }
         report.points.push(Checked { id: point.id, damage });
+    }
+    Ok(report)
+}
+
+fn look(
+    retention: &Path,
+    log: &Log,
+    machine: &Name,
+    disk: &Assignment,
+    report: &mut Report,
+) -> Result<Disk, Error> {
+    let mut found = Disk::default();
+    let journal = match Journal::read(retention, machine, &disk.name, &disk.id, log) {
+        Ok(journal) => journal,
+        // What else the journal holds, and whether a pass is open, is not known then.
+        Err(Error::Journal { source: error @ recover::Error::Foreign { .. }, .. }) => {
+            return Ok(Disk { lost: Some(chain(&error)), ..found });
+        }
+        Err(error) => return Err(error),
+    };
+    for (pass, damage) in journal.missing() {
+        found.passes.insert(pass, damage.to_string());
+    }
+    for (number, pass) in journal.history.passes.range(journal.standing.oldest() + 1..) {
+        if let Err(error) = verify(pass, &journal.shelf) {
+            found.passes.insert(*number, chain(&error));
+        }
+        report.bytes += pass.bytes;
+    }
+    if let Some(released) = log.released(machine) {
+        found.released = journal.standing.pass_at(released.point);
+        // While that is being taken back, the disk is neither the one nor the other.
+        if log.begun(machine).is_none() {
+            match Target::attached(&disk.id) {
+                Err(error) if error.source.kind() == io::ErrorKind::NotFound => {
+                    report.unseen.push(disk.name.clone());
+                }
+                target => {
+                    let place = written_to(released, &disk.name, &journal, &target?)?;
+                    found.lost = place.map(|place| {
+                        format!("it was written to since it was released: {place} is not as it was")
+                    });
+                }
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Gives up the points that are not sound, for good, so that the machine can be received again: from the newest point that is
+/// left, or, where a disk has none left, from an initial pass on. Says which points those were. A machine that is failed over
+/// stays so, unless the very point is given up.
+///
+/// First the points, in one record, then what the journals have for them: a crash in between leaves segments that nobody
+/// needs, which the next look at the retention removes.
+pub fn give_up(retention: &Path, store: &Store, log: &mut Log, machine: &Name) -> Result<Report, Error> {
+    let protection = store.load(machine)?;
+    let _alone = super::failover::alone(store, machine)?;
+    log.settle()?;
+    let report = check(retention, store, log, machine)?;
+    let given_up = report.points.iter().filter(|point| !point.damage.is_empty());
+    let points: Vec<PointId> = given_up.map(|point| point.id).collect();
+    if points.is_empty() {
+        return Ok(report);
+    }
+    let time = OffsetDateTime::now_utc();
+    log.append(Record::Dropped(Dropped { time, reason: Reason::Asked, points }))?;
+    for disk in &protection.disks {
+        // Of a disk without points the segments stay until its initial pass begins.
+        match let_go(retention, machine, &disk.name, &Standing::of(machine, &disk.name, &disk.id, log)) {
+            Err(Error::Journal { source: error @ recover::Error::Foreign { .. }, .. }) => {
+                tracing::warn!(%machine, disk = %disk.name, error = chain(&error), "left where it is");
+            }
+            other => other?,
+        }
     }
     Ok(report)
 }

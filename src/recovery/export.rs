@@ -5,24 +5,21 @@
 //! is read first, and the journal is looked at afterwards: whatever was overwritten before the read is in the journal by
 //! then.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use super::{Error, Journal, place};
-use crate::disk::discover::{self, Options, Sysroot};
+use super::failover::written_to;
+use super::target::{CHUNK, Target};
+use super::{Error, Journal};
 use crate::error::IoError;
 use crate::journal::View;
 use crate::journal::recover::recover;
 use crate::name::Name;
 use crate::points::{Log, Point};
 use crate::protection::{Assignment, Store};
-use crate::storage::shelf::Directory;
-use crate::sys::aligned::Arena;
-
-/// How much is read at a time.
-const CHUNK: u64 = 1 << 20;
+use crate::units::Extent;
 
 /// One image that was written.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -37,8 +34,18 @@ pub struct Image {
     pub written: u64,
 }
 
-/// Writes `DIR/<disk>.img` for every disk of the machine that the point has; none of them may exist. `progress` is called
-/// with the bytes of each step.
+/// An image under the name that it has until all of them are done; removed when this is dropped before.
+struct Unfinished(PathBuf);
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        // Where it was renamed there is none; and what cannot be removed has a name that says what it is.
+        fs::remove_file(&self.0).unwrap_or_default();
+    }
+}
+
+/// Writes `DIR/<disk>.img` for every disk of the machine that the point has; none of them may exist. All of them get their
+/// names once all are whole, and durable: whatever fails before leaves none. `progress` is called with the bytes of each step.
 pub fn export(
     retention: &Path,
     store: &Store,
@@ -49,84 +56,88 @@ pub fn export(
     progress: impl Fn(u64),
 ) -> Result<Vec<Image>, Error> {
     let protection = store.load(machine)?;
-    let options = Options { include_loop: true, probe_exclusive: false, ..Options::default() };
-    let listed = discover::discover(&Sysroot::default(), &options)
-        .map_err(|error| Error::Refused(crate::error::chain(&error)))?;
-    let mut images = Vec::new();
+    if !dir.is_dir() {
+        return Err(Error::Refused(format!("{} is no directory; make it first", dir.display())));
+    }
+    let mut plan = Vec::new();
     for disk in &protection.disks {
-        let Some(at) = point.volumes_of(machine).find(|at| at.disk == disk.name && at.id == disk.id) else {
+        let Some(at) = point.volumes_of(machine).find(|at| at.is_on(&disk.name, &disk.id)) else {
             let text =
                 format!("point {} has no disk {} ({}) of machine {machine}", point.id, disk.name, disk.id);
             return Err(Error::Refused(text));
         };
+        let path = dir.join(format!("{}.img", disk.name));
+        if path.symlink_metadata().is_ok() {
+            let text = format!("{} exists; move it away, or give another directory", path.display());
+            return Err(Error::Refused(text));
+        }
+        let journal = Journal::read(retention, machine, &disk.name, &disk.id, log)?;
         let failed = |source| Error::Journal { machine: machine.clone(), disk: disk.name.clone(), source };
-        let journal = Journal::read(retention, machine, &disk.name, &disk.id, log).map_err(failed)?;
         journal.reaches(at.pass).map_err(failed)?;
-        let Some(found) = listed.iter().find(|found| found.id.as_ref() == Some(&disk.id)) else {
-            return Err(Error::Refused(format!("disk {} ({}) is not attached", disk.name, disk.id)));
-        };
-        images.push(write(retention, machine, disk, at.pass, &found.node, dir, &progress)?);
+        let target = Target::attached(&disk.id)?;
+        // Whoever has a released disk may write to it; while that is being taken back, nobody does.
+        if let (Some(released), None) = (log.released(machine), log.begun(machine))
+            && let Some(place) = written_to(released, &disk.name, &journal, &target)?
+        {
+            return Err(Error::Written { machine: machine.clone(), disk: disk.name.clone(), place });
+        }
+        plan.push((disk, at.pass, journal, target, path));
+    }
+    let mut images = Vec::new();
+    for (disk, pass, journal, target, path) in plan {
+        let unfinished = Unfinished(dir.join(format!(".{}.img.unfinished", disk.name)));
+        // Of an export that was killed.
+        drop(Unfinished(unfinished.0.clone()));
+        let written = write(machine, disk, pass, journal, &target, &unfinished.0, &progress)?;
+        images.push((unfinished, Image { disk: disk.name.clone(), path, size: target.size(), written }));
     }
     log.refresh()?;
     if log.get(point.id).is_none() {
-        let text = format!(
-            "point {} was let go of while it was exported: what was written is not to be used",
-            point.id
-        );
+        let text = format!("point {} was let go of while it was exported: nothing is left of that", point.id);
         return Err(Error::Refused(text));
     }
-    Ok(images)
+    images
+        .into_iter()
+        .map(|(unfinished, image)| {
+            crate::durable::rename(&unfinished.0, &image.path)?;
+            Ok(image)
+        })
+        .collect()
 }
 
 fn write(
-    retention: &Path,
     machine: &Name,
     disk: &Assignment,
     pass: u64,
-    node: &Path,
-    dir: &Path,
+    journal: Journal,
+    target: &Target,
+    path: &Path,
     progress: &impl Fn(u64),
-) -> Result<Image, Error> {
+) -> Result<u64, Error> {
     let failed = |source| Error::Journal { machine: machine.clone(), disk: disk.name.clone(), source };
-    let named = |path: &Path, op| {
+    let named = |op| {
         let path = path.display().to_string();
         move |error: io::Error| IoError::new(op, path, error)
     };
-    let shelf = Directory::at(place(retention, machine, &disk.name));
-    // Around the page cache, which does not see what is written around it.
-    let source = OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_DIRECT)
-        .open(node)
-        .map_err(named(node, "open for reading"))?;
-    let size = crate::sys::ioctl::size(&source).map_err(named(node, "ask for the size of"))?;
-    let path = dir.join(format!("{}.img", disk.name));
-    let image =
-        OpenOptions::new().write(true).create_new(true).open(&path).map_err(named(&path, "create"))?;
-    image.set_len(size).map_err(named(&path, "set the length of"))?;
-    let arena = Arena::new(CHUNK as usize).map_err(|error| IoError::new("map", "memory", error))?;
-    let mut buffer = arena.alloc_blocking(CHUNK as usize);
-    let mut history = recover(&shelf).map_err(failed)?;
+    let image = File::create_new(path).map_err(named("create"))?;
+    image.set_len(target.size()).map_err(named("set the length of"))?;
+    let Journal { shelf, mut history, standing } = journal;
     let mut view = View::after(&history, pass, &shelf).map_err(failed)?;
-    let mut written = 0;
-    let mut at = 0;
-    while at < size {
-        let len = (size - at).min(CHUNK) as usize;
-        buffer.set_len(len);
-        source
-            .read_exact_at(&mut buffer, at)
-            .map_err(|error| IoError::at("read", node.display().to_string(), at, error))?;
+    let (mut written, mut at) = (0, 0);
+    while let Some(part) = Extent::new(at, (target.size() - at).min(CHUNK)) {
+        let mut bytes = target.read(part)?;
         if !history.is_current(&shelf).map_err(failed)? {
-            history = recover(&shelf).map_err(failed)?;
+            history = recover(&shelf, &|lineage| standing.is_ours(lineage), &|extent| target.read(extent))
+                .map_err(failed)?;
             view = View::after(&history, pass, &shelf).map_err(failed)?;
         }
-        view.overlay(at, &mut buffer).map_err(failed)?;
-        written += write_sparse(&image, &buffer, at).map_err(named(&path, "write"))?;
-        progress(len as u64);
-        at += len as u64;
+        view.overlay(at, &mut bytes).map_err(failed)?;
+        written += write_sparse(&image, &bytes, at).map_err(named("write"))?;
+        progress(part.len());
+        at = part.end();
     }
-    image.sync_all().map_err(named(&path, "flush"))?;
-    Ok(Image { disk: disk.name.clone(), path, size, written })
+    image.sync_all().map_err(named("flush"))?;
+    Ok(written)
 }
 
 /// Writes what is not zeros.

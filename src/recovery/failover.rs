@@ -6,11 +6,16 @@
 //!
 //! # The order of writes, and what a crash between two of them leaves
 //!
-//! (1) Open passes are rolled back. (2) On each disk a pass goes back, and is made durable with its end record. (3) The
-//! release is recorded in the points log. A crash before (3) leaves open passes, which are rolled back when this, or the
-//! next pass of the sender, is called again; after it the machine is released. To take it back: (4) the passes of (2) are
-//! rolled back, (5) that is recorded, (6) their segments are let go of. A crash before (5) leaves the machine released,
-//! and the same can be done again; after it, segments of passes that lead nowhere, which the next to write lets go of.
+//! (1) That it begins, and to which point, is recorded in the points log: from here on nothing is received for the machine,
+//! and the point is not let go. (2) Open passes are rolled back. (3) On each disk a pass goes back, and is made durable with
+//! its end record. (4) A sample of each disk is taken, and the release is recorded. A crash between (1) and (4) leaves the
+//! record of (1) and open passes: called again, to this point or another, the open passes are rolled back and it goes on; so
+//! it does when the service starts. Or it is taken back, and then they are rolled back alone.
+//!
+//! To take it back: (5) the disks are held against what they were in (4), (6) that it is taken back is recorded, (7) the passes
+//! of (3) are rolled back, (8) that it is done is recorded, (9) their segments are let go of. A crash between (6) and (8)
+//! leaves the record of (6): it is done again, without (5), which would find what (7) wrote. After (8) it leaves segments of
+//! passes that lead nowhere: they are rolled back once more, which changes nothing, and let go of.
 
 use std::path::Path;
 use std::sync::mpsc::channel;
@@ -18,18 +23,20 @@ use std::time::Duration;
 
 use time::OffsetDateTime;
 
+use super::target::Target;
 use super::{Error, Journal, LONGEST_SEGMENT};
 use crate::disk::device::{OpenDisk, TargetOptions, open_target};
 use crate::disk::discover::Options;
-use crate::journal::recover::{self, discard, roll_back, verify};
+use crate::error::IoError;
+use crate::journal::recover::{self, roll_back, verify};
 use crate::journal::{View, Writer};
 use crate::name::Name;
-use crate::points::{Kind, Log, PassOf, Point, PointId, Record, Released, TakenBack};
-use crate::protection::{self, Assignment, Hold, Store};
+use crate::points::{Begun, Kind, Log, Point, PointId, Record, Released, ReleasedDisk, TakenBack};
+use crate::protection::{self, Assignment, Hold, Protection, Store};
 use crate::storage::Geometry;
 use crate::storage::device::{Device, EngineChoice};
 use crate::sys::aligned::Arena;
-use crate::units::ByteLen;
+use crate::units::{ByteLen, Extent};
 use crate::volume::{Event, Volume};
 
 /// Which point is meant.
@@ -63,13 +70,13 @@ impl To {
         found.ok_or_else(|| {
             let text = match (self, log.newest(machine)) {
                 (_, None) => format!("machine {machine} has no points; the first pass of `mt-agent send` makes one"),
-                (To::Id(id), _) => format!("machine {machine} has no point {id}"),
+                (To::Id(id), _) => format!("machine {machine} has no point {id}; see `mt-agent points {machine}`"),
                 (_, Some(_)) => format!(
                     "machine {machine} has no such point that is one moment of its source; `mt-agent points {machine}` \
                      lists all, and one that is not can be named by its id, with --fuzzy"
                 ),
             };
-            Error::Refused(format!("{text}; see `mt-agent points {machine}`"))
+            Error::Refused(text)
         })
     }
 }
@@ -139,12 +146,10 @@ pub fn fail_over(
     }
     let mut plan = Vec::new();
     for disk in &protection.disks {
-        let at = point.volumes_of(machine).find(|at| at.disk == disk.name && at.id == disk.id);
-        let Some(at) = at else {
-            let text = format!("point {} has no disk {} of machine {machine}", point.id, disk.name);
-            return Err(Error::Refused(format!("{text}: it was assigned later, or not sent")));
+        let Some(at) = point.volumes_of(machine).find(|at| at.is_on(&disk.name, &disk.id)) else {
+            return Err(Error::Refused(lacks(log, &protection, &point, disk)));
         };
-        let journal = read(retention, machine, disk, log)?;
+        let journal = Journal::read(retention, machine, &disk.name, &disk.id, log)?;
         // Everything that will be written is read before anything is, on any disk: a journal that is damaged leaves them
         // as they are.
         let failed = |source| Error::Journal { machine: machine.clone(), disk: disk.name.clone(), source };
@@ -152,11 +157,19 @@ pub fn fail_over(
         for pass in journal.history.after(at.pass).map_err(failed)? {
             verify(pass, &journal.shelf).map_err(failed)?;
         }
-        plan.push((disk, at.pass, journal));
+        // Nor is anything written before all disks can be.
+        let target = match how.dry_run {
+            true => None,
+            false => Some(open_disk(store, retention, machine, disk)?),
+        };
+        plan.push((disk, at.pass, journal, target));
     }
-    let mut disks = Vec::new();
-    let mut passes = Vec::new();
-    for (disk, pass, journal) in plan {
+    if !how.dry_run {
+        let begun = Begun { machine: machine.clone(), point: Some(point.id), time: now() };
+        log.append(Record::Begun(begun))?;
+    }
+    let (mut disks, mut released) = (Vec::new(), Vec::new());
+    for (disk, pass, journal, target) in plan {
         let failed = |source| Error::Journal { machine: machine.clone(), disk: disk.name.clone(), source };
         let open: Vec<_> = journal.open().map_err(failed)?.into_iter().cloned().collect();
         let mut report = DiskReport {
@@ -169,30 +182,62 @@ pub fn fail_over(
         open.iter().for_each(|pass| drop(history.passes.remove(&pass.number)));
         let view = View::after(&history, pass, &journal.shelf).map_err(failed)?;
         report.brought_back = view.len();
-        if !how.dry_run && (!open.is_empty() || !view.is_empty()) {
-            let target = open_disk(store, retention, machine, disk)?;
-            journal.tidy()?;
+        if let Some(target) = target {
+            journal.tidy().map_err(failed)?;
             for pass in open.iter().rev() {
                 let (mut device, _) = device(&target, disk, how.engine)?;
                 roll_back(pass, &journal.shelf, &mut device).map_err(failed)?;
-                discard(pass, &journal.shelf)?;
+                journal.discard(pass.number..=pass.number).map_err(failed)?;
             }
+            let mut back = None;
             if !view.is_empty() {
                 let number = journal.next();
-                go_back(machine, disk, &target, &journal, &view, number, how.engine)?;
-                passes.push(PassOf { disk: disk.name.clone(), pass: number });
+                if let Err(error) = go_back(machine, disk, &target, &journal, &view, number, how.engine) {
+                    // Where it was refused, nothing is begun any more: what it wrote is an open pass.
+                    if matches!(error, Error::Refused(_)) {
+                        log.append(Record::TakenBack(TakenBack { machine: machine.clone(), time: now() }))?;
+                    }
+                    return Err(error);
+                }
+                back = Some(number);
             }
+            let sample = Target::of(&target)?.sample()?;
+            released.push(ReleasedDisk { disk: disk.name.clone(), pass: back, sample });
         }
         disks.push(report);
     }
     if !how.dry_run {
-        let released = Released { machine: machine.clone(), point: point.id, time: now(), passes };
+        let released = Released { machine: machine.clone(), point: point.id, time: now(), disks: released };
         log.append(Record::Released(released))?;
     }
     Ok(Report { point: point.id, time: point.time, disks })
 }
 
-/// Takes a failover back: the disks stand at the newest point again, and the machine can be received.
+/// That a point lacks a disk, and which one to take instead.
+fn lacks(log: &Log, protection: &Protection, point: &Point, disk: &Assignment) -> String {
+    let machine = &protection.machine;
+    let text = format!(
+        "point {} has no disk {} of machine {machine}: it was assigned later, or not sent",
+        point.id, disk.name
+    );
+    let has_all = |point: &&Point| {
+        let has = |disk: &Assignment| point.volumes_of(machine).any(|at| at.is_on(&disk.name, &disk.id));
+        !point.fuzzy && protection.disks.iter().all(has)
+    };
+    match log.points(machine).rfind(has_all) {
+        Some(whole) => format!(
+            "{text}; the newest point with all disks is that of {}: `mt-agent failover {machine} --to {}`",
+            crate::units::rfc3339(whole.time),
+            whole.id
+        ),
+        None => {
+            format!("{text}; there is no point with all disks yet, the next pass of all of them makes one")
+        }
+    }
+}
+
+/// Takes a failover back: the disks stand at the newest point again, and the machine can be received. To be called again
+/// where it was interrupted, and for a failover that was.
 pub fn undo(
     retention: &Path,
     store: &Store,
@@ -203,48 +248,115 @@ pub fn undo(
     let protection = store.load(machine)?;
     let _alone = alone(store, machine)?;
     log.settle()?;
-    let Some(released) = log.released(machine).cloned() else {
+    let (released, begun) = (log.released(machine).cloned(), log.begun(machine).cloned());
+    if released.is_none() && begun.is_none() {
         return Err(Error::Refused(format!("machine {machine} is not failed over")));
-    };
-    // All of it is read before anything is written.
+    }
+    let mut plan = Vec::new();
     for disk in &protection.disks {
         let failed = |source| Error::Journal { machine: machine.clone(), disk: disk.name.clone(), source };
-        let journal = read(retention, machine, disk, log)?;
-        let back = released.passes.iter().find(|back| back.disk == disk.name);
-        if let Some(pass) = back.and_then(|back| journal.history.passes.get(&back.pass)) {
+        let journal = Journal::read(retention, machine, &disk.name, &disk.id, log)?;
+        // What leads back to the newest point: that which went to an older one, or, where that was interrupted, all that
+        // leads nowhere.
+        let back: Vec<_> = match &released {
+            Some(_) => {
+                let back = journal.standing.back;
+                let gone = |pass| {
+                    let text = format!("the journal of disk {} no longer has pass {pass}", disk.name);
+                    Error::Refused(text)
+                };
+                back.map(|pass| journal.history.passes.get(&pass).cloned().ok_or_else(|| gone(pass)))
+                    .into_iter()
+                    .collect::<Result<_, _>>()?
+            }
+            None => journal.open().map_err(failed)?.into_iter().cloned().collect(),
+        };
+        // All of it is read before anything is written.
+        for pass in &back {
             verify(pass, &journal.shelf).map_err(failed)?;
         }
-    }
-    let (mut disks, mut gone) = (Vec::new(), Vec::new());
-    for disk in &protection.disks {
-        let failed = |source| Error::Journal { machine: machine.clone(), disk: disk.name.clone(), source };
-        let journal = read(retention, machine, disk, log)?;
-        let back = released.passes.iter().find(|back| back.disk == disk.name);
-        let mut rolled_back = 0;
-        if let Some(back) = back {
-            let Some(pass) = journal.history.passes.get(&back.pass).cloned() else {
-                let text = format!("the journal of disk {} no longer has pass {}", disk.name, back.pass);
-                return Err(Error::Refused(text));
-            };
-            let target = open_disk(store, retention, machine, disk)?;
-            let (mut device, _) = device(&target, disk, engine)?;
-            roll_back(&pass, &journal.shelf, &mut device).map_err(failed)?;
-            rolled_back = pass.bytes;
-            gone.push((pass, journal.shelf));
+        let target = open_disk(store, retention, machine, disk)?;
+        if let (Some(released), None) = (&released, &begun)
+            && let Some(place) = written_to(released, &disk.name, &journal, &Target::of(&target)?)?
+        {
+            return Err(Error::Written { machine: machine.clone(), disk: disk.name.clone(), place });
         }
-        let (disk, id) = (disk.name.clone(), disk.id.to_string());
-        disks.push(DiskReport { disk, id, rolled_back, brought_back: 0 });
+        plan.push((disk, journal, back, target));
+    }
+    if released.is_some() && begun.is_none() {
+        log.append(Record::Begun(Begun { machine: machine.clone(), point: None, time: now() }))?;
+    }
+    let mut disks = Vec::new();
+    for (disk, journal, back, target) in &plan {
+        let failed = |source| Error::Journal { machine: machine.clone(), disk: disk.name.clone(), source };
+        for pass in back.iter().rev() {
+            let (mut device, _) = device(target, disk, engine)?;
+            roll_back(pass, &journal.shelf, &mut device).map_err(failed)?;
+        }
+        let rolled_back = back.iter().map(|pass| pass.bytes).sum();
+        disks.push(DiskReport {
+            disk: disk.name.clone(),
+            id: disk.id.to_string(),
+            rolled_back,
+            brought_back: 0,
+        });
+        // Where the points that it went back from were given up, their passes lead nowhere, and must not be rolled back.
+        if back.is_empty() {
+            journal.discard(journal.standing.committed() + 1..).map_err(failed)?;
+        }
     }
     log.append(Record::TakenBack(TakenBack { machine: machine.clone(), time: now() }))?;
-    for (pass, shelf) in gone {
-        discard(&pass, &shelf)?;
+    for (disk, journal, back, _) in &plan {
+        let failed = |source| Error::Journal { machine: machine.clone(), disk: disk.name.clone(), source };
+        for pass in back {
+            journal.discard(pass.number..=pass.number).map_err(failed)?;
+        }
     }
-    let point = log.newest(machine).map_or((released.point, released.time), |point| (point.id, point.time));
-    Ok(Report { point: point.0, time: point.1, disks })
+    match log.newest(machine) {
+        Some(point) => Ok(Report { point: point.id, time: point.time, disks }),
+        None => unreachable!("a machine is failed over to one of its points, which stays"),
+    }
 }
 
-/// The machine for ourselves: against senders, and against the service's look at the retention, which takes a moment.
-fn alone(store: &Store, machine: &Name) -> Result<Hold, Error> {
+/// Where it shows that somebody wrote to a disk since it was released.
+///
+/// Looked at are the places of its [sample](crate::points::Sample), and all that was brought back to the point. What was
+/// written elsewhere is not noticed: that would take reading all of the disk at the failover, and again.
+pub(super) fn written_to(
+    released: &Released,
+    disk: &Name,
+    journal: &Journal,
+    target: &Target,
+) -> Result<Option<&'static str>, Error> {
+    let Some(then) = released.disks.iter().find(|then| then.disk == *disk) else { return Ok(None) };
+    if let Some(place) = then.sample.differs(&target.sample()?) {
+        return Ok(Some(place));
+    }
+    let (Some(back), Some(pass)) = (journal.standing.back, journal.standing.pass_at(released.point)) else {
+        return Ok(None);
+    };
+    let mut history = journal.history.clone();
+    history.passes.remove(&back);
+    let mut same = true;
+    let compared = View::after(&history, pass, &journal.shelf).and_then(|view| {
+        view.each(|offset, bytes| {
+            if let Some(extent) = Extent::new(offset, bytes.len() as u64) {
+                same &= target.read(extent)? == bytes;
+            }
+            Ok(())
+        })
+    });
+    match compared {
+        // What was brought back cannot be read any more; to take it back, that is not needed.
+        Ok(()) | Err(recover::Error::Corrupt { .. }) => {
+            Ok((!same).then_some("something that was brought back to the point"))
+        }
+        Err(source) => Err(Error::Journal { machine: released.machine.clone(), disk: disk.clone(), source }),
+    }
+}
+
+/// The machine for ourselves. A session whose sender has heard of its commit and is gone ends a moment later.
+pub(super) fn alone(store: &Store, machine: &Name) -> Result<Hold, Error> {
     let mut tries = 20;
     loop {
         match store.exclude(machine) {
@@ -255,11 +367,6 @@ fn alone(store: &Store, machine: &Name) -> Result<Hold, Error> {
             other => return Ok(other?),
         }
     }
-}
-
-fn read(retention: &Path, machine: &Name, disk: &Assignment, log: &Log) -> Result<Journal, Error> {
-    let failed = |source| Error::Journal { machine: machine.clone(), disk: disk.name.clone(), source };
-    Journal::read(retention, machine, &disk.name, &disk.id, log).map_err(failed)
 }
 
 /// The target, by all rules that hold whenever one is written.
@@ -282,9 +389,8 @@ const MEMORY: usize = 8 << 20;
 
 fn device(target: &OpenDisk, disk: &Assignment, engine: EngineChoice) -> Result<(Device, Arena), Error> {
     let name = disk.id.to_string();
-    let file =
-        target.file.try_clone().map_err(|error| crate::error::IoError::new("duplicate", &*name, error))?;
-    let arena = Arena::new(MEMORY).map_err(|error| crate::error::IoError::new("map", "memory", error))?;
+    let file = target.file.try_clone().map_err(|error| IoError::new("duplicate", &*name, error))?;
+    let arena = Arena::new(MEMORY).map_err(|error| IoError::new("map", "memory", error))?;
     let geometry = Geometry { size: target.size.0, block: target.logical_block };
     let (device, _) = Device::new(file, name, geometry, engine, DEPTH, &arena)?;
     Ok((device, arena))
@@ -312,13 +418,16 @@ fn go_back(
     number: u64,
     engine: EngineChoice,
 ) -> Result<(), Error> {
+    let Some(lineage) = journal.standing.lineage else {
+        unreachable!("a disk that goes back has points");
+    };
     let (device, arena) = device(target, disk, engine)?;
     let device = device.with_shelf(journal.shelf.clone());
     let (sender, events) = channel();
     // The receiver goes away after the volume.
     let report = Box::new(move |event| drop(sender.send(event)));
     let volume = Volume::start(disk.name.as_str(), Box::new(device), target.size.0, arena, report)?;
-    volume.save(Writer::new(number, LONGEST_SEGMENT));
+    volume.save(Writer::new(lineage, number, LONGEST_SEGMENT));
     let no_room = || {
         let text = format!(
             "the retention file system has no room for what going back overwrites on disk {}: free some; nothing was \

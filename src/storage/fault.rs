@@ -37,6 +37,8 @@ pub enum Event {
     },
     /// Everything before this is durable in the segment.
     FlushSegment(String),
+    /// A segment was made durable, and shortened if a length is given.
+    Settle(String, Option<u64>),
     /// A segment was given another name.
     Rename(String, String),
     /// A segment was removed.
@@ -185,6 +187,12 @@ impl Replay {
             Event::FlushSegment(name) => self.settle(Some(name), true),
             Event::Create(name, len) => {
                 self.durable.segments.insert(name.clone(), vec![0; *len as usize].into());
+            }
+            Event::Settle(name, cut) => {
+                self.settle(Some(name), true);
+                if let (Some(len), Some(segment)) = (cut, self.durable.segments.get_mut(name)) {
+                    Arc::make_mut(segment).truncate(*len as usize);
+                }
             }
             Event::Rename(from, to) => {
                 self.settle(Some(from), false);
@@ -401,6 +409,20 @@ impl Shelf for FaultShelf {
         match self.0.state().now.segments.get(name) {
             Some(bytes) => Ok(Box::new(Arc::clone(bytes))),
             None => Err(IoError::new("open", name, io::ErrorKind::NotFound)),
+        }
+    }
+
+    fn settle(&self, name: &str, cut: Option<u64>) -> Result<(), IoError> {
+        let mut state = self.0.state();
+        match state.now.segments.get_mut(name) {
+            Some(segment) => {
+                if let Some(len) = cut {
+                    Arc::make_mut(segment).truncate(len as usize);
+                }
+                state.log.push(Event::Settle(name.to_owned(), cut));
+                Ok(())
+            }
+            None => Err(IoError::new("settle", name, io::ErrorKind::NotFound)),
         }
     }
 

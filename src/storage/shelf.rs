@@ -94,6 +94,19 @@ impl Shelf for Directory {
         Ok(Box::new(Segment { file, size, named }))
     }
 
+    fn settle(&self, name: &str, cut: Option<u64>) -> Result<(), IoError> {
+        let named = self.named(name);
+        let failed = |op| {
+            let named = named.clone();
+            move |error| IoError::new(op, named, error)
+        };
+        let file = OpenOptions::new().write(true).open(self.0.join(name)).map_err(failed("open"))?;
+        if let Some(len) = cut {
+            file.set_len(len).map_err(failed("cut"))?;
+        }
+        file.sync_all().map_err(failed("flush"))
+    }
+
     fn rename(&self, from: &str, to: &str) -> Result<(), IoError> {
         durable::rename(&self.0.join(from), &self.0.join(to))
     }

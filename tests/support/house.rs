@@ -5,17 +5,19 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, channel};
 
 use mt_agent::disk::id::DiskId;
-use mt_agent::journal::recover::{self, discard, roll_back, verify};
+use mt_agent::journal::recover::{self, recover, roll_back, verify};
 use mt_agent::journal::{View, Writer};
 use mt_agent::name::Name;
-use mt_agent::pass::PassId;
+use mt_agent::pass::{Lineage, PassId};
 use mt_agent::points::{
-    Dropped, Kind, Log, PassOf, Point, PointId, Reason, Record, Released, TakenBack, VolumeAt,
+    Begun, Dropped, Kind, Log, Point, PointId, Reason, Record, Released, ReleasedDisk, Sample, TakenBack,
+    VolumeAt,
 };
-use mt_agent::recovery::{Journal, place};
+use mt_agent::recovery::{Journal, Standing, let_go, place};
 use mt_agent::storage::Storage;
 use mt_agent::storage::shelf::Directory;
 use mt_agent::sys::aligned::Arena;
+use mt_agent::units::Extent;
 use mt_agent::volume::{Event, Volume};
 use time::OffsetDateTime;
 
@@ -31,17 +33,23 @@ pub enum Killed {
     BeforeTheRecord,
 }
 
+/// Opens a disk, for passes with segments in this directory.
+pub type Open = Box<dyn Fn(&Arena, Directory) -> Box<dyn Storage>>;
+
 /// A disk, with how it is opened.
 pub struct Disk {
     pub name: &'static str,
     pub size: u64,
-    pub open: Box<dyn Fn(&Arena, Directory) -> Box<dyn Storage>>,
+    pub open: Open,
+    /// What it holds, for a journal whose newest record is torn.
+    pub read: Box<dyn Fn(Extent) -> Vec<u8>>,
 }
 
 /// One disk that is being received.
 pub struct Session {
     pub volume: Volume,
     events: Receiver<Event>,
+    lineage: Lineage,
     pass: u64,
 }
 
@@ -98,18 +106,31 @@ impl House {
         House { retention: retention.to_owned(), log, disks, segment, sessions: None, next: 1 }
     }
 
-    pub fn journal(&self, disk: usize) -> Journal {
-        let disk = &self.disks[disk];
-        Journal::read(&self.retention, &machine(), &disk.name.parse().unwrap(), &id(disk), &self.log).unwrap()
+    fn name(&self, disk: usize) -> Name {
+        self.disks[disk].name.parse().unwrap()
+    }
+
+    fn standing(&self, disk: usize) -> Standing {
+        Standing::of(&machine(), &self.name(disk), &id(&self.disks[disk]), &self.log)
+    }
+
+    /// As [`Journal::read`] does, which looks for the disk among those of this host.
+    fn journal(&self, disk: usize) -> Journal {
+        let (standing, shelf) = (self.standing(disk), Directory::at(self.place(disk)));
+        let holds = |extent| Ok((self.disks[disk].read)(extent));
+        let history = recover(&shelf, &|lineage| standing.is_ours(lineage), &holds).unwrap();
+        Journal { shelf, history, standing }
+    }
+
+    fn place(&self, disk: usize) -> PathBuf {
+        place(&self.retention, &machine(), &self.name(disk))
     }
 
     fn storage(&self, disk: usize, arena: &Arena) -> Box<dyn Storage> {
-        let disk = &self.disks[disk];
-        let shelf = Directory::create_all(place(&self.retention, &machine(), &disk.name.parse().unwrap()));
-        (disk.open)(arena, shelf.unwrap())
+        (self.disks[disk].open)(arena, Directory::create_all(self.place(disk)).unwrap())
     }
 
-    fn session(&self, disk: usize, writer: Option<Writer>, pass: u64) -> Session {
+    fn session(&self, disk: usize, lineage: Lineage, writer: Option<Writer>, pass: u64) -> Session {
         let arena = Arena::new(128 << 10).unwrap();
         let (sender, events) = channel();
         let report = Box::new(move |event| drop(sender.send(event)));
@@ -118,7 +139,7 @@ impl House {
         if let Some(writer) = writer {
             volume.save(writer);
         }
-        Session { volume, events, pass }
+        Session { volume, events, lineage, pass }
     }
 
     /// Whether disks are being received.
@@ -144,13 +165,13 @@ impl House {
             let begin = |disk| {
                 let journal = self.journal(disk);
                 journal.tidy().unwrap();
-                assert!(journal.newest.is_some(), "the first pass is an initial one");
+                let lineage = journal.standing.lineage.expect("the first pass is an initial one");
                 let writer = match journal.open().unwrap().last() {
-                    Some(open) => Writer::go_on(open, self.segment),
-                    None => Writer::new(journal.next(), self.segment),
+                    Some(open) => recover::go_on(open, lineage, self.segment, &journal.shelf).unwrap(),
+                    None => Writer::new(lineage, journal.next(), self.segment),
                 };
                 let pass = writer.pass();
-                self.session(disk, Some(writer), pass)
+                self.session(disk, lineage, Some(writer), pass)
             };
             self.sessions = Some((0..self.disks.len()).map(begin).collect());
         }
@@ -164,7 +185,7 @@ impl House {
         let mut volumes = Vec::new();
         for (disk, session) in self.until(killed).zip(&sessions) {
             let bytes = session.flush();
-            volumes.push(self.at(disk, session.pass, bytes));
+            volumes.push(self.at(disk, session, bytes));
         }
         drop(sessions);
         self.record(killed, volumes)
@@ -175,16 +196,10 @@ impl House {
         0..if killed == Killed::AfterOneDisk { 1 } else { self.disks.len() }
     }
 
-    fn at(&self, disk: usize, pass: u64, bytes: u64) -> VolumeAt {
-        let (disk, sender_pass) = (&self.disks[disk], PassId(self.next));
-        VolumeAt {
-            machine: machine(),
-            disk: disk.name.parse().unwrap(),
-            id: id(disk),
-            pass,
-            sender_pass,
-            bytes,
-        }
+    fn at(&self, disk: usize, session: &Session, bytes: u64) -> VolumeAt {
+        let (machine, id, sender_pass) = (machine(), id(&self.disks[disk]), PassId(self.next));
+        let &Session { lineage, pass, .. } = session;
+        VolumeAt { machine, disk: self.name(disk), id, lineage, pass, sender_pass, bytes }
     }
 
     fn record(&mut self, killed: Killed, volumes: Vec<VolumeAt>) -> Option<PointId> {
@@ -209,13 +224,11 @@ impl House {
         let mut volumes = Vec::new();
         for disk in self.until(killed) {
             let journal = &journals[disk];
-            for pass in journal.history.passes.values() {
-                discard(pass, &journal.shelf).unwrap();
-            }
-            let session = self.session(disk, None, journal.next());
+            journal.discard(..).unwrap();
+            let session = self.session(disk, Lineage::random().unwrap(), None, journal.next());
             session.write(0, &contents[disk]);
             session.flush();
-            volumes.push(self.at(disk, session.pass, 0));
+            volumes.push(self.at(disk, &session, 0));
         }
         self.record(killed, volumes)
     }
@@ -226,7 +239,9 @@ impl House {
             self.log.append(Record::Dropped(Dropped { time: now(), reason, points })).unwrap();
         }
         if swept {
-            (0..self.disks.len()).for_each(|disk| self.journal(disk).let_go().unwrap());
+            for disk in 0..self.disks.len() {
+                let_go(&self.retention, &machine(), &self.name(disk), &self.standing(disk)).unwrap();
+            }
         }
     }
 
@@ -237,7 +252,7 @@ impl House {
         for pass in journal.open().unwrap().into_iter().rev() {
             verify(pass, &journal.shelf).unwrap();
             roll_back(pass, &journal.shelf, &mut *self.storage(disk, &Arena::new(1).unwrap())).unwrap();
-            discard(pass, &journal.shelf).unwrap();
+            journal.discard(pass.number..=pass.number).unwrap();
         }
     }
 
@@ -249,50 +264,67 @@ impl House {
     /// Brings the disks back to a point and releases them.
     pub fn fail_over(&mut self, point: PointId, killed: Killed) {
         self.close();
-        let mut passes = Vec::new();
+        let begun = Begun { machine: machine(), point: Some(point), time: now() };
+        self.log.append(Record::Begun(begun)).unwrap();
+        let mut disks = Vec::new();
         for disk in self.until(killed) {
             let pass = self.pass(point, disk);
             self.journal(disk).reaches(pass).unwrap();
             self.roll_back(disk);
             let journal = self.journal(disk);
             let view = View::after(&journal.history, pass, &journal.shelf).unwrap();
+            let mut back = None;
             if !view.is_empty() {
-                let pass = journal.next();
-                let session = self.session(disk, Some(Writer::new(pass, self.segment)), pass);
+                let (lineage, pass) = (journal.standing.lineage.unwrap(), journal.next());
+                let writer = Writer::new(lineage, pass, self.segment);
+                let session = self.session(disk, lineage, Some(writer), pass);
                 view.each(|at, bytes| {
                     session.write(at, bytes);
                     Ok::<(), recover::Error>(())
                 })
                 .unwrap();
                 session.flush();
-                passes.push(PassOf { disk: self.disks[disk].name.parse().unwrap(), pass });
+                back = Some(pass);
             }
+            // Who looks at the disk before it is taken back is none of the library's pieces.
+            let sample = Sample { head: 0, tail: 0, between: 0 };
+            disks.push(ReleasedDisk { disk: self.name(disk), pass: back, sample });
         }
         if killed == Killed::No {
-            let released = Released { machine: machine(), point, time: now(), passes };
+            let released = Released { machine: machine(), point, time: now(), disks };
             self.log.append(Record::Released(released)).unwrap();
         } else {
             self.restart();
         }
     }
 
-    /// Takes that back.
+    /// Takes that back, also where it was killed.
     pub fn undo(&mut self, killed: Killed) {
-        let released = self.log.released(&machine()).cloned().unwrap();
+        let released = self.log.released(&machine()).is_some();
+        if self.log.begun(&machine()).is_none() {
+            let begun = Begun { machine: machine(), point: None, time: now() };
+            self.log.append(Record::Begun(begun)).unwrap();
+        }
         let mut gone = Vec::new();
         for disk in self.until(killed) {
-            let name: Name = self.disks[disk].name.parse().unwrap();
-            if let Some(back) = released.passes.iter().find(|back| back.disk == name) {
-                let journal = self.journal(disk);
-                let pass = journal.history.passes[&back.pass].clone();
-                verify(&pass, &journal.shelf).unwrap();
-                roll_back(&pass, &journal.shelf, &mut *self.storage(disk, &Arena::new(1).unwrap())).unwrap();
-                gone.push((pass, journal.shelf));
+            let journal = self.journal(disk);
+            let back: Vec<_> = match released {
+                true => {
+                    journal.standing.back.iter().map(|pass| journal.history.passes[pass].clone()).collect()
+                }
+                false => journal.open().unwrap().into_iter().cloned().collect(),
+            };
+            for pass in back.iter().rev() {
+                verify(pass, &journal.shelf).unwrap();
+                roll_back(pass, &journal.shelf, &mut *self.storage(disk, &Arena::new(1).unwrap())).unwrap();
             }
+            gone.push((journal, back));
         }
         if killed == Killed::No {
             self.log.append(Record::TakenBack(TakenBack { machine: machine(), time: now() })).unwrap();
-            gone.iter().for_each(|(pass, shelf)| discard(pass, shelf).unwrap());
+            for (journal, back) in gone {
+                back.iter().for_each(|pass| journal.discard(pass.number..=pass.number).unwrap());
+            }
         } else {
             self.restart();
         }

@@ -17,7 +17,8 @@ fuzz_target!(|bytes: &[u8]| {
     }
     if let Ok(record) = format::parse_record(&block) {
         assert!(
-            record.len() >= format::BLOCK && record.len() <= format::BLOCK + u64::from(format::MAX_PAYLOAD)
+            record.len() >= format::BLOCK
+                && record.len() <= 2 * format::BLOCK + u64::from(format::MAX_PAYLOAD)
         );
         let again = format::encode_record(&record).expect("what was parsed keeps the rules");
         assert_eq!(format::parse_record(&again), Ok(record));

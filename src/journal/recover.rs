@@ -413,7 +413,17 @@ impl Pass {
         let images = last.as_ref().map_or(0, |last| last.entries().len());
         let sound = self.images.len() - images;
         let is_bad = |image: &Image| read_image(reader, image).is_err();
-        let bad = last.take_if(|_| self.images[sound..].iter().any(is_bad));
+        // Relied on with a copy that is torn, it would be called damaged once the pass has ended.
+        let copied = match &last {
+            Some(last) if matches!(last.body, Body::Images { .. }) => {
+                let (mut header, mut copy) = ([0; BLOCK_LEN], [0; BLOCK_LEN]);
+                reader.read_at(end - last.len(), &mut header)?;
+                reader.read_at(end - BLOCK, &mut copy)?;
+                header == copy
+            }
+            _ => true,
+        };
+        let bad = last.take_if(|_| !copied || self.images[sound..].iter().any(is_bad));
         let behind = window(reader, end)?;
         if let Some(bad) = &bad {
             self.images.truncate(sound);

@@ -1,5 +1,6 @@
 //! What a power cut leaves of a volume with a journal, at every moment of scripted runs, and what recovery makes of it.
 
+use std::collections::BTreeMap;
 use std::sync::mpsc::channel;
 
 use rand::rngs::StdRng as Dice;
@@ -30,13 +31,16 @@ fn journal(disk: &FaultDisk) -> Result<History, recover::Error> {
     recover(&disk.shelf(), &ours, &holds)
 }
 
-/// A disk, what it held at each point, and the log of how it came there.
+/// What must be there from some moment on: the points by their passes, with what the disk held. The last one is the newest;
+/// without any nothing is promised.
+type Promise = BTreeMap<u64, Arc<Vec<u8>>>;
+
+/// Disks that a script went through, one after each power cut, with the logs of how they came there.
 struct Run {
-    disk: FaultDisk,
-    /// What the disk holds after each pass; the first is from before the first pass.
-    points: Vec<Vec<u8>>,
-    /// The newest point when the log begins.
-    committed: u64,
+    /// And the number of the promise that holds when the log begins.
+    disks: Vec<(FaultDisk, u64)>,
+    /// By the numbers that are the marks in the logs.
+    promises: Vec<Promise>,
 }
 
 struct Session {
@@ -45,14 +49,24 @@ struct Session {
 }
 
 impl Session {
-    fn open(disk: &FaultDisk, writer: Writer) -> Session {
+    fn open(disk: &FaultDisk, writer: Option<Writer>) -> Session {
         let (sender, events) = channel();
         let arena = Arena::new(256 << 10).unwrap();
         let events_of = Box::new(move |event| drop(sender.send(event)));
         let storage = Box::new(disk.open().unwrap());
         let volume = Volume::start("test", storage, SIZE, arena, events_of).unwrap();
-        volume.save(writer);
+        if let Some(writer) = writer {
+            volume.save(writer);
+        }
         Session { volume, events }
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) {
+        for (index, bytes) in bytes.chunks(8192).enumerate() {
+            let mut buffer = self.volume.arena().alloc_blocking(bytes.len());
+            buffer.copy_from_slice(bytes);
+            self.volume.write(offset + (index << 13) as u64, buffer, 8192).unwrap();
+        }
     }
 
     fn flush(&self) -> Result<(), Fault> {
@@ -103,71 +117,165 @@ fn scribble(session: &Session, model: &mut [u8], rng: &mut Dice, steps: usize) {
     }
 }
 
+/// A script while it is made up.
+struct Script<'a> {
+    run: Run,
+    /// What the disk holds, as far as it was sent.
+    model: Vec<u8>,
+    rng: &'a mut Dice,
+}
+
 impl Run {
-    /// Passes 1 to `passes`, each committed (a mark in the log) but for the last, with interruptions, and the oldest
-    /// points let go of.
-    fn new(rng: &mut Dice, passes: u64) -> Run {
+    /// An initial pass, and what a machine goes through afterwards: passes that are committed, interrupted, gone on with
+    /// and rolled back; points that are let go of; ways back and their undoing; another initial pass.
+    fn new(rng: &mut Dice, steps: usize) -> Run {
         let mut model = vec![0; SIZE as usize];
         rng.fill_bytes(&mut model);
-        let mut disk = FaultDisk::new(model.clone(), SECTOR);
-        let mut committed = 0;
-        let mut points = vec![model.clone()];
-        for pass in 1..=passes {
-            let mut session = Session::open(&disk, Writer::new(LINEAGE, pass, SEGMENT));
-            let steps = rng.random_range(1..9);
-            scribble(&session, &mut model, rng, steps);
-            let interruption = rng.random_range(0..6);
-            if interruption == 2 {
-                // A request that fails, so that it may have written a record and not flushed it.
-                disk.fail_nth(rng.random_range(0..12), libc::EIO);
-                let steps = rng.random_range(1..9);
-                scribble(&session, &mut model, rng, steps);
-            }
-            if interruption < 3 {
-                // Interrupted, by a power cut or not, and gone on with.
-                session.volume.close();
-                disk.heal();
-                if interruption == 0 {
-                    let mut replay = disk.replay();
-                    let events = rng.random_range(0..=disk.log().len());
-                    for _ in 0..events {
-                        replay.step();
-                    }
-                    let marks =
-                        disk.log()[..events].iter().filter(|event| matches!(event, Logged::Mark(_))).count();
-                    // The pass itself is interrupted, and none before it.
-                    if committed + marks as u64 == pass - 1 {
-                        disk = FaultDisk::with(torn(&replay, rng), SECTOR);
-                        committed = pass - 1;
-                    }
-                }
-                let history = journal(&disk).unwrap();
-                let writer = match history.passes.get(&pass) {
-                    Some(pass) => go_on(pass, LINEAGE, SEGMENT, &disk.shelf()).unwrap(),
-                    None => Writer::new(LINEAGE, pass, SEGMENT),
-                };
-                session = Session::open(&disk, writer);
-                // The sender sends everything again, as it is now.
-                for (index, chunk) in model.chunks(8192).enumerate() {
-                    let mut buffer = session.volume.arena().alloc_blocking(chunk.len());
-                    buffer.copy_from_slice(chunk);
-                    session.volume.write(index as u64 * 8192, buffer, 8192).unwrap();
-                }
-                let steps = rng.random_range(0..5);
-                scribble(&session, &mut model, rng, steps);
-            }
-            session.flush().unwrap();
-            session.volume.close();
-            points.push(model.clone());
-            if pass < passes {
-                disk.mark(pass);
-            }
-            if pass > 2 && rng.random_range(0..3) == 0 {
-                let_go(&disk.shelf(), ..=pass - 2, &ours).unwrap();
+        let disks = vec![(FaultDisk::new(model.clone(), SECTOR), 0)];
+        let mut script = Script { run: Run { disks, promises: vec![Promise::new()] }, model, rng };
+        script.initial();
+        for _ in 0..steps {
+            match script.rng.random_range(0..12) {
+                0..8 => script.delta(),
+                8 | 9 => script.let_go(),
+                10 => script.go_back_and_undo(),
+                _ => script.initial(),
             }
         }
-        assert_eq!(disk.bytes(), *points.last().unwrap());
-        Run { disk, points, committed }
+        script.run
+    }
+}
+
+impl Script<'_> {
+    fn disk(&self) -> &FaultDisk {
+        &self.run.disks.last().unwrap().0
+    }
+
+    fn promise(&self) -> &Promise {
+        self.run.promises.last().unwrap()
+    }
+
+    /// From this moment on this must be there.
+    fn promises(&mut self, promise: Promise) {
+        self.disk().mark(self.run.promises.len() as u64);
+        self.run.promises.push(promise);
+    }
+
+    fn newest(&self) -> u64 {
+        *self.promise().keys().next_back().unwrap()
+    }
+
+    fn next(&self) -> u64 {
+        let last = journal(self.disk()).unwrap().passes.keys().next_back().copied();
+        last.max(self.promise().keys().next_back().copied()).unwrap_or(0) + 1
+    }
+
+    /// The pass has become a point.
+    fn commits(&mut self, pass: u64) {
+        assert_eq!(self.disk().bytes(), self.model);
+        let mut promise = self.promise().clone();
+        promise.insert(pass, self.model.clone().into());
+        self.promises(promise);
+    }
+
+    fn initial(&mut self) {
+        let pass = self.next();
+        self.promises(Promise::new());
+        let_go(&self.disk().shelf(), .., &ours).unwrap();
+        let session = Session::open(self.disk(), None);
+        scribble(&session, &mut self.model, self.rng, 5);
+        session.flush().unwrap();
+        session.volume.close();
+        self.commits(pass);
+    }
+
+    fn delta(&mut self) {
+        let pass = self.next();
+        let mut session = Session::open(self.disk(), Some(Writer::new(LINEAGE, pass, SEGMENT)));
+        let steps = self.rng.random_range(1..9);
+        scribble(&session, &mut self.model, self.rng, steps);
+        let interruption = self.rng.random_range(0..7);
+        if interruption < 5 {
+            if interruption > 2 {
+                // A request that fails, so that it may have written a record and not flushed it.
+                let nth = self.rng.random_range(0..12);
+                self.disk().fail_nth(nth, libc::EIO);
+                let steps = self.rng.random_range(1..9);
+                scribble(&session, &mut self.model, self.rng, steps);
+            }
+            session.volume.close();
+            self.disk().heal();
+            if interruption < 2 {
+                self.cut();
+            }
+            if interruption % 2 == 0 {
+                recover_to(self.disk(), self.newest());
+                self.model = self.promise()[&self.newest()].to_vec();
+            }
+            tidy(&self.disk().shelf()).unwrap();
+            let writer = match journal(self.disk()).unwrap().passes.get(&pass) {
+                Some(pass) => go_on(pass, LINEAGE, SEGMENT, &self.disk().shelf()).unwrap(),
+                None => Writer::new(LINEAGE, pass, SEGMENT),
+            };
+            session = Session::open(self.disk(), Some(writer));
+            // The sender sends everything again, as it is now.
+            session.write(0, &self.model);
+            let steps = self.rng.random_range(0..5);
+            scribble(&session, &mut self.model, self.rng, steps);
+        }
+        session.flush().unwrap();
+        session.volume.close();
+        self.commits(pass);
+    }
+
+    /// The power fails at some moment since the newest promise.
+    fn cut(&mut self) {
+        let (log, mut replay) = (self.disk().log(), self.disk().replay());
+        let since = log.iter().rposition(|event| matches!(event, Logged::Mark(_))).map_or(0, |mark| mark + 1);
+        for _ in 0..self.rng.random_range(since..=log.len()) {
+            replay.step();
+        }
+        let left = FaultDisk::with(torn(&replay, self.rng), SECTOR);
+        self.run.disks.push((left, self.run.promises.len() as u64 - 1));
+    }
+
+    /// The oldest points go.
+    fn let_go(&mut self) {
+        let mut promise = self.promise().clone();
+        for _ in 0..self.rng.random_range(1..3) {
+            if promise.len() > 1 {
+                promise.pop_first();
+            }
+        }
+        let oldest = *promise.keys().next().unwrap();
+        self.promises(promise);
+        let_go(&self.disk().shelf(), ..=oldest, &ours).unwrap();
+    }
+
+    /// A failover to any of the points, which is taken back.
+    fn go_back_and_undo(&mut self) {
+        let (pass, before) = (self.next(), self.promise().clone());
+        let to = self.rng.random_range(0..before.len());
+        let (to, then) = before.iter().nth(to).unwrap();
+        let shelf = self.disk().shelf();
+        let session = Session::open(self.disk(), Some(Writer::new(LINEAGE, pass, SEGMENT)));
+        let view = View::after(&journal(self.disk()).unwrap(), *to, &shelf).unwrap();
+        view.each(|at, bytes| {
+            session.write(at, bytes);
+            Ok::<(), recover::Error>(())
+        })
+        .unwrap();
+        session.flush().unwrap();
+        session.volume.close();
+        let newest = std::mem::replace(&mut self.model, then.to_vec());
+        self.commits(pass);
+        // Whatever comes in between, the same is done again until it is done.
+        self.promises(before);
+        let history = journal(self.disk()).unwrap();
+        roll_back(&history.passes[&pass], &shelf, &mut self.disk().open().unwrap()).unwrap();
+        assert_eq!(self.disk().bytes(), newest);
+        let_go(&shelf, pass..=pass, &ours).unwrap();
+        self.model = newest;
     }
 }
 
@@ -184,22 +292,21 @@ fn recover_to(disk: &FaultDisk, committed: u64) {
 }
 
 /// What a power cut leaves is the last committed point, once recovered; and all points before it that were not let go of.
-fn check(content: &Content, committed: u64, points: &[Vec<u8>], rng: &mut Dice) -> usize {
+fn check(content: &Content, promise: &Promise, rng: &mut Dice) -> usize {
+    let Some((&committed, newest)) = promise.last_key_value() else { return 0 };
     let disk = FaultDisk::with(content.clone(), SECTOR);
     recover_to(&disk, committed);
-    assert!(disk.bytes() == points[committed as usize], "not the content of point {committed}");
+    assert!(disk.bytes() == **newest, "not the content of the point after pass {committed}");
     let recovered = disk.content();
     recover_to(&disk, committed);
     assert_eq!(disk.content(), recovered, "recovering twice is not recovering once");
     let (shelf, history) = (disk.shelf(), journal(&disk).unwrap());
     // Of the passes that ended, every byte is as it was written.
     history.passes.values().for_each(|pass| verify(pass, &shelf).unwrap());
-    let oldest = history.passes.keys().next().copied().unwrap_or(committed + 1);
-    for point in oldest - 1..committed {
-        let view = View::after(&history, point, &shelf).unwrap();
+    for (pass, then) in promise {
         let mut bytes = disk.bytes();
-        view.overlay(0, &mut bytes).unwrap();
-        assert!(bytes == points[point as usize], "point {point} is not as it was");
+        View::after(&history, *pass, &shelf).unwrap().overlay(0, &mut bytes).unwrap();
+        assert!(bytes == **then, "the point after pass {pass} is not as it was");
     }
     // The power fails again while it recovers.
     let mut states = 1;
@@ -208,7 +315,7 @@ fn check(content: &Content, committed: u64, points: &[Vec<u8>], rng: &mut Dice) 
         if rng.random_range(0..4) == 0 {
             let again = FaultDisk::with(torn(&replay, rng), SECTOR);
             recover_to(&again, committed);
-            assert!(again.bytes() == points[committed as usize], "not after a second power cut");
+            assert!(again.bytes() == **newest, "not after a second power cut");
             states += 1;
         }
     }
@@ -249,16 +356,17 @@ fn a_power_cut_at_any_moment_leaves_the_last_point() {
     let mut rng = Dice::seed_from_u64(seed);
     let (mut states, mut runs) = (0, 0);
     while states < wanted() {
-        let run = Run::new(&mut rng, 5);
-        let mut replay = run.disk.replay();
-        let mut committed = run.committed;
-        while let Some(event) = replay.step() {
-            if let Logged::Mark(point) = event {
-                committed = *point;
-            }
-            let samples = if replay.is_certain() { 1 } else { 8 };
-            for _ in 0..samples {
-                states += check(&torn(&replay, &mut rng), committed, &run.points, &mut rng);
+        let run = Run::new(&mut rng, 6);
+        for (disk, promise) in &run.disks {
+            let (mut replay, mut promise) = (disk.replay(), &run.promises[*promise as usize]);
+            while let Some(event) = replay.step() {
+                if let Logged::Mark(number) = event {
+                    promise = &run.promises[*number as usize];
+                }
+                let samples = if replay.is_certain() { 1 } else { 8 };
+                for _ in 0..samples {
+                    states += check(&torn(&replay, &mut rng), promise, &mut rng);
+                }
             }
         }
         runs += 1;
@@ -273,7 +381,7 @@ fn a_failure_of_any_request_is_latched_and_recovered_from() {
         for nth in 0.. {
             let disk = FaultDisk::new(vec![7; SIZE as usize], SECTOR);
             disk.fail_nth(nth, errno);
-            let session = Session::open(&disk, Writer::new(LINEAGE, 1, SEGMENT));
+            let session = Session::open(&disk, Some(Writer::new(LINEAGE, 1, SEGMENT)));
             for (block, fill) in [(0, 1), (3, 2), (5, 0)] {
                 let mut buffer = session.volume.arena().alloc_blocking(8192);
                 buffer.fill(fill);
@@ -306,7 +414,7 @@ fn a_flipped_byte_is_found_and_costs_only_what_needs_it() {
     let mut model = vec![7; SIZE as usize];
     let mut points = vec![model.clone()];
     for pass in 1..=3 {
-        let mut session = Session::open(&disk, Writer::new(LINEAGE, pass, SEGMENT));
+        let mut session = Session::open(&disk, Some(Writer::new(LINEAGE, pass, SEGMENT)));
         scribble(&session, &mut model, &mut rng, 6);
         if pass == 2 {
             // Interrupted by a power cut that tore a record: what it left is cut off.
@@ -321,12 +429,8 @@ fn a_flipped_byte_is_found_and_costs_only_what_needs_it() {
             disk = FaultDisk::with(torn.expect("a moment that tears a record"), SECTOR);
             let open = &journal(&disk).unwrap().passes[&2];
             let writer = go_on(open, LINEAGE, SEGMENT, &disk.shelf()).unwrap();
-            session = Session::open(&disk, writer);
-            for (index, chunk) in model.chunks(8192).enumerate() {
-                let mut buffer = session.volume.arena().alloc_blocking(chunk.len());
-                buffer.copy_from_slice(chunk);
-                session.volume.write(index as u64 * 8192, buffer, 8192).unwrap();
-            }
+            session = Session::open(&disk, Some(writer));
+            session.write(0, &model);
         }
         session.flush().unwrap();
         session.volume.close();
@@ -366,7 +470,7 @@ fn a_flipped_byte_of_an_open_pass_is_damage_unless_the_disk_needs_it_not() {
         rng.fill_bytes(&mut model);
         let point = model.clone();
         let disk = FaultDisk::new(point.clone(), SECTOR);
-        let session = Session::open(&disk, Writer::new(LINEAGE, 1, SEGMENT));
+        let session = Session::open(&disk, Some(Writer::new(LINEAGE, 1, SEGMENT)));
         let steps = rng.random_range(1..6);
         scribble(&session, &mut model, &mut rng, steps);
         session.volume.close();
@@ -406,7 +510,7 @@ fn a_flipped_byte_of_an_open_pass_is_damage_unless_the_disk_needs_it_not() {
 fn a_segment_of_another_volume_is_noticed() {
     let disk = FaultDisk::new(vec![7; SIZE as usize], SECTOR);
     for pass in 1..=2 {
-        let session = Session::open(&disk, Writer::new(LINEAGE, pass, SEGMENT));
+        let session = Session::open(&disk, Some(Writer::new(LINEAGE, pass, SEGMENT)));
         scribble(&session, &mut vec![7; SIZE as usize], &mut Dice::seed_from_u64(pass), 3);
         session.flush().unwrap();
         session.volume.close();

@@ -2,7 +2,8 @@
 //!
 //! Commands are taken in batches. Of each batch the old content is read and compared, what changes and has no image yet
 //! is appended to the journal and flushed, and then the changes are written, without waiting for their end: while they
-//! are under way, the next batch is read and journalled.
+//! are under way, the next batch is journalled. Its old content is read already while the batch before it is journalled,
+//! unless the two have a block in common.
 
 use std::io;
 use std::sync::mpsc::RecvTimeoutError;
@@ -17,10 +18,13 @@ use crate::storage::{Action, Geometry, Place};
 use crate::sys::aligned::{Arena, Buffer};
 use crate::units::Extent;
 
-/// How many bytes of the disk one batch covers, but for a single command that is longer.
+/// How many bytes of the disk one batch covers.
 const BATCH: usize = 2 << 20;
+/// How many commands one batch has at most: fewer than a record takes images, so that as a rule one record does.
+const MOST: usize = 128;
 /// The longest command: one data frame, with the blocks that it touches in part.
 const LONGEST: usize = (1 << 20) + 2 * BLOCK as usize;
+const _: () = assert!(LONGEST <= BATCH);
 /// The unit in which long runs of zeros are handled.
 const ZEROS: u64 = 256 << 10;
 /// How long until it is tried again to get room for the journal.
@@ -32,8 +36,9 @@ pub(super) struct Delta {
     ended: bool,
     /// The size of the device: blocks end there.
     size: u64,
-    /// Old content, within a batch only.
-    old: Arena,
+    /// Old content, of a batch and the next in turns: whatever the sizes, a whole batch has room in one that is empty.
+    old: [Arena; 2],
+    turn: usize,
     /// One record.
     record: Arena,
     /// New content that is a part of a command, until it is written.
@@ -62,9 +67,10 @@ impl Delta {
             writer,
             ended: false,
             size: geometry.size,
-            old: arena(BATCH + LONGEST)?,
-            record: arena(record_len(BATCH + LONGEST))?,
-            new: arena(BATCH + LONGEST)?,
+            old: [arena(BATCH)?, arena(BATCH)?],
+            turn: 0,
+            record: arena(record_len(BATCH))?,
+            new: arena(BATCH)?,
         })
     }
 
@@ -134,32 +140,27 @@ impl Worker {
             Command::Write { offset, buffer, cost } => {
                 let mut batch = Vec::new();
                 self.take(delta, offset, buffer, cost, &mut batch);
-                while let Some(Command::Write { offset, buffer, .. }) = self.waiting.front() {
-                    let Some(extent) = Extent::new(*offset, buffer.len() as u64) else { break };
-                    let next = delta.piece(extent, None, 0).blocks;
-                    let bytes: u64 = batch.iter().map(|piece: &Piece| piece.blocks.len()).sum();
-                    // Two that share a block are not of one batch: the later one must find what the first wrote.
-                    let shares = batch.iter().any(|piece: &Piece| piece.blocks.overlaps(next));
-                    if bytes + next.len() > BATCH as u64
-                        || shares
-                        || batch.len() + 2 > self.storage.depth() / 2
-                    {
-                        break;
-                    }
-                    let Some(Command::Write { offset, buffer, cost }) = self.waiting.pop_front() else {
-                        break;
-                    };
-                    self.take(delta, offset, buffer, cost, &mut batch);
+                self.gather(delta, &[], &mut batch);
+                self.begin_reads(delta, &mut batch)?;
+                while !batch.is_empty() {
+                    self.end_reads(&mut batch)?;
+                    let mut next = Vec::new();
+                    self.gather(delta, &batch, &mut next);
+                    self.begin_reads(delta, &mut next)?;
+                    self.replace(delta, batch)?;
+                    batch = next;
                 }
-                self.batch(delta, batch)
+                Ok(())
             }
             Command::Zero { extent, cost } => {
                 let command = self.open(Done { cost, written: 0, zeroed: 0 });
                 let mut rest = pieces_at(extent, ZEROS).peekable();
                 while rest.peek().is_some() {
                     let some = rest.by_ref().take(BATCH / ZEROS as usize);
-                    let batch = some.map(|extent| delta.piece(extent, None, command)).collect();
-                    self.batch(delta, batch)?;
+                    let mut batch = some.map(|extent| delta.piece(extent, None, command)).collect::<Vec<_>>();
+                    self.begin_reads(delta, &mut batch)?;
+                    self.end_reads(&mut batch)?;
+                    self.replace(delta, batch)?;
                 }
                 self.close(command);
                 Ok(())
@@ -187,8 +188,29 @@ impl Worker {
         batch.push(delta.piece(extent, Some(buffer), command));
     }
 
-    fn batch(&mut self, delta: &mut Delta, mut batch: Vec<Piece>) -> Result<(), Stop> {
-        self.read_old(delta, &mut batch)?;
+    /// Takes the writes that wait into a batch, as many as it holds.
+    fn gather(&mut self, delta: &Delta, before: &[Piece], batch: &mut Vec<Piece>) {
+        let mut bytes: u64 = batch.iter().map(|piece| piece.blocks.len()).sum();
+        while batch.len() < MOST {
+            if self.waiting.is_empty() {
+                self.waiting.extend(self.queue.try_iter());
+            }
+            let Some(Command::Write { offset, buffer, .. }) = self.waiting.front() else { break };
+            let Some(extent) = Extent::new(*offset, buffer.len() as u64) else { break };
+            let next = delta.piece(extent, None, 0).blocks;
+            // What shares a block with an earlier one must find what that one wrote.
+            let shares = before.iter().chain(&*batch).any(|piece| piece.blocks.overlaps(next));
+            bytes += next.len();
+            if shares || (bytes > BATCH as u64 && !batch.is_empty()) {
+                break;
+            }
+            let Some(Command::Write { offset, buffer, cost }) = self.waiting.pop_front() else { break };
+            self.take(delta, offset, buffer, cost, batch);
+        }
+    }
+
+    /// Saves what the pieces change, and starts to change it.
+    fn replace(&mut self, delta: &mut Delta, mut batch: Vec<Piece>) -> Result<(), Stop> {
         for piece in &mut batch {
             piece.runs = changed_runs(piece);
         }
@@ -204,9 +226,10 @@ impl Worker {
         Ok(())
     }
 
-    /// Reads what the pieces may overwrite, all at once.
-    fn read_old(&mut self, delta: &Delta, batch: &mut [Piece]) -> Result<(), IoError> {
-        for piece in &mut *batch {
+    /// Starts to read what the pieces may overwrite.
+    fn begin_reads(&mut self, delta: &mut Delta, batch: &mut [Piece]) -> Result<(), IoError> {
+        delta.turn = 1 - delta.turn;
+        for piece in batch {
             // What has its image, and is replaced whole, need not be known.
             if piece.extent == piece.blocks && delta.writer.has_all(piece.blocks) {
                 continue;
@@ -215,10 +238,14 @@ impl Worker {
             while !self.has_room() {
                 self.step()?;
             }
-            let buffer = delta.old.alloc_blocking(piece.blocks.len() as usize);
+            let buffer = delta.old[delta.turn].alloc_blocking(piece.blocks.len() as usize);
             let read = Action::Read { offset: piece.blocks.offset(), buffer };
             piece.read = Some(self.begin(Place::Disk, read));
         }
+        Ok(())
+    }
+
+    fn end_reads(&mut self, batch: &mut [Piece]) -> Result<(), IoError> {
         for piece in batch {
             if let Some(tag) = piece.read.take() {
                 piece.old = self.await_one(tag)?;
@@ -241,7 +268,7 @@ impl Worker {
         while !rest.is_empty() {
             let payload: usize =
                 rest.iter().map(|(_, bytes)| bytes.len().next_multiple_of(BLOCK as usize)).sum();
-            let longest = record_len(payload.min(BATCH + LONGEST - BLOCK as usize));
+            let longest = record_len(payload.min(BATCH));
             self.make_room(delta, longest as u64)?;
             let mut buffer = delta.record.alloc_blocking(longest);
             let (taken, len) = delta.writer.compose(rest, &mut buffer);

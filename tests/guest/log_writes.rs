@@ -35,8 +35,9 @@
 //! What was discarded may read as anything, so it reads as [`DISCARDED`].
 //!
 //! Two disks have two logs, and only marks tie them together: a state of the one at a mark belongs to a state of the
-//! other at that mark if one of them was at rest. One log below both disks would not do instead: a flush of either
-//! would make the other durable too, and hide a flush that is missing.
+//! other at that mark if one of them was at rest. One log below both disks has one order of everything, but to the kernel
+//! a flush of either makes the other durable too, which would hide a flush that is missing. So the replay is told which
+//! part of the device is which disk, and whose each flush was: see [`Recording::with_parts`].
 
 use std::fmt;
 use std::fs::File;
@@ -128,6 +129,11 @@ impl LogWrites {
     }
 }
 
+/// The mark that says that the last flush before it was one of this part.
+pub fn flushed(part: &str) -> String {
+    format!("flushed:{part}")
+}
+
 /// Device mapper passes by the pages in which the kernel keeps what was read and written through the device's node.
 fn forget(device: &Path) {
     tool("blockdev", &["--flushbufs", device.to_str().unwrap()]);
@@ -170,6 +176,29 @@ impl fmt::Display for Point<'_> {
 }
 
 impl Recording {
+    /// Of a device on which several disks lie: a flush makes durable only what is on the disk that it was of. One that
+    /// carries data is of the disk with these data; an empty one is of a disk of these where it is the last flush before a
+    /// mark that says so ([`flushed`]), and else of the rest of the device.
+    pub fn with_parts(mut self, parts: &[(&str, Range<u64>)]) -> Recording {
+        let entries = &mut self.log.entries;
+        for entry in entries.iter_mut().filter(|entry| !entry.extent.is_empty()) {
+            let inside = |(_, part): &&(_, Range<u64>)| part.contains(&entry.extent.start);
+            entry.part = parts.iter().position(|part| inside(&part)).map_or(0, |index| index + 1);
+        }
+        let mut last = None;
+        for index in 0..entries.len() {
+            if entries[index].flags & FLUSH != 0 {
+                last = Some(index);
+            }
+            let part = parts.iter().position(|(name, _)| entries[index].mark == Some(flushed(name)));
+            if let (Some(part), Some(last)) = (part, last) {
+                assert!(entries[last].extent.is_empty(), "a mark stands behind a flush that carries data");
+                entries[last].part = part + 1;
+            }
+        }
+        self
+    }
+
     /// Calls `check` with what a power cut leaves at least, that is without anything that was not durable: at the
     /// beginning, at each barrier, and at each mark. Returns how often.
     pub fn each_flush(&self, check: impl FnMut(&Path, &Point)) -> usize {
@@ -249,7 +278,7 @@ impl Recording {
         while replay.done < self.log.entries.len() {
             replay.step();
         }
-        replay.flush();
+        replay.flush(|_| true);
         replay.image
     }
 
@@ -291,7 +320,7 @@ impl Replay<'_> {
         let entry = &self.log.entries[self.done];
         if entry.flags & FLUSH != 0 {
             // What the flush itself carries is not covered by it.
-            self.flush();
+            self.flush(|pending| pending.part == entry.part);
         }
         if entry.flags & FUA != 0 {
             entry.apply(self.log, self.image.as_file(), |_| true);
@@ -301,8 +330,9 @@ impl Replay<'_> {
         self.done += 1;
     }
 
-    fn flush(&mut self) {
-        for index in self.pending.drain(..) {
+    fn flush(&mut self, covers: impl Fn(&Entry) -> bool) {
+        let covered = self.pending.extract_if(.., |index| covers(&self.log.entries[*index]));
+        for index in covered {
             self.log.entries[index].apply(self.log, self.image.as_file(), |_| true);
         }
     }
@@ -339,6 +369,8 @@ struct Entry {
     /// Where the data is in the log.
     data: u64,
     mark: Option<String>,
+    /// The disk that it is of, if there are several on the device.
+    part: usize,
 }
 
 impl Log {
@@ -411,7 +443,7 @@ impl Log {
             // Inline data, which the kernel wrote for DAX until 5.11.
             return Err("it has data where only marks have some".into());
         }
-        Ok(Entry { flags, extent, data, mark })
+        Ok(Entry { flags, extent, data, mark, part: 0 })
     }
 
     /// The marks among the first `entries`.

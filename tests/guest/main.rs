@@ -10,6 +10,7 @@ mod full;
 mod harness;
 mod hypervisor;
 mod identities;
+mod journal;
 mod lio;
 mod log_writes;
 mod many;

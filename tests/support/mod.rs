@@ -5,6 +5,7 @@
 #![allow(dead_code)]
 
 pub mod client;
+pub mod house;
 pub mod seccomp;
 
 use std::any::Any;

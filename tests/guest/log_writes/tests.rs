@@ -212,6 +212,31 @@ fn the_tail_may_be_kept_or_lost() {
     assert_eq!(states, expected.map(|(letters, end)| (letters.to_owned(), end)).into());
 }
 
+/// Sectors 0 to 7 are one disk, 8 to 15 another; each is flushed for itself.
+#[test]
+fn a_flush_of_one_disk_leaves_the_other_as_it_was() {
+    let mut hand = Hand::new();
+    hand.write(0, 1, b'a', 0).write(8, 1, b'b', 0).flush().mark("flushed:high");
+    // Of the first disk: an empty one, and one that carries data.
+    hand.write(9, 1, b'c', 0).flush().mark("acknowledged").write(1, 1, b'd', FLUSH | FUA);
+    hand.flush().mark("flushed:high");
+    let parts = [("high", 8 * SECTOR as u64..16 * SECTOR as u64)];
+    let mut seen = Vec::new();
+    hand.recording().with_parts(&parts).each_flush(|image, _| seen.push(letters(image)));
+    let b = "........b";
+    let ab = "a.......b";
+    assert_eq!(seen, ["", b, b, ab, ab, "ad......b", "ad......bc", "ad......bc"]);
+    // What was not flushed may be there all the same, and goes on to be uncertain.
+    let mut states = BTreeSet::new();
+    hand.recording().with_parts(&parts).each_crash(60, |image, point| {
+        if point.after("acknowledged") {
+            states.insert(letters(image));
+        }
+    });
+    let expected = ["a.......b", "a.......bc", "ad......b", "ad......bc"];
+    assert_eq!(states, expected.map(str::to_owned).into());
+}
+
 #[test]
 fn the_same_log_gives_the_same_states() {
     let mut hand = Hand::new();

@@ -24,7 +24,7 @@
 //!
 //! A pass that goes on after an interruption begins a new segment, after what a power cut left behind the last record of
 //! the old one was cut off: behind the last record of a segment there is never another, so a sound record behind a broken
-//! one means damage, and in a pass that ended every byte behind it is zero ([`recover::verify`]).
+//! one means damage, and in a pass that ended every byte behind it is zero ([`verify`](mod@verify)).
 //!
 //! The segments of a volume carry its *lineage*, as do its points: files that were exchanged between two volumes are told by
 //! it, and neither read nor removed.
@@ -32,10 +32,12 @@
 pub mod format;
 pub mod recover;
 mod saved;
+pub mod verify;
 pub mod view;
 pub mod writer;
 
 pub use format::{BLOCK, Entry};
 pub use recover::{History, Pass};
+pub use verify::verify;
 pub use view::View;
 pub use writer::Writer;

@@ -165,6 +165,20 @@ pub struct Dropped {
     pub points: Vec<PointId>,
 }
 
+/// Points that a user gave up for a machine, with all of their disks; and where the machine is failed over to one of them, or
+/// about to be, that too: its disks are at no point then.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GivenUp {
+    /// The machine.
+    pub machine: Name,
+    /// When.
+    #[serde(with = "time::serde::rfc3339")]
+    pub time: OffsetDateTime,
+    /// Which: never none, and none twice. None at which another machine is failed over.
+    pub points: Vec<PointId>,
+}
+
 /// A machine was failed over: its disks are no longer ours to write.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -261,6 +275,8 @@ pub enum Record {
     Point(Point),
     /// Points were let go.
     Dropped(Dropped),
+    /// Points were given up for a machine.
+    GivenUp(GivenUp),
     /// A failover begins, or its undoing.
     Begun(Begun),
     /// A machine was failed over.

@@ -10,7 +10,7 @@ pub mod export;
 pub mod failover;
 mod target;
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::ops::RangeBounds;
 use std::path::{Path, PathBuf};
 
@@ -101,8 +101,9 @@ pub struct Standing {
     pub back: Option<u64>,
     /// What its segments and its points have in common; `None` while it has no point.
     pub lineage: Option<Lineage>,
-    /// The passes through which the ways back lead, also those of points that were thinned.
-    led: BTreeSet<u64>,
+    /// The passes through which the ways back lead, also those of points that were thinned, and how many bytes each saved,
+    /// where that is recorded.
+    led: BTreeMap<u64, Option<u64>>,
     /// The lineages of all other disks that have points.
     others: HashSet<Lineage>,
 }
@@ -117,7 +118,7 @@ impl Standing {
         let points: Vec<_> = volumes.map(|(point, at)| (point.id, at.pass)).collect();
         let others = kept.flat_map(|point| &point.volumes).filter(|at| !is_ours(at)).map(|at| at.lineage);
         let mut standing =
-            Standing { points, back: None, lineage, led: BTreeSet::new(), others: others.collect() };
+            Standing { points, back: None, lineage, led: BTreeMap::new(), others: others.collect() };
         // Where the points that it went back from were given up, it stands at the newest one, and the pass leads nowhere.
         let released = log.released(machine).filter(|released| standing.newest() != Some(released.point));
         standing.back = released
@@ -127,7 +128,8 @@ impl Standing {
         let with_images = log.history().iter().filter(|entry| entry.has_images());
         let passes = with_images.filter_map(|entry| entry.point.volumes.iter().find(is_ours));
         let passes = passes.filter(|at| Some(at.lineage) == lineage && through.contains(&at.pass));
-        standing.led = passes.map(|at| at.pass).chain(standing.back).collect();
+        let back = standing.back.map(|back| (back, None));
+        standing.led = passes.map(|at| (at.pass, Some(at.bytes))).chain(back).collect();
         standing
     }
 
@@ -204,12 +206,18 @@ impl Journal {
         }
     }
 
-    /// The passes through which ways back lead, and that are not there to their end.
+    /// The passes through which ways back lead, and that are not there as they were when they ended.
     pub fn missing(&self) -> Vec<(u64, Damage)> {
-        let whole = |led: &u64| self.history.passes.get(led).is_some_and(|found| found.ended);
-        let missing = self.standing.led.iter().filter(|led| !whole(led)).map(|led| {
-            let (segment, what) = (segment_name(*led, 0), "segments of this pass, or its end, are missing");
-            (*led, Damage { segment, at: 0, what })
+        let missing = self.standing.led.iter().filter_map(|(led, bytes)| {
+            let what = match self.history.passes.get(led) {
+                Some(found) if !found.ended => "the end of this pass is missing",
+                Some(found) if bytes.is_some_and(|bytes| bytes != found.bytes) => {
+                    "this is another pass than the one that led to the point, or segments are missing"
+                }
+                Some(_) => return None,
+                None => "the segments of this pass are missing",
+            };
+            Some((*led, Damage { segment: segment_name(*led, 0), at: 0, what }))
         });
         missing.collect()
     }

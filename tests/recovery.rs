@@ -336,7 +336,8 @@ fn what_a_thinned_points_pass_saved_is_missed_where_it_is_missing() {
         fs::remove_file(segment).unwrap();
     }
     assert_eq!(sound(&rig), [false, false, true]);
-    command(&rig, &["failover", MACHINE, "--to", &ids[0]]).fails(1, &["damaged", "are missing"]);
+    command(&rig, &["failover", MACHINE, "--to", &ids[0]])
+        .fails(1, &["damaged", "segments of this pass are missing"]);
 }
 
 /// The pass that went back is damaged: what lies before the point of the failover can be reached all the same.
@@ -346,6 +347,9 @@ fn a_failover_that_cannot_be_taken_back_becomes_the_newest_point() {
     let mut dice = Dice::seed_from_u64(7);
     let (rig, source, versions) = with_versions(4, &mut dice);
     let second = id(&points(&rig)[1]);
+    let third = |path: &PathBuf| path.to_str().unwrap().contains("3-0000");
+    let thirds = || segments(&journal(&rig, "d0")).into_iter().filter(third);
+    let old: Vec<_> = thirds().map(|path| (path.clone(), fs::read(path).unwrap())).collect();
     command(&rig, &["failover", MACHINE, "--to", &second]).ok();
     let back =
         segments(&journal(&rig, "d0")).into_iter().find(|path| path.to_str().unwrap().contains("5-0000"));
@@ -365,6 +369,11 @@ fn a_failover_that_cannot_be_taken_back_becomes_the_newest_point() {
     for (point, version) in points(&rig).iter().zip([&versions[0], &versions[1], &versions[3]]) {
         exported(&rig, &id(point), version);
     }
+    // The pass that was given up had the number of the new one: its files, put back from a copy, are not taken for that.
+    thirds().for_each(|path| fs::remove_file(path).unwrap());
+    old.iter().for_each(|(path, bytes)| fs::write(path, bytes).unwrap());
+    assert_eq!(sound(&rig), [false, false, true]);
+    command(&rig, &["failover", MACHINE, "--to", &second]).fails(1, &["this is another pass than the one"]);
 }
 
 /// Somebody wrote to a released disk: neither taken back nor exported as though nobody had.

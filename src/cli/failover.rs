@@ -1,7 +1,8 @@
 //! `mt-agent failover`: brings the disks of a machine to a point and releases them, or takes that back.
 //!
 //! `--json` prints one object: `schema_version` (1), `machine`, `point`, `time`, `dry_run`, and `disks`, of each `disk`, `id`,
-//! `rolled_back` (bytes of an interrupted pass) and `brought_back` (bytes that differed from the point).
+//! `rolled_back` (bytes of an interrupted pass) and `brought_back` (bytes that differed from the point); and `compared`: whether
+//! the disks were held against what they were when they were released.
 
 use std::time::Instant;
 
@@ -102,7 +103,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         }
         text += "\n";
     }
-    if args.undo {
+    if report.compared {
         text += "  looked at, and found as it was when it was released, of each disk: its first 16 MiB, its last MiB, 64 places \
                  between, and all that had been brought back; what somebody may have written elsewhere was not looked at\n";
     }
@@ -127,6 +128,6 @@ fn to_json(machine: &Name, report: &Report, dry_run: bool) -> serde_json::Value 
         .collect();
     json!({
         "schema_version": SCHEMA_VERSION, "machine": machine, "point": report.point,
-        "time": report.time.format(&Rfc3339).ok(), "dry_run": dry_run, "disks": disks,
+        "time": report.time.format(&Rfc3339).ok(), "dry_run": dry_run, "disks": disks, "compared": report.compared,
     })
 }

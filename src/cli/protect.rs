@@ -7,7 +7,7 @@ use mt_agent::disk::device;
 use mt_agent::disk::discover::{self, Disk, Sysroot};
 use mt_agent::error::chain;
 use mt_agent::name::Name;
-use mt_agent::points::{Dropped, Log, Point, PointId, Reason, Record};
+use mt_agent::points::{GivenUp, Log, Point, PointId, Record};
 use mt_agent::protection::assign::{self, Allowed, Planned, Request};
 use mt_agent::protection::{Assignment, Error, Listed, State, Store};
 use mt_agent::units::{ByteLen, rfc3339};
@@ -346,8 +346,8 @@ fn remove(args: &RemoveArgs) -> Result<(), Failure> {
             // assigned disks without points, and no points of disks that are nobody's.
             if !points.is_empty() {
                 let alone = store.exclude(&args.machine)?;
-                let (time, reason) = (OffsetDateTime::now_utc(), Reason::Asked);
-                log.append(Record::Dropped(Dropped { time, reason, points: points.clone() }))?;
+                let (machine, time) = (args.machine.clone(), OffsetDateTime::now_utc());
+                log.append(Record::GivenUp(GivenUp { machine, time, points: points.clone() }))?;
                 drop(alone);
             }
             store.remove(&args.machine, args.disk.as_ref())?

@@ -475,21 +475,6 @@ fn records(bytes: &[u8]) -> impl Iterator<Item = (u64, Record)> {
     blocks.filter_map(|(block, index)| Some((index * BLOCK, format::parse_record(block).ok()?)))
 }
 
-/// Whether there are only zeros from `at` to the end.
-fn is_zero(reader: &dyn ReadAt, mut at: u64) -> Result<bool, IoError> {
-    const STEP: u64 = 1 << 20;
-    let mut chunk = vec![0; STEP as usize];
-    while at < reader.size() {
-        let chunk = &mut chunk[..(reader.size() - at).min(STEP) as usize];
-        reader.read_at(at, chunk)?;
-        if chunk.iter().any(|byte| *byte != 0) {
-            return Ok(false);
-        }
-        at += chunk.len() as u64;
-    }
-    Ok(true)
-}
-
 /// The bytes of an image whose checksum holds.
 fn read_image(reader: &dyn ReadAt, image: &Image) -> Result<Vec<u8>, ImageError> {
     let mut bytes = vec![0; image.len as usize];
@@ -556,7 +541,7 @@ impl<'a> Images<'a> {
 }
 
 /// Brings a disk back to what it was before this pass, and makes that durable. The segments are still there afterwards;
-/// until they are let go of ([`discard`]), a crash at any moment is mended by doing the same again.
+/// until they are let go of ([`let_go`]), a crash at any moment is mended by doing the same again.
 ///
 /// # Errors
 /// [`Error::Corrupt`]: where the pass is known to be damaged, before anything is written.
@@ -597,56 +582,4 @@ fn reap(storage: &mut dyn Storage, done: &mut Vec<Completion>) -> Result<usize, 
     let count = done.len();
     done.drain(..).try_for_each(|completion| completion.result)?;
     Ok(count)
-}
-
-/// Reads all segments of a pass, and says whether they are as they were written, to the last byte: headers, images, what
-/// fills them up to whole blocks, and the zeros behind the last record. Only behind the newest record of a pass that did not
-/// end there may be something else, which a power cut tore; [`recover`] has judged it.
-pub fn verify(pass: &Pass, shelf: &dyn Shelf) -> Result<(), Error> {
-    let corrupt = |damage| Error::Corrupt { pass: pass.number, damage };
-    if let Some(damage) = &pass.damage {
-        return Err(corrupt(damage.clone()));
-    }
-    for (place, Segment { name, end, .. }) in pass.segments.iter().enumerate() {
-        let damaged = |at, what| corrupt(Damage { segment: name.clone(), at, what });
-        let reader = shelf.open(name)?;
-        let mut block = [0; BLOCK_LEN];
-        let mut at = 0;
-        if *end > 0 {
-            reader.read_at(0, &mut block)?;
-            format::parse_segment(&block).map_err(|_| damaged(0, "the segment's header is damaged"))?;
-            at = BLOCK;
-        }
-        while at < *end {
-            reader.read_at(at, &mut block)?;
-            let record =
-                format::parse_record(&block).map_err(|_| damaged(at, "a record's header is damaged"))?;
-            let mut stored = at + BLOCK;
-            for entry in record.entries().iter().filter(|entry| !entry.zero) {
-                let mut bytes = vec![0; entry.stored() as usize];
-                reader.read_at(stored, &mut bytes)?;
-                let (image, padding) = bytes.split_at(entry.extent.len() as usize);
-                if crc32c(image) != entry.crc {
-                    return Err(damaged(stored, "the checksum of a before-image does not hold"));
-                }
-                if padding.iter().any(|byte| *byte != 0) {
-                    return Err(damaged(stored, "what fills up a before-image is not zero"));
-                }
-                stored += entry.stored();
-            }
-            at += record.len();
-            if let Body::Images { .. } = record.body {
-                let mut copy = [0; BLOCK_LEN];
-                reader.read_at(at - BLOCK, &mut copy)?;
-                if copy != block {
-                    return Err(damaged(at - BLOCK, "the copy of a record's header is damaged"));
-                }
-            }
-        }
-        let may_be_torn = place + 1 == pass.segments.len() && (!pass.ended || *end == 0);
-        if !may_be_torn && !is_zero(&*reader, at)? {
-            return Err(damaged(at, "something stands behind the last record"));
-        }
-    }
-    Ok(())
 }

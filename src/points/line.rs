@@ -185,6 +185,12 @@ fn check(record: &Record) -> Result<(), Error> {
             }
             list("points", &dropped.points, MAX_DROPPED, |point| point)
         }
+        Record::GivenUp(given_up) => {
+            if given_up.points.is_empty() {
+                return Err(Error::None("points"));
+            }
+            list("points", &given_up.points, MAX_DROPPED, |point| point)
+        }
         Record::Released(released) => list("disks", &released.disks, MAX_RELEASED, |disk| &disk.disk),
         Record::Begun(_) | Record::TakenBack(_) => Ok(()),
     }

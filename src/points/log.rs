@@ -10,7 +10,8 @@ use nix::fcntl::{FallocateFlags, Flock, fallocate};
 use time::OffsetDateTime;
 
 use super::{
-    Begun, Dropped, Error, Point, PointId, Reason, Record, Refused, Released, TakenBack, VolumeAt, line,
+    Begun, Dropped, Error, GivenUp, Point, PointId, Reason, Record, Refused, Released, TakenBack, VolumeAt,
+    line,
 };
 use crate::durable;
 use crate::error::{IoError, chain};
@@ -324,7 +325,10 @@ impl Tail {
 fn settle_file(path: &Path, end: u64) -> Result<File, IoError> {
     let failed = |op| move |error| IoError::new(op, path.display().to_string(), error);
     let file = OpenOptions::new().read(true).write(true).open(path).map_err(failed("open"))?;
-    if file.metadata().map_err(failed("look at"))?.len() != end {
+    let len = file.metadata().map_err(failed("look at"))?.len();
+    if len != end {
+        let (log, bytes) = (path.display(), len.saturating_sub(end));
+        tracing::warn!(%log, bytes, "a part of a line is cut off, of a record that was being written and nobody was told of");
         file.set_len(end).map_err(failed("cut"))?;
     }
     file.sync_all().map_err(failed("flush"))?;
@@ -454,15 +458,10 @@ impl State {
                 }
                 Ok(())
             }
-            Record::Dropped(dropped) => dropped.points.iter().try_for_each(|&id| {
-                self.find(id)?;
-                match self.in_use().find(|(_, point)| *point == id) {
-                    Some((machine, point)) if dropped.reason != Reason::Asked => {
-                        Err(Refused::Released { machine: machine.clone(), point })
-                    }
-                    _ => Ok(()),
-                }
-            }),
+            Record::Dropped(dropped) => dropped.points.iter().try_for_each(|&id| self.may_go(id, None)),
+            Record::GivenUp(GivenUp { machine, points, .. }) => {
+                points.iter().try_for_each(|&id| self.may_go(id, Some(machine)))
+            }
             Record::Begun(Begun { machine, point: Some(point), .. }) => {
                 if let Some(Released { machine, point, .. }) = self.released.get(machine).cloned() {
                     return Err(Refused::Released { machine, point });
@@ -488,6 +487,15 @@ impl State {
         match self.find(point)?.is_of(machine) {
             true => Ok(()),
             false => Err(Refused::NotOf { point, machine: machine.clone() }),
+        }
+    }
+
+    /// Whether there is this point, and no machine but perhaps `but` is failed over to it, or about to be.
+    fn may_go(&self, id: PointId, but: Option<&Name>) -> Result<(), Refused> {
+        self.find(id)?;
+        match self.in_use().find(|(machine, point)| *point == id && but != Some(machine)) {
+            Some((machine, point)) => Err(Refused::Released { machine: machine.clone(), point }),
+            None => Ok(()),
         }
     }
 
@@ -523,16 +531,17 @@ impl State {
                 self.entries.push(Entry { point, dropped: None });
             }
             Record::Dropped(Dropped { time, reason, points }) => {
-                for place in points.iter().filter_map(|id| self.places.get(id)) {
-                    self.entries[*place].dropped = Some((time, reason));
-                }
+                self.drop_points(&points, time, reason);
+            }
+            Record::GivenUp(GivenUp { machine, time, points }) => {
+                self.drop_points(&points, time, Reason::Asked);
                 // In one step, so that no crash leaves a machine that is failed over to nothing, or not at all and written to.
-                self.released.retain(|_, released| !points.contains(&released.point));
-                let Self { begun, released, .. } = self;
-                begun.retain(|machine, begun| match begun.point {
-                    Some(point) => !points.contains(&point),
-                    None => released.contains_key(machine),
-                });
+                let at = self.released.get(&machine).map(|released| released.point);
+                let to = self.begun.get(&machine).and_then(|begun| begun.point);
+                if at.or(to).is_some_and(|point| points.contains(&point)) {
+                    self.released.remove(&machine);
+                    self.begun.remove(&machine);
+                }
             }
             Record::Begun(begun) => {
                 self.begun.insert(begun.machine.clone(), begun);
@@ -545,6 +554,12 @@ impl State {
                 self.begun.remove(&machine);
                 self.released.remove(&machine);
             }
+        }
+    }
+
+    fn drop_points(&mut self, points: &[PointId], time: OffsetDateTime, reason: Reason) {
+        for place in points.iter().filter_map(|id| self.places.get(id)) {
+            self.entries[*place].dropped = Some((time, reason));
         }
     }
 

@@ -52,6 +52,11 @@ fn released(machine: &str, id: u128) -> Record {
     Record::Released(Released { machine: name(machine), point: PointId(id), time: NOON, disks })
 }
 
+fn given_up(machine: &str, ids: &[u128]) -> Record {
+    let points = ids.iter().copied().map(PointId).collect();
+    Record::GivenUp(GivenUp { machine: name(machine), time: NOON, points })
+}
+
 /// A failover to a point begins, or its undoing.
 fn begun(machine: &str, id: Option<u128>) -> Record {
     Record::Begun(Begun { machine: name(machine), point: id.map(PointId), time: NOON })
@@ -265,7 +270,10 @@ fn what_begins_keeps_the_disks_until_it_is_done() {
     log.append(begun("web01", None)).unwrap();
     assert!(Log::open(dir.path()).unwrap().begun(&name("web01")).is_some());
     // Whoever asks for it gives up the very point: then nothing is begun, and nothing released.
-    log.append(dropped(&[4], Reason::Asked)).unwrap();
+    assert!(matches!(refused(&mut log, dropped(&[4], Reason::Asked)), Refused::Released { .. }));
+    // Not for another one.
+    assert!(matches!(refused(&mut log, given_up("db01", &[3, 4])), Refused::Released { .. }));
+    log.append(given_up("web01", &[4])).unwrap();
     for log in [&log, &Log::open(dir.path()).unwrap()] {
         assert!(log.released(&name("web01")).is_none() && log.begun(&name("web01")).is_none());
         assert_eq!(log.in_use().count(), 0);
@@ -521,9 +529,13 @@ fn any_record() -> impl Strategy<Value = Record> {
     });
     let begun = (any_name(), any::<Option<u128>>(), any_time())
         .prop_map(|(machine, id, time)| Record::Begun(Begun { machine, point: id.map(PointId), time }));
+    let ids = proptest::collection::hash_set(any::<u128>().prop_map(PointId), 1..10);
+    let given_up = (any_name(), any_time(), ids).prop_map(|(machine, time, points)| {
+        Record::GivenUp(GivenUp { machine, time, points: points.into_iter().collect() })
+    });
     let back =
         (any_name(), any_time()).prop_map(|(machine, time)| Record::TakenBack(TakenBack { machine, time }));
-    prop_oneof![any_point().prop_map(Record::Point), dropped, begun, released, back]
+    prop_oneof![any_point().prop_map(Record::Point), dropped, given_up, begun, released, back]
 }
 
 proptest! {

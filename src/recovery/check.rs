@@ -10,9 +10,9 @@ use super::failover::written_to;
 use super::target::Target;
 use super::{Error, Journal, Standing, let_go};
 use crate::error::chain;
-use crate::journal::recover::{self, verify};
+use crate::journal::{recover, verify};
 use crate::name::Name;
-use crate::points::{Dropped, Log, PointId, Reason, Record};
+use crate::points::{GivenUp, Log, PointId, Record};
 use crate::protection::{Assignment, Store};
 
 /// What was found.
@@ -118,7 +118,7 @@ fn look(
 
 /// Gives up the points that are not sound, for good, so that the machine can be received again: from the newest point that is
 /// left, or, where a disk has none left, from an initial pass on. Says which points those were. A machine that is failed over
-/// stays so, unless the very point is given up.
+/// stays so, unless the very point is given up; one at which another machine is failed over is not.
 ///
 /// First the points, in one record, then what the journals have for them: a crash in between leaves segments that nobody
 /// needs, which the next look at the retention removes.
@@ -133,7 +133,7 @@ pub fn give_up(retention: &Path, store: &Store, log: &mut Log, machine: &Name) -
         return Ok(report);
     }
     let time = OffsetDateTime::now_utc();
-    log.append(Record::Dropped(Dropped { time, reason: Reason::Asked, points }))?;
+    log.append(Record::GivenUp(GivenUp { machine: machine.clone(), time, points }))?;
     for disk in &protection.disks {
         // Of a disk without points the segments stay until its initial pass begins.
         match let_go(retention, machine, &disk.name, &Standing::of(machine, &disk.name, &disk.id, log)) {

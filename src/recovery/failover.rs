@@ -28,8 +28,8 @@ use super::{Error, Journal, LONGEST_SEGMENT};
 use crate::disk::device::{OpenDisk, TargetOptions, open_target};
 use crate::disk::discover::Options;
 use crate::error::IoError;
-use crate::journal::recover::{self, roll_back, verify};
-use crate::journal::{View, Writer};
+use crate::journal::recover::{self, roll_back};
+use crate::journal::{View, Writer, verify};
 use crate::name::Name;
 use crate::points::{Begun, Kind, Log, Point, PointId, Record, Released, ReleasedDisk, TakenBack};
 use crate::protection::{self, Assignment, Hold, Protection, Store};
@@ -101,6 +101,8 @@ pub struct Report {
     pub time: OffsetDateTime,
     /// The disks, released at it.
     pub disks: Vec<DiskReport>,
+    /// Whether the disks were held against what they were when they were released.
+    pub compared: bool,
 }
 
 /// One disk of a [`Report`].
@@ -210,7 +212,7 @@ pub fn fail_over(
         let released = Released { machine: machine.clone(), point: point.id, time: now(), disks: released };
         log.append(Record::Released(released))?;
     }
-    Ok(Report { point: point.id, time: point.time, disks })
+    Ok(Report { point: point.id, time: point.time, disks, compared: false })
 }
 
 /// That a point lacks a disk, and which one to take instead.
@@ -283,7 +285,9 @@ pub fn undo(
         }
         plan.push((disk, journal, back, target));
     }
-    if released.is_some() && begun.is_none() {
+    // What was interrupted was held against it before, or nobody had the disks yet.
+    let compared = released.is_some() && begun.is_none();
+    if compared {
         log.append(Record::Begun(Begun { machine: machine.clone(), point: None, time: now() }))?;
     }
     let mut disks = Vec::new();
@@ -313,7 +317,7 @@ pub fn undo(
         }
     }
     match log.newest(machine) {
-        Some(point) => Ok(Report { point: point.id, time: point.time, disks }),
+        Some(point) => Ok(Report { point: point.id, time: point.time, disks, compared }),
         None => unreachable!("a machine is failed over to one of its points, which stays"),
     }
 }

@@ -1,7 +1,5 @@
 //! A disk as it was at an older point: the images of the passes since then over what the disk holds now.
 
-use std::collections::BTreeMap;
-
 use super::format::BLOCK;
 use super::recover::{Error, History, Image, Images};
 use super::saved::Saved;
@@ -10,15 +8,23 @@ use crate::storage::Shelf;
 /// Which image holds which part of the older content. Parts that are in no image are on the disk as they were.
 pub struct View<'a> {
     shelf: &'a dyn Shelf,
-    /// By where they begin on the disk; they do not overlap.
-    parts: BTreeMap<u64, Part>,
+    /// By where they begin on the disk; they do not overlap. No tree: this is what takes memory where a lot changed.
+    parts: Vec<Part>,
 }
 
 struct Part {
+    /// Where it begins on the disk.
+    offset: u64,
     /// How long it is; it may be less than the image.
-    len: u64,
+    len: u32,
     pass: u64,
     image: Image,
+}
+
+impl Part {
+    fn end(&self) -> u64 {
+        self.offset + u64::from(self.len)
+    }
 }
 
 impl<'a> View<'a> {
@@ -28,23 +34,29 @@ impl<'a> View<'a> {
     /// [`Error::Corrupt`] where a pass since then is damaged.
     pub fn after(history: &History, pass: u64, shelf: &'a dyn Shelf) -> Result<View<'a>, Error> {
         let mut covered = Saved::default();
-        let mut parts = BTreeMap::new();
+        let mut parts = Vec::new();
         for pass in history.after(pass)? {
             for image in &pass.images {
                 // An older pass's image is nearer to the point.
-                for part in covered.missing(image.extent()) {
-                    parts.insert(part.offset(), Part { len: part.len(), pass: pass.number, image: *image });
-                }
+                parts.extend(covered.missing(image.extent()).into_iter().map(|part| Part {
+                    offset: part.offset(),
+                    // Within an image.
+                    len: part.len() as u32,
+                    pass: pass.number,
+                    image: *image,
+                }));
             }
             // Only now: the images of one pass do not overlap.
             pass.images.iter().for_each(|image| covered.insert(image.extent()));
         }
+        parts.sort_unstable_by_key(|part| part.offset);
+        parts.shrink_to_fit();
         Ok(View { shelf, parts })
     }
 
     /// How many bytes that are.
     pub fn len(&self) -> u64 {
-        self.parts.values().map(|part| part.len).sum()
+        self.parts.iter().map(|part| u64::from(part.len)).sum()
     }
 
     /// Whether the disk holds now what it held then.
@@ -55,9 +67,9 @@ impl<'a> View<'a> {
     /// Calls `put` with every range that is in an image, and its old bytes, in order.
     pub fn each<E: From<Error>>(&self, mut put: impl FnMut(u64, &[u8]) -> Result<(), E>) -> Result<(), E> {
         let mut images = Images::of(self.shelf);
-        self.parts.iter().try_for_each(|(offset, part)| {
+        self.parts.iter().try_for_each(|part| {
             let bytes = images.read(part.pass, &part.image)?;
-            put(*offset, within(&bytes, *offset, part))
+            put(part.offset, within(&bytes, part))
         })
     }
 
@@ -66,22 +78,19 @@ impl<'a> View<'a> {
         debug_assert!(offset.is_multiple_of(BLOCK));
         let mut images = Images::of(self.shelf);
         let end = offset + buf.len() as u64;
-        // One part may begin before.
-        let first = self.parts.range(..=offset).next_back().map_or(offset, |(at, _)| *at);
-        for (at, part) in self.parts.range(first..end) {
-            let (from, to) = ((*at).max(offset), (at + part.len).min(end));
-            if from < to {
-                let bytes = images.read(part.pass, &part.image)?;
-                let bytes = &within(&bytes, *at, part)[(from - at) as usize..(to - at) as usize];
-                buf[(from - offset) as usize..(to - offset) as usize].copy_from_slice(bytes);
-            }
+        let first = self.parts.partition_point(|part| part.end() <= offset);
+        for part in self.parts[first..].iter().take_while(|part| part.offset < end) {
+            let (from, to) = (part.offset.max(offset), part.end().min(end));
+            let bytes = images.read(part.pass, &part.image)?;
+            let bytes = &within(&bytes, part)[(from - part.offset) as usize..(to - part.offset) as usize];
+            buf[(from - offset) as usize..(to - offset) as usize].copy_from_slice(bytes);
         }
         Ok(())
     }
 }
 
 /// The bytes of a part, out of those of its image.
-fn within<'b>(bytes: &'b [u8], offset: u64, part: &Part) -> &'b [u8] {
-    let skip = (offset - part.image.extent().offset()) as usize;
+fn within<'b>(bytes: &'b [u8], part: &Part) -> &'b [u8] {
+    let skip = (part.offset - part.image.extent().offset()) as usize;
     &bytes[skip..skip + part.len as usize]
 }

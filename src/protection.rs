@@ -16,8 +16,7 @@
 //! id = "naa.6000c2939d1a4b6f0e8c2d7a5b1f3e90"
 //! size = 10737418240                   # bytes, when it was assigned
 //! logical_sector = 512                 # bytes
-//! overwrite = false                    # whether it was assigned with --overwrite or --seed, and carried something; after
-//!                                      # --seed, `seed = true` says that it is an older copy of the machine's disk
+//! overwrite = false                    # whether it was assigned with --overwrite or --seed, and carried something
 //! assigned_at = "2026-03-01T10:00:00Z"
 //! state = "receiving"                  # empty, receiving, synchronized or faulted
 //! [disk.pass]                          # while receiving or faulted: the pass that did it
@@ -29,6 +28,8 @@
 //! bytes = 10737418240
 //! point_in_time = true
 //! ```
+//!
+//! `seed = true` beside `overwrite` says that what the disk carried is an older copy of the machine's (`--seed`).
 //!
 //! The states and what leads from one to the other:
 //!

@@ -8,6 +8,7 @@
 
 pub mod device;
 pub mod fault;
+pub mod file;
 pub mod shelf;
 mod threads;
 

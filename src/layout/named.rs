@@ -25,8 +25,10 @@ pub(super) fn read(kind: &'static str, view: &View<'_>) -> Result<FileSystem, Er
         "iso9660" => iso(view, &mut found)?,
         "jbd" => {
             let block = view.read(1024, 256)?;
-            found.uuid = block.fields().uuid(0x68)?;
-            found.label = block.fields().label(0x78, 16)?;
+            let header = block.fields();
+            found.version = Some(format!("{}.{}", header.le32(0x4c)?, header.le16(0x3e)?));
+            found.uuid = header.uuid(0x68)?;
+            found.label = header.label(0x78, 16)?;
         }
         _ => {}
     }

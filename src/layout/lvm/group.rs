@@ -269,6 +269,8 @@ fn segment(group: &Group, section: &Section, names: &BTreeMap<&str, usize>) -> R
         if section.texts().any(|text| names.contains_key(text)) {
             return Err(Error::unsupported(format!("a segment of type {kind} right on a physical volume")));
         }
+        // Behind a plus stand features that older tools would not know.
+        let kind = kind.split('+').next().unwrap_or(kind);
         return Ok(Segment { extent, kind: kind.to_owned(), stripes: None });
     }
     let list = section.list("stripes").unwrap_or_default();
@@ -310,14 +312,17 @@ fn segment(group: &Group, section: &Section, names: &BTreeMap<&str, usize>) -> R
 
 /// Marks the volumes whose names are anywhere in another one: its parts, its origin, its pool.
 fn refer(group: &mut Group, volumes: &Section) {
-    let mut referred = BTreeSet::new();
+    let (mut referred, mut snapshots) = (BTreeSet::new(), BTreeSet::new());
     for (name, section) in volumes.sections() {
         for (_, segment) in section.sections() {
             referred.extend(segment.texts().filter(|text| *text != name));
+            snapshots.extend(segment.text("cow_store"));
         }
     }
     for volume in &mut group.volumes {
         volume.referred = referred.contains(volume.name.as_str());
+        // What users see of a snapshot is the volume that holds what was overwritten since.
+        volume.visible |= snapshots.contains(volume.name.as_str());
     }
 }
 

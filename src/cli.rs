@@ -7,6 +7,7 @@ mod enroll;
 mod export;
 mod failover;
 mod hold_frozen;
+mod inspect;
 mod places;
 mod points;
 mod protect;
@@ -73,6 +74,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     DiscoverDisks(discover_disks::Args),
+    Inspect(inspect::Args),
     #[command(subcommand)]
     Protect(protect::Command),
     Token(token::Args),
@@ -94,6 +96,7 @@ pub fn run() -> ExitCode {
     let cli = Cli::parse();
     let result: Result<(), Failure> = match cli.command {
         Command::DiscoverDisks(args) => discover_disks::run(args),
+        Command::Inspect(args) => inspect::run(&args),
         Command::Protect(command) => protect::run(command),
         Command::Token(args) => token::run(args),
         Command::Enroll(args) => enroll::run(args),

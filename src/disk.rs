@@ -3,5 +3,4 @@
 pub mod device;
 pub mod discover;
 pub mod id;
-pub mod signature;
 pub mod vpd;

@@ -2,11 +2,12 @@
 //!
 //! The library holds everything but the command line. Its rooms, from the ground up:
 //!
-//! - [`units`], [`name`], [`pass`], [`checksum`], [`digest`], [`error`]: plain values that everyone may use.
+//! - [`units`], [`name`], [`pass`], [`bytes`], [`checksum`], [`digest`], [`error`]: plain values that everyone may use.
 //! - [`durable`]: small files that are replaced whole or not at all.
 //! - [`sys`]: the only room with `unsafe` code: ioctls, aligned memory, the io_uring.
 //! - [`storage`]: what a device looks like to the code above it, and the fault-injecting backend of the tests.
 //! - [`journal`]: what a disk held before a pass overwrote it.
+//! - [`layout`]: what lies on a disk, and which of its bytes are used; it only reads.
 //! - [`disk`]: identity and discovery of SCSI disks; it never writes.
 //! - [`protection`]: which target disk belongs to which disk of which machine.
 //! - [`points`]: the recovery points: their log, and which of them are let go.
@@ -19,12 +20,14 @@
 //! Arrows point down only: a room uses those above its line in this list, never those below.
 
 pub mod agent;
+pub mod bytes;
 pub mod checksum;
 pub mod digest;
 pub mod disk;
 pub mod durable;
 pub mod error;
 pub mod journal;
+pub mod layout;
 pub mod name;
 pub mod net;
 pub mod pass;

@@ -9,6 +9,7 @@
 pub mod ahead;
 pub mod device;
 pub mod fault;
+pub mod file;
 pub mod shelf;
 mod threads;
 

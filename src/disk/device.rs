@@ -15,8 +15,8 @@ use super::discover::exclusive::{self, Claim};
 use super::discover::identity::{self, Identity, Transport};
 use super::discover::{self, Disk, IdSource, Role, Sysroot};
 use super::id::DiskId;
-use super::signature::{self, Content};
 use crate::error::IoError;
+use crate::layout::signature::{self, Content};
 use crate::sys::ioctl;
 use crate::units::ByteLen;
 

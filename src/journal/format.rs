@@ -45,6 +45,7 @@
     clippy::as_conversions
 )]
 
+use crate::bytes;
 use crate::checksum::crc32c;
 use crate::pass::Lineage;
 use crate::units::Extent;
@@ -170,17 +171,13 @@ pub enum Error {
     Field(&'static str),
 }
 
-fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
-    // Out of range is never asked for: the offsets are constants below the block's length.
-    bytes.get(at..).and_then(|rest| rest.first_chunk()).copied().unwrap_or([0; N])
-}
-
+// Out of range is never asked for: the offsets are constants below the block's length.
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes(array(bytes, at))
+    bytes::le32(bytes, at).unwrap_or(0)
 }
 
 fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from_le_bytes(array(bytes, at))
+    bytes::le64(bytes, at).unwrap_or(0)
 }
 
 fn put(block: &mut Block, at: usize, bytes: &[u8]) {
@@ -197,7 +194,7 @@ fn seal(mut block: Block) -> Block {
 }
 
 fn check(block: &Block, magic: [u8; 8]) -> Result<(), Error> {
-    if array(block, 0) != magic {
+    if !block.starts_with(&magic) {
         return Err(Error::Magic);
     }
     let (checked, _) = block.split_at(CRC_AT);
@@ -228,7 +225,7 @@ pub fn parse_segment(block: &Block) -> Result<Segment, Error> {
         return Err(Error::Version(version));
     }
     Ok(Segment {
-        lineage: Lineage(u128::from_le_bytes(array(block, 40))),
+        lineage: Lineage(u128::from_le_bytes(bytes::array(block, 40).unwrap_or_default())),
         pass: u64_at(block, 16),
         index: u32_at(block, 12),
         generation: u64_at(block, 24),

@@ -11,8 +11,8 @@ use super::{Assignment, State};
 use crate::disk::device;
 use crate::disk::discover::{Disk, Role};
 use crate::disk::id::{self, DiskId};
-use crate::disk::signature::Content;
 use crate::error::chain;
+use crate::layout::signature::Content;
 use crate::name::{Name, ParseNameError};
 
 /// One `NAME=DISK` of a command.

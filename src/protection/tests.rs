@@ -10,7 +10,7 @@ use super::assign::{Allowed, Planned, Refused, Request, Why, plan};
 use super::file::{self, ParseError};
 use super::*;
 use crate::disk::discover::{Disk, IdSource, Role};
-use crate::disk::signature::Content;
+use crate::layout::signature::Content;
 
 fn name(text: &str) -> Name {
     text.parse().unwrap()

@@ -2,11 +2,12 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 
 use nix::fcntl::{FallocateFlags, fallocate};
 
+use super::file::ReadFile;
 use super::{ReadAt, Shelf};
 use crate::durable;
 use crate::error::IoError;
@@ -88,10 +89,8 @@ impl Shelf for Directory {
 
     fn open(&self, name: &str) -> Result<Box<dyn ReadAt + Send + Sync>, IoError> {
         let named = self.named(name);
-        let failed = |error| IoError::new("open", &*named, error);
-        let file = File::open(self.0.join(name)).map_err(failed)?;
-        let size = file.metadata().map_err(failed)?.len();
-        Ok(Box::new(Segment { file, size, named }))
+        let file = File::open(self.0.join(name)).map_err(|error| IoError::new("open", &*named, error))?;
+        Ok(Box::new(ReadFile::new(file, named)?))
     }
 
     fn settle(&self, name: &str, cut: Option<u64>) -> Result<(), IoError> {
@@ -119,21 +118,5 @@ impl Shelf for Directory {
             }
         }
         durable::sync_dir(&self.0)
-    }
-}
-
-struct Segment {
-    file: File,
-    size: u64,
-    named: String,
-}
-
-impl ReadAt for Segment {
-    fn size(&self) -> u64 {
-        self.size
-    }
-
-    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), IoError> {
-        self.file.read_exact_at(buf, offset).map_err(|error| IoError::at("read", &*self.named, offset, error))
     }
 }

@@ -5,23 +5,16 @@
 //! the first and the last MiB. Where nothing announces itself there, places all over the disk are looked at: data
 //! without a signature, or whose signature was wiped, is data all the same. To read all of a large disk would take
 //! hours, so [`Content`] says what was looked at.
-#![deny(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::indexing_slicing,
-    clippy::arithmetic_side_effects,
-    clippy::as_conversions
-)]
 
 use std::fmt;
 use std::fs::File;
-use std::io::{Seek, SeekFrom};
-use std::os::unix::fs::FileExt;
 
 use serde::Serialize;
 
+use crate::bytes;
 use crate::error::IoError;
 use crate::storage::ReadAt;
+use crate::storage::file::ReadFile;
 
 /// One thing that announces itself on a disk.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
@@ -121,29 +114,10 @@ fn first_data(bytes: &[u8], from: u64) -> Option<u64> {
 
 /// Looks for signatures on a block device or an image that is open for reading, through the page cache.
 pub fn probe_file(file: &File, target: &str) -> Result<Content, IoError> {
-    // The end of a block device is not in its metadata.
-    let mut position = file;
-    let size =
-        position.seek(SeekFrom::End(0)).map_err(|error| IoError::new("seek to the end of", target, error))?;
+    let copy = file.try_clone().map_err(|error| IoError::new("duplicate", target, error))?;
     // What lies beside the places that are looked at is not wanted. Where the advice is not taken it only takes longer.
     nix::fcntl::posix_fadvise(file, 0, 0, nix::fcntl::PosixFadviseAdvice::POSIX_FADV_RANDOM).ok();
-    probe(&Cached { file, target, size })
-}
-
-struct Cached<'a> {
-    file: &'a File,
-    target: &'a str,
-    size: u64,
-}
-
-impl ReadAt for Cached<'_> {
-    fn size(&self) -> u64 {
-        self.size
-    }
-
-    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), IoError> {
-        self.file.read_exact_at(buf, offset).map_err(|error| IoError::at("read", self.target, offset, error))
-    }
+    probe(&ReadFile::new(copy, target)?)
 }
 
 /// Magic bytes at a fixed place from the beginning.
@@ -275,7 +249,7 @@ impl Ends<'_> {
     }
 
     fn u32(&self, at: u64) -> Option<u32> {
-        Some(u32::from_le_bytes(self.get(at, 4)?.try_into().ok()?))
+        bytes::le32(self.get(at, 4)?, 0)
     }
 }
 
@@ -330,6 +304,7 @@ fn has_partition_table(ends: &Ends<'_>) -> bool {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::os::unix::fs::FileExt;
     use std::process::Command;
 
     const SIZE: u64 = 300 << 20;

@@ -18,6 +18,7 @@
     clippy::as_conversions
 )]
 
+pub mod ext4;
 pub mod fields;
 pub mod ranges;
 pub mod signature;

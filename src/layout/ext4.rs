@@ -33,7 +33,8 @@ pub fn read(view: &View<'_>) -> Result<Option<FileSystem>, Error> {
             let why =
                 Error::Corrupt { what: "a file system whose primary superblock is gone", at: superblock::AT };
             let note = format!("the primary superblock is gone; read from the copy at byte {}", copy.at);
-            describe(copy, note, Allocation::Whole { why })
+            let found = describe(copy, note, Allocation::Whole { why });
+            FileSystem { state: None, ..found }
         })),
         Some(Ok(primary)) if primary.features.has(JOURNAL_DEVICE) => Ok(None),
         Some(Ok(primary)) => Ok(Some(with_map(view, primary))),
@@ -65,27 +66,36 @@ fn with_map(view: &View<'_>, primary: Superblock) -> FileSystem {
 
 /// A file system, read by a copy of its superblock. Nobody keeps the copies' state: whether it was unmounted, and whether
 /// there is a journal to replay, is not in them. So the map is only believed where checksums prove every structure that it
-/// is made of, and the journal itself says that it is empty.
-fn with_copy(view: &View<'_>, copy: Superblock, note: String) -> FileSystem {
-    let proven = copy.geometry.as_ref().is_ok_and(|geometry| {
-        let primary = view.read(superblock::AT, superblock::LEN);
-        let id = primary.and_then(|block| block.fields().array::<16>(0x68));
-        // Another file system's copy, of before this one was made, has another UUID.
-        matches!(geometry.checks, Checks::Crc32c(_)) && id.is_ok_and(|id| id == geometry.id)
-    });
-    let mut found = match proven && copy.features.has(HAS_JOURNAL) {
-        true => with_map(view, copy),
-        false => {
+/// is made of, the journal itself says that it is empty, and what is left of the primary does not say otherwise.
+fn with_copy(view: &View<'_>, mut copy: Superblock, note: String) -> FileSystem {
+    let mut found = match proven(view, &copy) {
+        Ok(true) => {
+            copy.valid = true;
+            with_map(view, copy)
+        }
+        Ok(false) => {
             let why = Error::Corrupt {
                 what: "a file system whose primary superblock is damaged",
                 at: superblock::AT,
             };
             describe(copy, None, Allocation::Whole { why })
         }
+        Err(why) => describe(copy, None, Allocation::Whole { why }),
     };
     found.state = None;
     found.notes.push(note);
     found
+}
+
+/// Whether all that a copy of the superblock does not say is known from elsewhere.
+fn proven(view: &View<'_>, copy: &Superblock) -> Result<bool, Error> {
+    let read = view.read(superblock::AT, superblock::LEN)?;
+    let primary = superblock::Remains::parse(read.fields())?;
+    let own = copy.geometry.as_ref().is_ok_and(|geometry| {
+        // The copy of a file system that was here before has another UUID.
+        matches!(geometry.checks, Checks::Crc32c(_)) && primary.id == geometry.id
+    });
+    Ok(own && primary.clean && copy.features.has(HAS_JOURNAL))
 }
 
 /// What a superblock says of its file system.

@@ -68,6 +68,23 @@ pub struct Superblock {
     pub geometry: Result<Geometry, String>,
 }
 
+/// What is of use in a primary superblock that is damaged.
+pub struct Remains {
+    /// The UUID.
+    pub id: [u8; 16],
+    /// Unmounted, no errors, and no journal to replay.
+    pub clean: bool,
+}
+
+impl Remains {
+    /// Takes it from a superblock that need not be sound.
+    pub fn parse(fields: Fields<'_>) -> Result<Remains, Error> {
+        let features = Features { incompatible: fields.le32(0x60)?, ..Features::default() };
+        let valid = fields.le16(0x3a)? & (STATE_VALID | STATE_ERRORS) == STATE_VALID;
+        Ok(Remains { id: fields.array(0x68)?, clean: valid && !features.has(features::RECOVER) })
+    }
+}
+
 /// How the blocks of a file system are divided into groups, and where its descriptors lie.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Geometry {

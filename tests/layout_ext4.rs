@@ -693,14 +693,15 @@ fn each_field_that_is_wrong_is_noticed() {
     let inode = |at: usize, patch: &[u8], expected: &str| new.with(&[(new.inode + at, patch)], expected);
     inode(0, &[0, 0x40], "a journal that is no file");
     inode(4, &[0, 0, 0, 0x7f], "a journal that is shorter than it says");
-    inode(0x6c, &[1], "a journal of 41");
+    inode(0x6c, &[1], "a journal that is shorter than it says");
+    inode(0x6c, &[0x10], "a journal of 6");
     inode(0x20, &[0; 4], "a journal with holes, or blocks beyond the end");
     inode(0x28, &[0], "a node of an extent tree that is none");
     inode(0x2a, &[9], "a node of an extent tree that is none");
     inode(0x2e, &[6], "an extent tree that is too deep");
     inode(0x2e, &[1], "an extent tree");
     inode(0x34, &[1], "a journal with holes, or blocks beyond the end");
-    inode(0x39, &[0x80], "a journal in blocks that were never written");
+    inode(0x38, &[1, 0x80], "a journal in blocks that were never written");
     inode(0x3a, &[1], "a journal with holes, or blocks beyond the end");
     inode(0x3c, &[0xff; 4], "a journal with holes, or blocks beyond the end");
     inode(0x3c, &[0; 4], "a journal with holes, or blocks beyond the end");
@@ -723,7 +724,11 @@ fn each_field_that_is_wrong_is_noticed() {
         &[(new.journal + 0x2b, &[0x10]), (new.journal + 0x50, &[4])],
         "a journal whose superblock's checksum does not hold",
     );
-    journal(0x2b, &[0x20], "a journal without a log");
+    // A large enough area of fast commits leaves no room for it.
+    new.with(
+        &[(new.journal + 0x2b, &[0x20]), (new.journal + 0x54, &[0, 0, 0x0e, 0])],
+        "a journal without a log",
+    );
 }
 
 #[test]
@@ -795,7 +800,7 @@ fn a_copy_serves_where_the_primary_superblock_is_lost() {
     );
     // A journal to replay is known to the primary alone.
     let new = image("-t ext4 -b 1024", 32 * MIB);
-    new.with(&[(1024 + 0x28, &[1]), (new.journal + 0x1f, &[1])], "a journal whose superblock's checksum");
+    new.with(&[(1024 + 0x28, &[1]), (new.journal + 0x1f, &[1])], "a journal to replay that its file system");
 }
 
 #[test]

@@ -7,12 +7,13 @@ use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use mt_agent::error::IoError;
 use mt_agent::layout::ranges::Ranges;
 use mt_agent::layout::view::View;
 use mt_agent::layout::{Allocation, Error, FileSystem, State, ext4};
+use mt_agent::storage::ReadAt;
 use mt_agent::storage::file::ReadFile;
 use mt_agent::units::Extent;
 use support::{GIB, KIB, Loop, MIB, Mount, directory, tool};
@@ -561,10 +562,35 @@ fn fast_commits_are_not_followed() {
     wait_until_unmounted(disk.node());
 }
 
+/// An image in memory, of which some bytes are others.
+struct Patched<'a>(&'a [u8], &'a [(usize, &'a [u8])]);
+
+impl ReadAt for Patched<'_> {
+    fn size(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), IoError> {
+        let from = offset as usize;
+        buf.copy_from_slice(&self.0[from..from + buf.len()]);
+        for (at, patch) in self.1 {
+            for (at, byte) in (*at..).zip(*patch) {
+                if let Some(found) = at.checked_sub(from).and_then(|at| buf.get_mut(at)) {
+                    *found = *byte;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn parse(disk: Patched<'_>) -> Result<Option<FileSystem>, Error> {
+    ext4::read(&View::new(&disk))
+}
+
 /// What it comes to: `known`, or why not, with the notes.
-fn verdict(image: Vec<u8>) -> String {
-    let disk = Arc::new(image);
-    match ext4::read(&View::new(&disk)) {
+fn verdict(image: &[u8], patches: &[(usize, &[u8])]) -> String {
+    match parse(Patched(image, patches)) {
         Err(why) => format!("error: {why}"),
         Ok(None) => "nothing".to_owned(),
         Ok(Some(found)) => match found.allocation {
@@ -588,6 +614,10 @@ fn image(args: &str, size: u64) -> Image {
     let dir = directory();
     let path = sparse(&dir.path().join("image"), size);
     mke2fs(&path, args);
+    load(&path)
+}
+
+fn load(path: &Path) -> Image {
     let text = tool("dumpe2fs", &[path.to_str().unwrap()]);
     let number = |key: &str| -> usize {
         let rest = text.lines().find_map(|line| line.trim().strip_prefix(key)).unwrap();
@@ -599,7 +629,7 @@ fn image(args: &str, size: u64) -> Image {
         false => 0,
     };
     Image {
-        bytes: fs::read(&path).unwrap(),
+        bytes: fs::read(path).unwrap(),
         block,
         journal: journal * block,
         inode: number("Inode table at ") * block + 7 * number("Inode size"),
@@ -611,11 +641,7 @@ fn image(args: &str, size: u64) -> Image {
 impl Image {
     #[track_caller]
     fn with(&self, patches: &[(usize, &[u8])], expected: &str) {
-        let mut bytes = self.bytes.clone();
-        for (at, patch) in patches {
-            bytes[*at..at + patch.len()].copy_from_slice(patch);
-        }
-        let found = verdict(bytes);
+        let found = verdict(&self.bytes, patches);
         assert!(found.contains(expected), "{patches:?}: `{found}` and not `{expected}`");
     }
 }
@@ -623,7 +649,7 @@ impl Image {
 #[test]
 fn each_field_that_is_wrong_is_noticed() {
     let new = image("-t ext4 -b 1024 -O ^metadata_csum,^uninit_bg", 32 * MIB);
-    assert_eq!(verdict(new.bytes.clone()).trim(), "known");
+    assert_eq!(verdict(&new.bytes, &[]).trim(), "known");
     let sb = |at: usize, patch: &[u8], expected: &str| new.with(&[(1024 + at, patch)], expected);
     sb(0x00, &[1], "a number of inodes that is not that of its groups");
     sb(0x04, &[0, 0, 0, 0], "impossible number of blocks");
@@ -731,13 +757,118 @@ fn each_field_that_is_wrong_is_noticed() {
     );
 }
 
+/// An image whose journal has two transactions, the second with revocations where `revoke`; no block of it changes.
+fn journalled(features: &str, open: &str, revoke: bool) -> Image {
+    let dir = directory();
+    let path = sparse(&dir.path().join("image"), 16 * MIB);
+    mke2fs(&path, &format!("-t ext4 -b 1024 -J size=1 -O {features}"));
+    let (commands, blocks) = (dir.path().join("commands"), dir.path().join("blocks"));
+    fs::write(&blocks, &fs::read(&path).unwrap()[2048..3072]).unwrap();
+    let second = if revoke { "-r 9000,9001" } else { "-b 2" };
+    let blocks = blocks.display();
+    fs::write(&commands, format!("{open}\njw -b 2 {blocks}\njw {second} {blocks}\njc\n")).unwrap();
+    tool("debugfs", &["-w", "-f", commands.to_str().unwrap(), path.to_str().unwrap()]);
+    load(&path)
+}
+
+#[test]
+fn each_part_of_a_journal_that_is_wrong_is_noticed() {
+    // Block 1: a descriptor, 2: what it is for, 3: the commit, 4: revocations, 5: the commit.
+    let new = journalled("^metadata_csum,^64bit", "jo", true);
+    assert_eq!(verdict(&new.bytes, &[]).trim(), "known");
+    let log = |block: usize, at: usize, patch: &[u8], expected: &str| {
+        new.with(&[(new.journal + block * 1024 + at, patch)], expected);
+    };
+    log(1, 7, &[9], "a block of the journal that is of no kind");
+    log(1, 12 + 7, &[4], "a tag of the journal with an unknown flag");
+    log(1, 12, &[0, 0, 64, 0], "a journal with a block for where none can be");
+    log(1, 12, &u32::to_be_bytes(u32::try_from(new.journal / 1024).unwrap()), "for where none can be");
+    log(4, 12, &[0, 0, 4, 1], "a block of revocations that is longer than a block");
+    log(4, 12, &[0, 0, 0, 15], "a block of revocations that is longer than a block");
+    // The end of the log is where something else lies: no transaction, one of another number, one that does not end.
+    for (block, at) in [(1, 0), (1, 11), (3, 0), (3, 11), (4, 0), (5, 0)] {
+        log(block, at, &[0xff], "known");
+    }
+    // Descriptors wherever it is looked.
+    let mut round = new.bytes.clone();
+    let mut descriptor = round[new.journal + 1024..new.journal + 2048].to_vec();
+    descriptor[12 + 7] &= !8;
+    descriptor[36..].fill(0);
+    for block in 1..1024 {
+        round[new.journal + block * 1024..new.journal + (block + 1) * 1024].copy_from_slice(&descriptor);
+    }
+    let found = verdict(&round, &[]);
+    assert!(found.contains("a journal whose log has no end"), "{found}");
+
+    for (features, open) in [
+        ("metadata_csum", "jo -c -v 3"),
+        ("metadata_csum,^64bit", "jo -c -v 3"),
+        ("metadata_csum", "jo -c -v 2"),
+        ("metadata_csum,^64bit", "jo -c -v 2"),
+    ] {
+        let new = journalled(features, open, true);
+        assert_eq!(verdict(&new.bytes, &[]).trim(), "known");
+        for (block, expected) in [
+            (1, "a block of the journal whose checksum does not hold"),
+            (2, "a block in the journal whose checksum does not hold"),
+            (3, "a transaction whose checksum does not hold"),
+            (4, "a block of the journal whose checksum does not hold"),
+            (5, "a transaction whose checksum does not hold"),
+        ] {
+            for at in (if block == 2 { 0 } else { 12 }..1024).step_by(17) {
+                let at = new.journal + block * 1024 + at;
+                new.with(&[(at, &[new.bytes[at] ^ 0x40])], expected);
+            }
+        }
+    }
+    let new = journalled("^metadata_csum", "jo -c", false);
+    assert_eq!(verdict(&new.bytes, &[]).trim(), "known");
+    for (block, at) in [(1, 900), (2, 3), (2, 1023), (3, 12), (3, 13), (3, 16), (5, 500)] {
+        let at = new.journal + block * 1024 + at;
+        new.with(&[(at, &[new.bytes[at] ^ 0x40])], "a transaction whose checksum does not hold");
+    }
+}
+
+#[test]
+fn what_is_mounted_is_only_known_where_that_is_on_its_disk() {
+    require_root!();
+    let dir = directory();
+    let (image, path) = (sparse(&dir.path().join("image"), 128 * MIB), dir.path().join("mnt"));
+    for (args, journal) in [("-t ext4", true), ("-t ext4 -O ^has_journal", false), ("-t ext2", false)] {
+        mke2fs(&image, args);
+        let disk = Loop::attach(&image, 512);
+        let mount = Mount::new(disk.node(), &path);
+        let mut written = Written::new(&path);
+        written.write("file", content(1, 5 << 20));
+        if journal {
+            assert_eq!(ours(&image).state, Some(State::JournalToReplay), "{args}");
+            let frozen = support::Frozen::new(&path);
+            compare(&image, "frozen");
+            drop(frozen);
+        } else {
+            let found = ours(&image);
+            assert_eq!(found.state, Some(State::NotUnmounted), "{args}");
+            assert_eq!(why(&found), "a file system that was not unmounted cannot be followed", "{args}");
+        }
+        drop(mount);
+        wait_until_unmounted(disk.node());
+    }
+    // A journal elsewhere.
+    let elsewhere = sparse(&dir.path().join("journal"), 16 * MIB);
+    mke2fs(&elsewhere, "-b 4096 -O journal_dev");
+    let device = Loop::attach(&elsewhere, 512);
+    mke2fs(&image, &format!("-t ext4 -b 4096 -J device={}", device.node().display()));
+    assert_eq!(why(&ours(&image)), "a journal on a device of its own cannot be followed");
+    assert!(read(&elsewhere).unwrap().is_none());
+}
+
 #[test]
 fn each_byte_that_a_checksum_covers_is_noticed() {
     for args in
         ["-t ext4 -b 1024", "-t ext4 -b 1024 -O ^64bit", "-t ext4 -b 1024 -O ^metadata_csum,uninit_bg"]
     {
         let new = image(&format!("{args} -g 1024 -J size=1"), 8 * MIB);
-        assert_eq!(verdict(new.bytes.clone()).trim(), "known");
+        assert_eq!(verdict(&new.bytes, &[]).trim(), "known");
         let descriptor = if args.contains("^64bit") { 32 } else { 64 };
         for at in 0..3 * descriptor {
             let at = new.descriptors + at;
@@ -766,10 +897,7 @@ fn a_copy_serves_where_the_primary_superblock_is_lost() {
         ("-t ext4 -b 1024 -L copies -O sparse_super2,^resize_inode", 32 * MIB),
     ] {
         let new = image(args, size);
-        let whole = |bytes: &Vec<u8>| {
-            let disk = Arc::new(bytes.clone());
-            ext4::read(&View::new(&disk)).unwrap().unwrap()
-        };
+        let whole = |bytes: &[u8]| parse(Patched(bytes, &[])).unwrap().unwrap();
         let before = whole(&new.bytes);
         // Something in it is wrong: the map is what it was, as all of it is proven.
         let mut bytes = new.bytes.clone();
@@ -795,9 +923,7 @@ fn a_copy_serves_where_the_primary_superblock_is_lost() {
     // Without checksums nothing is proven.
     let mut new = image("-t ext4 -b 1024 -O ^metadata_csum", 32 * MIB);
     new.bytes[1024 + 0x28] = 1;
-    assert!(
-        verdict(new.bytes.clone()).starts_with("whole: a file system whose primary superblock is damaged")
-    );
+    assert!(verdict(&new.bytes, &[]).starts_with("whole: a file system whose primary superblock is damaged"));
     // A journal to replay is known to the primary alone.
     let new = image("-t ext4 -b 1024", 32 * MIB);
     new.with(&[(1024 + 0x28, &[1]), (new.journal + 0x1f, &[1])], "a journal to replay that its file system");
@@ -814,32 +940,28 @@ fn what_damage_comes_by_chance_is_survived_and_none_of_it_frees_what_is_used() {
         ("-t ext3 -b 1024 -J size=1", false),
     ] {
         let new = image(args, 16 * MIB);
-        let truth = {
-            let disk = Arc::new(new.bytes.clone());
-            free(&ext4::read(&View::new(&disk)).unwrap().unwrap())
-        };
+        let truth = free(&parse(Patched(&new.bytes, &[])).unwrap().unwrap());
         // Where metadata lies: all blocks that are not zeros.
         let places: Vec<usize> = (0..new.bytes.len())
             .step_by(new.block)
             .filter(|at| new.bytes[*at..at + new.block] != [0; 1024])
             .collect();
-        let mut disk = Arc::new(new.bytes.clone());
         let start = Instant::now();
         for _ in 0..2000 {
-            let bytes = Arc::get_mut(&mut disk).unwrap();
-            let damage: Vec<usize> = (0..random.random_range(1..6))
-                .map(|_| places[random.random_range(0..places.len())] + random.random_range(0..new.block))
+            let damage: Vec<(usize, [u8; 1])> = (0..random.random_range(1..6))
+                .map(|_| {
+                    let place = places[random.random_range(0..places.len())];
+                    (place + random.random_range(0..new.block), [random.random()])
+                })
                 .collect();
-            damage.iter().for_each(|at| bytes[*at] = random.random());
-            if let Ok(Some(found)) = ext4::read(&View::new(&disk))
+            let patches: Vec<(usize, &[u8])> = damage.iter().map(|(at, byte)| (*at, &byte[..])).collect();
+            if let Ok(Some(found)) = parse(Patched(&new.bytes, &patches))
                 && let Allocation::Known(used) = &found.allocation
                 && proven
             {
                 let free = used.complement(Extent::new(0, found.size.0).unwrap());
                 assert_eq!(free.subtract(&truth), Ranges::new(), "{args}: {damage:?}");
             }
-            let bytes = Arc::get_mut(&mut disk).unwrap();
-            damage.iter().for_each(|at| bytes[*at] = new.bytes[*at]);
         }
         assert!(start.elapsed() < Duration::from_secs(60), "{args}: {:?}", start.elapsed());
     }

@@ -51,3 +51,32 @@ impl Blocks<'_, '_> {
         Ok(Block::new(bytes, at))
     }
 }
+
+#[cfg(test)]
+#[allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects,
+    clippy::as_conversions
+)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    #[test]
+    fn a_block_is_read_where_it_is_newest() {
+        let disk = Arc::new((0..8192u32).map(|at| (at / 1024) as u8).collect::<Vec<u8>>());
+        let view = View::new(&disk);
+        let newer = [(2, Newer { at: 6144, escaped: false }), (3, Newer { at: 7168, escaped: true })];
+        let blocks = Blocks { view: &view, block_size: 1024, newer: newer.into_iter().collect() };
+        let read = blocks.read(1, 4).unwrap();
+        let bytes = read.bytes();
+        assert_eq!(bytes[..1024], [1; 1024]);
+        assert_eq!(bytes[1024..2048], [6; 1024]);
+        assert_eq!(bytes[2048..2052], JOURNAL_MAGIC);
+        assert_eq!(bytes[2052..3072], [7; 1020]);
+        assert_eq!(bytes[3072..], [4; 1024]);
+        assert_eq!(blocks.read(3, 1).unwrap().bytes(), &bytes[2048..3072]);
+        assert!(blocks.read(7, 2).is_err());
+    }
+}

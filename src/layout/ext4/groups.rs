@@ -269,3 +269,31 @@ fn runs(bytes: &[u8], count: u64, give: &mut impl FnMut(u64, u64)) {
         give(from, count);
     }
 }
+
+#[cfg(test)]
+#[allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects,
+    clippy::as_conversions
+)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn runs_are_those_of_the_bits(words in prop::collection::vec(prop_oneof![Just(0), Just(u64::MAX), any::<u64>()], 1..6), cut in 0..64u64) {
+            let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+            let count = words.len() as u64 * 64 - cut;
+            let mut found = Vec::new();
+            runs(&bytes, count, &mut |from, to| {
+                assert!(found.last().is_none_or(|last| *last + 1 < from) && from < to);
+                found.extend(from..to);
+            });
+            let expected: Vec<u64> =
+                (0..count).filter(|at| bytes[*at as usize / 8] >> (at % 8) & 1 == 1).collect();
+            prop_assert_eq!(found, expected);
+        }
+    }
+}

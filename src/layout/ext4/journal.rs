@@ -86,8 +86,7 @@ pub fn replay(
     geometry: &Geometry,
     recover: bool,
 ) -> Result<HashMap<u64, Newer>, Error> {
-    let runs = inode::journal(blocks, geometry)?;
-    let mut file = File { view: blocks.view, geometry, runs, window: None };
+    let mut file = File::new(blocks.view, geometry, inode::journal(blocks, geometry)?);
     let superblock = file.read(0)?;
     let log = Log::parse(superblock.fields(), geometry, &file)?;
     if log.start == 0 {
@@ -108,12 +107,21 @@ pub fn replay(
 struct File<'a, 'd> {
     view: &'a View<'d>,
     geometry: &'a Geometry,
+    /// In its own order.
     runs: Vec<Run>,
+    /// The same in the order of the file system.
+    places: Vec<Run>,
     /// Blocks that were read together: the first, and all of them.
     window: Option<(u64, Block)>,
 }
 
-impl File<'_, '_> {
+impl<'a, 'd> File<'a, 'd> {
+    fn new(view: &'a View<'d>, geometry: &'a Geometry, runs: Vec<Run>) -> File<'a, 'd> {
+        let mut places = runs.clone();
+        places.sort_unstable_by_key(|run| run.block);
+        File { view, geometry, runs, places, window: None }
+    }
+
     /// How many blocks it has.
     fn count(&self) -> u64 {
         self.runs.last().map_or(0, |run| run.logical.saturating_add(run.count))
@@ -150,7 +158,8 @@ impl File<'_, '_> {
 
     /// Whether one of the file system's blocks is one of the journal's.
     fn has(&self, block: u64) -> bool {
-        self.runs.iter().any(|run| block.checked_sub(run.block).is_some_and(|at| at < run.count))
+        let at = self.places.partition_point(|run| run.block.saturating_add(run.count) <= block);
+        self.places.get(at).is_some_and(|run| run.block <= block)
     }
 }
 

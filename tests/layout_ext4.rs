@@ -987,3 +987,67 @@ fn the_map_of_two_tebibytes_takes_a_moment_and_little_memory() {
     // In less than 2 s and 100 MiB when this program is optimised and alone.
     assert!(elapsed < Duration::from_secs(20) && memory < 100 * MIB, "{elapsed:?}, {memory}");
 }
+
+/// What was grown, shrunk and converted has a history that none of those of `mke2fs` has.
+#[test]
+fn the_map_is_that_of_dumpe2fs_after_resizes_and_conversions() {
+    require_root!();
+    let dir = directory();
+    let (image, path) = (dir.path().join("image"), dir.path().join("mnt"));
+    let node = image.to_str().unwrap();
+    let e2fsck = || {
+        // It ends with 1 where there was something to do, as there is after some conversions.
+        let status = Command::new("e2fsck").args(["-fyD", node]).output().unwrap().status;
+        assert!(matches!(status.code(), Some(0 | 1)), "{status}");
+    };
+    let fill = || {
+        let disk = Loop::attach(&image, 512);
+        let mount = Mount::new(disk.node(), &path);
+        fragment(&path);
+        // Its names are free for the next time.
+        fs::rename(path.join("d"), path.join(format!("d{}", fs::read_dir(&path).unwrap().count()))).unwrap();
+        drop(mount);
+        wait_until_unmounted(disk.node());
+    };
+    let offline: &[(&str, u64, &[&[&str]])] = &[
+        ("-t ext4 -b 1024", 64, &[&["resize2fs", "IMG", "150M"], &["resize2fs", "-M", "IMG"]]),
+        ("-t ext3 -b 4096", 200, &[&["resize2fs", "IMG", "300M"], &["resize2fs", "IMG", "190M"]]),
+        ("-t ext4 -b 4096 -O ^64bit", 200, &[&["resize2fs", "-b", "IMG"], &["resize2fs", "-s", "IMG"]]),
+        ("-t ext4 -b 4096 -O sparse_super2,^resize_inode", 300, &[&["resize2fs", "IMG", "500M"]]),
+        (
+            "-t ext4 -b 4096 -O ^metadata_csum,uninit_bg",
+            200,
+            &[&["tune2fs", "-O", "metadata_csum", "IMG"], &["tune2fs", "-O", "^has_journal", "IMG"]],
+        ),
+        (
+            "-t ext2 -b 1024 -I 128",
+            60,
+            &[
+                &["tune2fs", "-j", "IMG"],
+                &["tune2fs", "-I", "256", "IMG"],
+                &["tune2fs", "-O", "extent,uninit_bg,flex_bg,dir_nlink", "IMG"],
+                &["tune2fs", "-O", "metadata_csum", "IMG"],
+                &["tune2fs", "-O", "metadata_csum_seed", "IMG"],
+                &["tune2fs", "-U", "random", "IMG"],
+            ],
+        ),
+    ];
+    for (args, size, steps) in offline {
+        sparse(&image, size * MIB);
+        mke2fs(&image, args);
+        fill();
+        for step in *steps {
+            e2fsck();
+            let file = OpenOptions::new().write(true).open(&image).unwrap();
+            file.set_len(600 * MIB).unwrap();
+            let words: Vec<&str> = step.iter().map(|word| if *word == "IMG" { node } else { word }).collect();
+            tool(words[0], &words[1..]);
+            e2fsck();
+            compare(&image, &format!("{args}, {step:?}"));
+            if !step.contains(&"-M") {
+                fill();
+                compare(&image, &format!("{args}, {step:?}, fragmented"));
+            }
+        }
+    }
+}

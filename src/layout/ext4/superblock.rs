@@ -403,3 +403,57 @@ impl Geometry {
         (u64::from(copy).saturating_add(u64::from(own)), 0)
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::arithmetic_side_effects)]
+mod tests {
+    use super::*;
+
+    /// Of 1 KiB blocks, and so of 16 descriptors in each; a file system that grew while it was mounted, beyond what was
+    /// kept for its descriptors, has the first block of them behind the superblock and the others in their own groups.
+    #[test]
+    fn descriptors_lie_behind_the_superblock_and_in_their_own_groups() {
+        let geometry = Geometry {
+            block_size: 1024,
+            blocks: 1 + 40 * 8192,
+            first_block: 1,
+            cluster: 1,
+            clusters_per_group: 8192,
+            blocks_per_group: 8192,
+            groups: 40,
+            inode_table: 100,
+            inode_size: 256,
+            inodes_per_group: 400,
+            descriptor: 64,
+            flexible: true,
+            first_meta: 1,
+            reserved: 7,
+            copies: Copies::Sparse,
+            checks: Checks::None,
+            id: [0; 16],
+        };
+        let start = |group: u64| 1 + group * 8192;
+        let places: Vec<u64> =
+            (0..geometry.descriptor_blocks()).map(|index| geometry.descriptor_block(index)).collect();
+        assert_eq!(places, [2, start(16), start(32)]);
+        let copies: Vec<u64> = (0..40).filter(|group| geometry.has_copy(*group)).collect();
+        assert_eq!(copies, [0, 1, 3, 5, 7, 9, 25, 27]);
+        for (group, expected) in
+            [(0, (2, 7)), (1, (2, 7)), (2, (0, 0)), (9, (2, 7)), (16, (1, 0)), (17, (1, 0)), (18, (0, 0))]
+        {
+            assert_eq!(geometry.beginning(group), expected, "{group}");
+        }
+        for (group, expected) in [(25, (1, 0)), (31, (1, 0)), (32, (1, 0)), (33, (1, 0)), (34, (0, 0))] {
+            assert_eq!(geometry.beginning(group), expected, "{group}");
+        }
+        // All of them in their own groups, and a superblock behind the boot sector in the first one.
+        let all = Geometry { first_meta: 0, copies: Copies::Two([1, 39]), ..geometry.clone() };
+        assert_eq!([0, 1, 2].map(|index| all.descriptor_block(index)), [2, start(16), start(32)]);
+        assert_eq!([0, 1, 2, 15, 39].map(|group| all.beginning(group).0), [2, 2, 0, 1, 1]);
+        let clusters = Geometry { first_block: 0, cluster: 8, blocks: 40 * 8192, ..all };
+        assert_eq!([0, 1].map(|index| clusters.descriptor_block(index)), [2, 16 * 8192]);
+        let none = Geometry { first_meta: u64::MAX, copies: Copies::All, ..geometry };
+        assert_eq!([0, 1, 2].map(|index| none.descriptor_block(index)), [2, 3, 4]);
+        assert_eq!(none.beginning(18), (4, 7));
+    }
+}

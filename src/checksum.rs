@@ -42,9 +42,25 @@ const CRC32: [u32; 256] = {
     table
 };
 
+/// The register of a CRC-16 (polynomial 0x8005, the lowest bit first) that stood at `register`, after `bytes`; nothing is
+/// inverted.
+pub fn crc16_raw(register: u16, bytes: &[u8]) -> u16 {
+    bytes.iter().fold(register, |register, byte| {
+        (0..8).fold(register ^ u16::from(*byte), |register, _| {
+            (register >> 1) ^ (0xa001 & (register & 1).wrapping_neg())
+        })
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn crc16_has_the_check_value_of_the_catalogues() {
+        // As CRC-16/MODBUS.
+        assert_eq!(crc16_raw(crc16_raw(!0, b"12345"), b"6789"), 0x4b37);
+    }
 
     #[test]
     fn agrees_with_the_vectors_of_rfc_3720() {

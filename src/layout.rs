@@ -18,6 +18,7 @@
     clippy::as_conversions
 )]
 
+pub mod ext4;
 pub mod fields;
 mod gpt;
 pub mod lvm;
@@ -152,7 +153,7 @@ struct Parser {
 }
 
 /// The file systems whose free space is known. The first that finds its own is believed.
-const PARSERS: &[Parser] = &[];
+const PARSERS: &[Parser] = &[Parser { kinds: &["ext2", "ext3", "ext4"], read: ext4::read }];
 
 #[cfg(test)]
 mod tests;

@@ -22,6 +22,7 @@ pub mod fields;
 pub mod ranges;
 pub mod signature;
 pub mod view;
+pub mod xfs;
 
 use serde::Serialize;
 

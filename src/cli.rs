@@ -5,6 +5,7 @@ mod discover_disks;
 mod enroll;
 mod export;
 mod failover;
+mod inspect;
 mod places;
 mod points;
 mod protect;
@@ -61,6 +62,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     DiscoverDisks(discover_disks::Args),
+    Inspect(inspect::Args),
     #[command(subcommand)]
     Protect(protect::Command),
     Token(token::Args),
@@ -79,6 +81,7 @@ pub fn run() -> ExitCode {
     let cli = Cli::parse();
     let result: Result<(), Failure> = match cli.command {
         Command::DiscoverDisks(args) => discover_disks::run(args),
+        Command::Inspect(args) => inspect::run(&args),
         Command::Protect(command) => protect::run(command),
         Command::Token(args) => token::run(args),
         Command::Enroll(args) => enroll::run(args),

@@ -4,7 +4,7 @@
 //! The one rule that everything here keeps: **a byte is free only where that is proven**. What is damaged, unknown or
 //! contradicts itself is used, all of it, and says why.
 //!
-//! A file system's parser is a function `read` from a [`view::View`] of the place where it may lie (a disk, a partition, a
+//! A file system's parser is a function `read` from a [`View`] of the place where it may lie (a disk, a partition, a
 //! logical volume: it cannot tell which) to a [`FileSystem`]:
 //! - `Ok(None)`: it is another file system's place, or nobody's;
 //! - `Ok(Some(_))`: it is this one's. Where it is known but its free space is not (an unknown feature, a journal that
@@ -19,8 +19,15 @@
 )]
 
 pub mod fields;
+mod gpt;
+pub mod lvm;
+mod map;
+mod mbr;
+mod named;
 pub mod ranges;
 pub mod signature;
+pub mod table;
+pub mod tree;
 pub mod view;
 pub mod xfs;
 
@@ -29,6 +36,7 @@ use serde::Serialize;
 use crate::error::IoError;
 use crate::units::ByteLen;
 use ranges::Ranges;
+use view::View;
 
 /// Why something on a disk cannot be read or followed.
 #[derive(Debug, thiserror::Error)]
@@ -136,3 +144,16 @@ pub enum Allocation {
         why: Error,
     },
 }
+
+/// What reads one kind of file system.
+struct Parser {
+    /// The signatures that announce it.
+    kinds: &'static [&'static str],
+    read: fn(&View<'_>) -> Result<Option<FileSystem>, Error>,
+}
+
+/// The file systems whose free space is known. The first that finds its own is believed.
+const PARSERS: &[Parser] = &[];
+
+#[cfg(test)]
+mod tests;

@@ -186,14 +186,24 @@ impl Usage {
 /// What is mounted on (or swaps on) the block device with this number, a disk or a partition: one fact a line,
 /// as `sda2 is mounted on /home`.
 pub fn mounted(sysroot: &Sysroot, devno: &str) -> Vec<String> {
-    let Ok(target) = std::fs::read_link(sysroot.path(format!("sys/dev/block/{devno}"))) else {
-        return Vec::new();
-    };
-    let Some(name) = target.file_name().and_then(|name| name.to_str()) else { return Vec::new() };
-    let mut found = Findings::default();
-    let dir = format!("sys/class/block/{name}");
-    Usage::read(sysroot, None).walk(sysroot, name, &dir, name, None, 0, &mut found);
+    let found = findings(sysroot, devno);
     if found.system { found.evidence } else { Vec::new() }
+}
+
+/// What is mounted on the block device with this number, and what else holds it (an array, a volume group, a multipath
+/// map): one fact a line.
+pub fn holders(sysroot: &Sysroot, devno: &str) -> Vec<String> {
+    findings(sysroot, devno).evidence
+}
+
+fn findings(sysroot: &Sysroot, devno: &str) -> Findings {
+    let mut found = Findings::default();
+    let target = std::fs::read_link(sysroot.path(format!("sys/dev/block/{devno}"))).ok();
+    if let Some(name) = target.as_ref().and_then(|target| target.file_name()?.to_str()) {
+        let dir = format!("sys/class/block/{name}");
+        Usage::read(sysroot, None).walk(sysroot, name, &dir, name, None, 0, &mut found);
+    }
+    found
 }
 
 /// How a holder is called, and what it is to the device it holds.

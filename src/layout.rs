@@ -29,7 +29,7 @@ pub mod signature;
 pub mod table;
 pub mod tree;
 pub mod view;
-pub mod xfs;
+mod xfs;
 
 use serde::Serialize;
 
@@ -153,7 +153,7 @@ struct Parser {
 }
 
 /// The file systems whose free space is known. The first that finds its own is believed.
-const PARSERS: &[Parser] = &[];
+const PARSERS: &[Parser] = &[Parser { kinds: &["xfs"], read: xfs::read }];
 
 #[cfg(test)]
 mod tests;

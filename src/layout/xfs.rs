@@ -4,9 +4,9 @@
 //! extents, one in the order of their beginnings and one in that of their lengths: what is in neither is used. A map is
 //! given where both are whole, hold the same extents, and agree with all that is counted elsewhere.
 //!
-//! All that goes for a log with nothing to replay. With something to replay the trees are those of an earlier time.
-//! Changes of allocation travel through the log as changed bytes of these very trees' blocks, in no order that would allow
-//! to tell which are the last ones without doing what the kernel does, and so such a file system is used, all of it.
+//! All that goes for a log with nothing to replay that would change the trees: with that they are those of an earlier time.
+//! To know those that a replay makes, one would have to do all of what the kernel does, and so such a file system is used, all
+//! of it.
 
 mod free;
 mod group;
@@ -20,51 +20,62 @@ use super::{Allocation, Error, FileSystem, State};
 use crate::checksum::crc32c_raw;
 use crate::units::ByteLen;
 use group::Group;
+use log::End;
 use superblock::Superblock;
 
 /// The XFS that begins at the beginning of `view`, if there is one. Copies of its superblock lie at places that only the first
 /// one tells, so they are not looked for.
 pub fn read(view: &View<'_>) -> Result<Option<FileSystem>, Error> {
     let Some(superblock) = Superblock::read(view)? else { return Ok(None) };
-    let log = log::head(view, &superblock);
+    let log = log::end(view, &superblock);
     let state = match &log {
         _ if superblock.needs_repair() => Some(State::Errors),
-        Ok(_) => Some(State::Clean),
-        // Whether it is clean cannot be seen from here.
+        Ok(end) if end.clean => Some(State::Clean),
+        // Whether there is anything in it cannot be seen from here.
         Err(Error::Io(_)) => None,
         Err(_) if superblock.log.is_none() => None,
-        Err(_) => Some(State::JournalToReplay),
+        _ => Some(State::JournalToReplay),
     };
+    let covered = matches!(&log, Ok(end) if !end.clean);
     let known = superblock.obstacle().map_or(Ok(()), Err).and(log);
-    let known = known.and_then(|head| used(view, &superblock, head));
-    let allocation = known.map_or_else(|why| Allocation::Whole { why }, |used| Allocation::Known(used.finish()));
+    let known = known.and_then(|end| used(view, &superblock, end));
+    let (allocation, free) = match known {
+        Ok((used, free)) => (Allocation::Known(used.finish()), free),
+        Err(why) => (Allocation::Whole { why }, superblock.free),
+    };
+    let notes = covered
+        .then_some("its log holds nothing but the superblock's counters, as while it is frozen or idle");
     Ok(Some(FileSystem {
         version: Some(superblock.version.to_string()),
         uuid: superblock.uuid(),
         label: superblock.label.clone(),
         block_size: Some(superblock.block),
-        free: superblock.free.checked_mul(superblock.block).map(ByteLen),
+        free: free.checked_mul(superblock.block).map(ByteLen),
         state,
         features: superblock.features(),
+        notes: notes.into_iter().map(str::to_owned).collect(),
         ..FileSystem::new("xfs", superblock.size(), allocation)
     }))
 }
 
-/// All of its used bytes; `head` is where its log ends.
-fn used(view: &View<'_>, superblock: &Superblock, head: Lsn) -> Result<Used, Error> {
-    if superblock.lsn.is_some_and(|lsn| !in_log(lsn, head)) {
+/// All of its used bytes, and how many blocks count as free.
+fn used(view: &View<'_>, superblock: &Superblock, end: End) -> Result<(Used, u64), Error> {
+    if superblock.lsn.is_some_and(|lsn| !in_log(lsn, end.head)) {
         return Err(superblock.corrupt("a superblock that is younger than the log", 240));
     }
     let mut used = Used::default();
     let mut free = 0u64;
     for index in 0..superblock.groups {
-        let group = Group::read(view, superblock, head, index)?;
+        let group = Group::read(view, superblock, end.head, index)?;
         free = free.saturating_add(group.free(&mut used)?);
     }
-    if free != superblock.free {
-        return Err(superblock.corrupt("a superblock whose count of free blocks is not that of its groups", 144));
+    // Until it is unmounted the superblock's own count is that of an earlier time.
+    if end.clean && free != superblock.free {
+        return Err(
+            superblock.corrupt("a superblock whose count of free blocks is not that of its groups", 144)
+        );
     }
-    Ok(used)
+    Ok((used, free))
 }
 
 /// The place of a record in the log: the cycle and the block of 512 bytes, as one number that grows.

@@ -119,7 +119,8 @@ impl<'a> Tree<'a> {
         if !(1..=MAX_LEVELS).contains(&levels) {
             return Err(group.corrupt("a tree of free extents with an impossible height"));
         }
-        let mut tree = Tree { group, order, upper: Vec::new(), leaves: vec![Child { block: root, first: None }] };
+        let mut tree =
+            Tree { group, order, upper: Vec::new(), leaves: vec![Child { block: root, first: None }] };
         for level in (1..levels).rev() {
             tree.descend(level)?;
         }

@@ -86,7 +86,8 @@ impl<'a> Group<'a> {
         }
         // Without their roots, the trees' blocks count as free, and those of the tree of owners like them.
         let owners = if self.superblock.has_rmap() { agf.be32(80)?.saturating_sub(1) } else { 0 };
-        let below = |tree: &Tree<'_>| u64::try_from(tree.blocks().count()).unwrap_or(u64::MAX).saturating_sub(1);
+        let below =
+            |tree: &Tree<'_>| u64::try_from(tree.blocks().count()).unwrap_or(u64::MAX).saturating_sub(1);
         let trees = below(&by_start).saturating_add(below(&by_length)).saturating_add(u64::from(owners));
         if self.superblock.has_lazy_counters() && u64::from(agf.be32(60)?) != trees {
             return Err(agf.corrupt("an AGF whose count of blocks in its trees is wrong", 60));
@@ -105,7 +106,8 @@ impl<'a> Group<'a> {
         if !(self.superblock.headers()..self.blocks()).contains(&block) {
             return Err(self.corrupt("a block of a tree that lies beyond its group"));
         }
-        let at = self.superblock.start_of(self.index).saturating_add(block.saturating_mul(self.superblock.block));
+        let at =
+            self.superblock.start_of(self.index).saturating_add(block.saturating_mul(self.superblock.block));
         self.view.read(at, self.superblock.block)
     }
 
@@ -177,7 +179,10 @@ impl<'a> Group<'a> {
             None => to.saturating_add(1).saturating_add(size.saturating_sub(from)),
         };
         if from >= size || to >= size || len != count {
-            return Err(agf.corrupt("an AGF whose list of blocks for its trees has other ends than its count says", 40));
+            return Err(agf.corrupt(
+                "an AGF whose list of blocks for its trees has other ends than its count says",
+                40,
+            ));
         }
         for entry in 0..count {
             let entry = from.saturating_add(entry);

@@ -8,6 +8,12 @@
 //! Whoever unmounts writes all that was logged to its place, and then a record that says just that. So there is nothing to
 //! replay where the record that ends at the head is such a one. Several records are on their way to the disk at once, and
 //! with the power they may stop in any order; so what lies around the head must be of its cycle and free of gaps.
+//!
+//! Whoever freezes (and whoever does nothing for a minute) writes all that was logged to its place as well, and then logs the
+//! superblock, so that a mount looks for what it has to clean up. The *tail*, before which all is in its place, is then such a
+//! record, and so are all behind it. A replay would change the superblock's counters and nothing else; see [`cover`].
+
+mod cover;
 
 use super::super::Error;
 use super::super::fields::{Block, Fields};
@@ -17,6 +23,8 @@ use super::{Lsn, checksum_holds};
 
 /// The size of the log's blocks.
 const BLOCK: u64 = 512;
+/// The same where memory is counted.
+const BLOCK_LEN: usize = 512;
 /// The magic of a record's header.
 const MAGIC: &[u8] = b"\xfe\xed\xba\xbe";
 /// What a record of eight buffers at most may be on its way to the disk, of 256 KiB each; and as much again for good measure.
@@ -25,17 +33,30 @@ const WINDOW: u64 = (4 << 20) / BLOCK;
 const MAX_RECORD: u64 = (256 << 10) / BLOCK;
 /// How many blocks' first words are in one header.
 const WORDS: u64 = 64;
+/// A covered log has two records behind its tail.
+const MAX_COVERS: u64 = 8;
 /// How much is read at once.
 const CHUNK: u64 = (1 << 20) / BLOCK;
 
-/// Where the log ends, if there is nothing in it to be replayed; and why it cannot be said, or what there is, if there may be.
-pub fn head(view: &View<'_>, superblock: &Superblock) -> Result<Lsn, Error> {
+/// Where a log ends in which nothing is to be replayed that changes what is free.
+#[derive(Clone, Copy, Debug)]
+pub struct End {
+    pub head: Lsn,
+    /// Whether nothing at all is to be replayed.
+    pub clean: bool,
+}
+
+/// The end of the log; or why it has none, or why what is to be replayed may change what is free.
+pub fn end(view: &View<'_>, superblock: &Superblock) -> Result<End, Error> {
     let log = Log::of(view, superblock)?;
     let head = log.head()?;
     log.around(head)?;
-    let record = log.record_before(head)?;
-    log.unmounted(&record)?;
-    Ok(head.lsn())
+    let last = log.record_before(head)?;
+    let clean = last.is_unmount()?;
+    if !clean {
+        log.only_covers(head, &last)?;
+    }
+    Ok(End { head: head.lsn(), clean })
 }
 
 struct Log<'a> {
@@ -57,6 +78,11 @@ struct Head {
 impl Head {
     fn lsn(self) -> Lsn {
         u64::from(self.cycle) << 32 | self.block
+    }
+
+    /// What a record that begins at a block says of its place.
+    fn lsn_of(self, block: u64) -> Lsn {
+        u64::from(self.cycle_of(block)) << 32 | block
     }
 
     /// The cycle of a block. There is one before the first one: zero, as in a log that was not written to its end yet.
@@ -150,14 +176,37 @@ impl<'a> Log<'a> {
             let first = before.checked_rem(self.blocks).unwrap_or(0);
             let block = self.view.read(self.at(first), BLOCK)?;
             if block.fields().has(0, MAGIC) {
-                return self.record(head, first, len)?.ok_or_else(lost);
+                return self.record_at(head, first)?.filter(|record| record.len() == len).ok_or_else(lost);
             }
         }
         Err(lost())
     }
 
-    /// The record whose header is this block, if it has this length.
-    fn record(&self, head: Head, first: u64, len: u64) -> Result<Option<Record>, Error> {
+    /// The record whose header is this block, if it is one.
+    fn record_at(&self, head: Head, first: u64) -> Result<Option<Record>, Error> {
+        let header = self.view.read(self.at(first), BLOCK)?;
+        let fields = header.fields();
+        if !fields.has(0, MAGIC) {
+            return Ok(None);
+        }
+        if fields.be64(16)? != head.lsn_of(first) {
+            return Err(fields.corrupt("a record of the log that belongs elsewhere", 16));
+        }
+        let version = fields.be32(8)?;
+        if version != if self.superblock.has_log_v2() { 2 } else { 1 } {
+            return Err(fields.corrupt("a record of the log of another version", 8));
+        }
+        if fields.array::<16>(304)? != self.superblock.own_uuid {
+            return Err(fields.corrupt("a record of another file system's log", 304));
+        }
+        // Larger records have several headers.
+        let size = u64::from(fields.be32(320)?);
+        let headers = if version == 2 { size.div_ceil(BLOCK.saturating_mul(WORDS)).max(1) } else { 1 };
+        let body = u64::from(fields.be32(12)?);
+        let len = headers.saturating_add(body / BLOCK);
+        if body == 0 || !body.is_multiple_of(BLOCK) || len > MAX_RECORD.min(self.blocks) {
+            return Err(fields.corrupt("a record of the log with an impossible length", 12));
+        }
         let mut bytes = Vec::new();
         let straight = len.min(self.blocks.saturating_sub(first));
         for (from, count) in [(first, straight), (0, len.saturating_sub(straight))] {
@@ -165,48 +214,70 @@ impl<'a> Log<'a> {
                 bytes.extend_from_slice(self.view.read(self.at(from), count.saturating_mul(BLOCK))?.bytes());
             }
         }
-        let bytes = Block::new(bytes, self.at(first));
-        let fields = bytes.fields();
-        if fields.be64(16)? != u64::from(head.cycle_of(first)) << 32 | first {
-            return Err(fields.corrupt("a record of the log that belongs elsewhere", 16));
-        }
-        let version = fields.be32(8)?;
-        if version != if self.superblock.has_log_v2() { 2 } else { 1 } {
-            return Err(fields.corrupt("a record of the log of another version", 8));
-        }
-        // Larger records have several headers.
-        let size = u64::from(fields.be32(320)?);
-        let headers = if version == 2 { size.div_ceil(BLOCK.saturating_mul(WORDS)).max(1) } else { 1 };
-        let body = u64::from(fields.be32(12)?);
-        if body == 0 || headers.saturating_add(body.div_ceil(BLOCK)) != len || body % BLOCK != 0 {
-            return Ok(None);
-        }
-        if fields.array::<16>(304)? != self.superblock.own_uuid {
-            return Err(fields.corrupt("a record of another file system's log", 304));
-        }
-        Ok(Some(Record { bytes, headers }))
-    }
-
-    /// That a record says that all before it is in its place.
-    fn unmounted(&self, record: &Record) -> Result<(), Error> {
-        let fields = record.bytes.fields();
-        let body_at = record.headers.saturating_mul(BLOCK);
-        // Of its one operation: the length of what it brings, from whom, and what it is for.
-        let operation = fields.part(body_at, BLOCK)?;
-        let is_unmount = fields.be32(40)? == 1
-            && operation.be32(4)? == 8
-            && operation.u8(8)? == 0xaa
-            && operation.u8(9)? == 0x20
-            && (operation.has(12, b"Un") || operation.has(12, b"nU"));
-        if !is_unmount {
-            return Err(Error::unsupported("a log with changes that are to be replayed"));
-        }
+        let record = Record { bytes: Block::new(bytes, self.at(first)), headers };
         // The tools write one without a checksum into a log that they empty, as its first record and of their own make.
-        let made_empty = fields.be32(32)? == 0 && fields.be64(16)? & 0xffff_ffff == 0;
-        if !made_empty && self.superblock.is_v5() && !sound(record)? {
+        let made_empty = fields.be32(32)? == 0 && first == 0 && record.is_unmount()?;
+        if !made_empty && self.superblock.is_v5() && !sound(&record)? {
             return Err(fields.corrupt("a record of the log whose checksum does not hold", 32));
         }
-        Ok(())
+        Ok(Some(record))
+    }
+
+    /// That all records from the tail that the last one gives to the head only cover the log.
+    fn only_covers(&self, head: Head, last: &Record) -> Result<(), Error> {
+        let replay = || Error::unsupported("a log with changes that are to be replayed");
+        let end = head.block;
+        let tail = last.bytes.fields().be64(24)?;
+        let mut first = tail & 0xffff_ffff;
+        // It must lie in the present round, or in the one before.
+        if first >= self.blocks || tail != head.lsn_of(first) {
+            return Err(replay());
+        }
+        for _ in 0..MAX_COVERS {
+            let Some(record) = self.record_at(head, first)? else { return Err(replay()) };
+            let count = u64::from(record.bytes.fields().be32(40)?);
+            if !cover::is_cover(&record.operations()?, count, self.view, self.superblock)? {
+                return Err(replay());
+            }
+            first = first.saturating_add(record.len());
+            if first == end || first.checked_sub(self.blocks) == Some(end) {
+                return Ok(());
+            }
+            first = first.checked_rem(self.blocks).unwrap_or(0);
+        }
+        Err(replay())
+    }
+}
+
+impl Record {
+    /// How many blocks it takes.
+    fn len(&self) -> u64 {
+        u64::try_from(self.bytes.bytes().len()).unwrap_or(u64::MAX) / BLOCK
+    }
+
+    /// Whether it says that all before it is in its place.
+    fn is_unmount(&self) -> Result<bool, Error> {
+        let fields = self.bytes.fields();
+        // Of its one operation: the length of what it brings (newer kernels do not count that), from whom, and what it is for.
+        let operation = fields.part(self.headers.saturating_mul(BLOCK), BLOCK)?;
+        Ok(fields.be32(40)? == 1
+            && matches!(operation.be32(4)?, 0 | 8)
+            && operation.u8(8)? == 0xaa
+            && operation.u8(9)? == 0x20
+            && (operation.has(12, b"Un") || operation.has(12, b"nU")))
+    }
+
+    /// What is behind the headers, with the bytes that belong there where the cycles are; of records that are small.
+    fn operations(&self) -> Result<Block, Error> {
+        let fields = self.bytes.fields();
+        let at = self.headers.saturating_mul(BLOCK);
+        let len = self.len().saturating_sub(self.headers).min(WORDS);
+        let mut bytes = fields.bytes(at, len.saturating_mul(BLOCK))?.to_vec();
+        for (block, bytes) in bytes.chunks_mut(BLOCK_LEN).enumerate() {
+            let word = 44u64.saturating_add(u64::try_from(block).unwrap_or(u64::MAX).saturating_mul(4));
+            bytes.iter_mut().zip(fields.bytes(word, 4)?).for_each(|(byte, own)| *byte = *own);
+        }
+        Ok(Block::new(bytes, fields.at().saturating_add(at)))
     }
 }
 

@@ -78,7 +78,6 @@ pub struct Superblock {
     incompatible: u32,
     realtime: bool,
     unfinished: bool,
-    fits: bool,
 }
 
 impl Superblock {
@@ -97,11 +96,10 @@ impl Superblock {
             return Err(head.fields().corrupt("a superblock with an impossible size of sectors", 102));
         }
         let block: Block = view.read(0, sector)?;
-        Superblock::parse(block.fields(), view.size()).map(Some)
+        Superblock::parse(block.fields()).map(Some)
     }
 
-    /// What it says; `size` is that of the place.
-    fn parse(fields: Fields<'_>, size: u64) -> Result<Superblock, Error> {
+    fn parse(fields: Fields<'_>) -> Result<Superblock, Error> {
         let bits = fields.be16(100)?;
         let version = bits & VERSION;
         let v5 = version == 5;
@@ -109,7 +107,10 @@ impl Superblock {
             return Err(fields.corrupt("a superblock whose checksum does not hold", 224));
         }
         let block = u64::from(fields.be32(4)?);
-        if !(512..=65536).contains(&block) || !block.is_power_of_two() || block.ilog2() != u32::from(fields.u8(120)?) {
+        if !(512..=65536).contains(&block)
+            || !block.is_power_of_two()
+            || block.ilog2() != u32::from(fields.u8(120)?)
+        {
             return Err(fields.corrupt("a superblock with an impossible size of blocks", 4));
         }
         let sector = u64::from(fields.be16(102)?);
@@ -154,7 +155,6 @@ impl Superblock {
             incompatible,
             realtime: fields.be64(16)? != 0,
             unfinished: fields.u8(126)? != 0,
-            fits: bytes.is_some_and(|bytes| bytes <= size),
         };
         Ok(Superblock { log: found.place_of_log(fields, log)?, ..found })
     }
@@ -270,14 +270,18 @@ impl Superblock {
         let torn = self.is_v5() != (self.second & CHECKSUMS != 0);
         match self.version {
             4 | 5 if torn => {
-                Some(self.corrupt("a superblock whose version and feature of checksums contradict each other", 100))
+                Some(self.corrupt(
+                    "a superblock whose version and feature of checksums contradict each other",
+                    100,
+                ))
             }
             4 | 5 => match unknown {
                 Some((bits, what)) => Some(Error::unsupported(format!("the {what} {bits:#x}"))),
-                None if self.needs_repair() => Some(Error::unsupported("a file system that is to be repaired first")),
+                None if self.needs_repair() => {
+                    Some(Error::unsupported("a file system that is to be repaired first"))
+                }
                 None if self.unfinished => Some(Error::unsupported("a file system that is still being made")),
                 None if self.realtime => Some(Error::unsupported("a file system with a real-time device")),
-                None if !self.fits => Some(self.corrupt("a file system that is larger than its place", 8)),
                 None => None,
             },
             other => Some(Error::unsupported(format!("the version {other}"))),
@@ -302,7 +306,9 @@ impl Superblock {
         let log = copy.be64(48)?;
         let log = if log == 0 { None } else { self.split(log) };
         let same = same && log == self.log.map(|(group, block, _)| (group, block));
-        match same && self.log.is_none_or(|(_, _, len)| copy.be32(96).is_ok_and(|copy| u64::from(copy) == len)) {
+        match same
+            && self.log.is_none_or(|(_, _, len)| copy.be32(96).is_ok_and(|copy| u64::from(copy) == len))
+        {
             true => Ok(()),
             false => Err(copy.corrupt("a copy of the superblock that contradicts it", 0)),
         }

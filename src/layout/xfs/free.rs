@@ -19,7 +19,7 @@ const MAX_LEVELS: u64 = 9;
 /// The most blocks of one level: with blocks of 4 KiB enough for a billion extents.
 const MAX_BLOCKS: usize = 1 << 21;
 
-const STAMP: Stamp = Stamp { checksum: 52, uuid: 32, lsn: 24 };
+pub(super) const STAMP: Stamp = Stamp { checksum: 52, uuid: 32, lsn: 24 };
 
 /// A free extent, in blocks of the group.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -48,7 +48,7 @@ pub enum Order {
 }
 
 impl Order {
-    fn magic(self, v5: bool) -> &'static [u8] {
+    pub(super) fn magic(self, v5: bool) -> &'static [u8] {
         match (self, v5) {
             (Order::Start, false) => b"ABTB",
             (Order::Start, true) => b"AB3B",
@@ -119,6 +119,7 @@ impl<'a> Tree<'a> {
         if !(1..=MAX_LEVELS).contains(&levels) {
             return Err(group.corrupt("a tree of free extents with an impossible height"));
         }
+        group.has(root)?;
         let mut tree =
             Tree { group, order, upper: Vec::new(), leaves: vec![Child { block: root, first: None }] };
         for level in (1..levels).rev() {
@@ -143,7 +144,9 @@ impl<'a> Tree<'a> {
                 let record = Record::parse(fields, at)?;
                 self.ascends(fields, at, record, child.first.filter(|_| entry == 0), &mut last)?;
                 let at = first.saturating_add(most.saturating_mul(8)).saturating_add(entry.saturating_mul(4));
-                below.push(Child { block: fields.be32(at)?, first: Some(record) });
+                let block = fields.be32(at)?;
+                self.group.has(block)?;
+                below.push(Child { block, first: Some(record) });
             }
             if below.len() > MAX_BLOCKS {
                 return Err(Error::unsupported("a tree of so many free extents"));

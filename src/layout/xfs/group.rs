@@ -12,9 +12,9 @@ use super::superblock::Superblock;
 use super::{Lsn, Stamp};
 use crate::units::Extent;
 
-const AGF: Stamp = Stamp { checksum: 216, uuid: 64, lsn: 208 };
-const AGI: Stamp = Stamp { checksum: 312, uuid: 296, lsn: 320 };
-const AGFL: Stamp = Stamp { checksum: 32, uuid: 8, lsn: 24 };
+pub(super) const AGF: Stamp = Stamp { checksum: 216, uuid: 64, lsn: 208 };
+pub(super) const AGI: Stamp = Stamp { checksum: 312, uuid: 296, lsn: 320 };
+pub(super) const AGFL: Stamp = Stamp { checksum: 32, uuid: 8, lsn: 24 };
 
 /// A group whose headers are sound.
 pub struct Group<'a> {
@@ -100,14 +100,18 @@ impl<'a> Group<'a> {
         self.superblock.blocks_of(self.index)
     }
 
-    /// Reads a block of it.
-    pub fn block(&self, block: u32) -> Result<Block, Error> {
-        let block = u64::from(block);
-        if !(self.superblock.headers()..self.blocks()).contains(&block) {
-            return Err(self.corrupt("a block of a tree that lies beyond its group"));
+    /// That a block is one of those behind its headers.
+    pub fn has(&self, block: u32) -> Result<(), Error> {
+        match (self.superblock.headers()..self.blocks()).contains(&u64::from(block)) {
+            true => Ok(()),
+            false => Err(self.corrupt("a block of a tree that lies beyond its group")),
         }
-        let at =
-            self.superblock.start_of(self.index).saturating_add(block.saturating_mul(self.superblock.block));
+    }
+
+    /// Reads a block that it has.
+    pub fn block(&self, block: u32) -> Result<Block, Error> {
+        let block = u64::from(block).saturating_mul(self.superblock.block);
+        let at = self.superblock.start_of(self.index).saturating_add(block);
         self.view.read(at, self.superblock.block)
     }
 
@@ -124,7 +128,8 @@ impl<'a> Group<'a> {
     /// What AGF and AGI have in common.
     fn header(&self, fields: Fields<'_>, magic: &[u8], stamp: &Stamp) -> Result<(), Error> {
         if !fields.has(0, magic) || fields.be32(4)? != 1 {
-            return Err(fields.corrupt("a group without its header", 0));
+            let what = if magic == b"XAGF" { "a group without its AGF" } else { "a group without its AGI" };
+            return Err(fields.corrupt(what, 0));
         }
         stamp.check(self.superblock, self.head, fields)?;
         if u64::from(fields.be32(8)?) != self.index {

@@ -73,6 +73,8 @@ struct Log<'a> {
 struct Head {
     block: u64,
     cycle: u32,
+    /// Where a gap without a cycle ends that the head is followed by; the head itself, but in a log that was emptied.
+    gap: u64,
 }
 
 impl Head {
@@ -87,7 +89,11 @@ impl Head {
 
     /// The cycle of a block. There is one before the first one: zero, as in a log that was not written to its end yet.
     fn cycle_of(self, block: u64) -> u32 {
-        if block < self.block { self.cycle } else { self.cycle.saturating_sub(1) }
+        match block {
+            _ if block < self.block => self.cycle,
+            _ if block < self.gap => 0,
+            _ => self.cycle.saturating_sub(1),
+        }
     }
 }
 
@@ -129,10 +135,13 @@ impl<'a> Log<'a> {
             return Err(self.corrupt("a log that was never written", 0));
         }
         if first == last {
-            return Ok(Head { block: self.blocks, cycle: first });
+            return Ok(Head { block: self.blocks, cycle: first, gap: self.blocks });
         }
         if first.checked_sub(1) != Some(last) {
             return Err(self.corrupt("a log with a gap in its cycles", high));
+        }
+        if let Some(head) = self.emptied(first)? {
+            return Ok(head);
         }
         // The first is of this cycle and the last of the one before, and somewhere between one follows on the other.
         while high.saturating_sub(low) > 1 {
@@ -143,7 +152,20 @@ impl<'a> Log<'a> {
                 _ => return Err(self.corrupt("a log with a gap in its cycles", middle)),
             }
         }
-        Ok(Head { block: high, cycle: first })
+        Ok(Head { block: high, cycle: first, gap: high })
+    }
+
+    /// The head of a log that the tools have emptied: one record of their make at its beginning, the rest of a record's greatest
+    /// length without a cycle, and from there on records of the cycle before.
+    fn emptied(&self, cycle: u32) -> Result<Option<Head>, Error> {
+        let first = Head { block: 1, cycle, gap: 1 };
+        let behind = match self.record_at(first, 0) {
+            Ok(Some(record)) if record.made_empty()? => record.len(),
+            Err(Error::Io(error)) => return Err(error.into()),
+            _ => return Ok(None),
+        };
+        let head = Head { block: behind, cycle, gap: MAX_RECORD };
+        Ok((behind < MAX_RECORD && MAX_RECORD < self.blocks && self.cycle(behind)? == 0).then_some(head))
     }
 
     /// That the blocks on either side of the head are of the cycles that its place says, and so it is the only such place.
@@ -215,8 +237,7 @@ impl<'a> Log<'a> {
             }
         }
         let record = Record { bytes: Block::new(bytes, self.at(first)), headers };
-        // The tools write one without a checksum into a log that they empty, as its first record and of their own make.
-        let made_empty = fields.be32(32)? == 0 && first == 0 && record.is_unmount()?;
+        let made_empty = first == 0 && record.made_empty()?;
         if !made_empty && self.superblock.is_v5() && !sound(&record)? {
             return Err(fields.corrupt("a record of the log whose checksum does not hold", 32));
         }
@@ -253,6 +274,12 @@ impl Record {
     /// How many blocks it takes.
     fn len(&self) -> u64 {
         u64::try_from(self.bytes.bytes().len()).unwrap_or(u64::MAX) / BLOCK
+    }
+
+    /// Whether it is one that the tools write at the beginning of a log that they empty, and without a checksum.
+    fn made_empty(&self) -> Result<bool, Error> {
+        let fields = self.bytes.fields();
+        Ok(fields.be32(32)? == 0 && fields.be32(36)? == u32::MAX && self.is_unmount()?)
     }
 
     /// Whether it says that all before it is in its place.

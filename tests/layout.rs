@@ -732,6 +732,24 @@ fn what_is_no_disk_is_an_error_and_an_empty_one_is_not() {
 }
 
 #[test]
+fn what_holds_a_disk_is_said() {
+    require_root!();
+    let dir = directory();
+    let disk = Loop::create(&dir.path().join("disk.img"), 64 * MIB);
+    sh(&format!("mkfs.ext4 -q {}", disk.node().display()));
+    let at = dir.path().join("mounted");
+    let mount = support::Mount::new(disk.node(), &at);
+    let expected = format!("is mounted on {}", at.display());
+    for path in [disk.node(), disk.backing()] {
+        let notes = inspect(&[path])["disks"][0]["notes"].clone();
+        assert!(notes[0].as_str().unwrap().contains(&expected), "{notes}");
+        assert!(run(&["inspect", path.to_str().unwrap()]).ok().stdout.contains(&expected));
+    }
+    drop(mount);
+    assert_eq!(inspect(&[disk.node()])["disks"][0]["notes"], Value::Array(Vec::new()));
+}
+
+#[test]
 fn a_disk_of_two_terabytes_takes_less_than_a_second() {
     require_root!();
     if !(has("lvm") && has("sfdisk")) {

@@ -125,7 +125,7 @@ fn partitions<'a>(table: &'a Table, places: &'a [Place]) -> Vec<(&'a Partition, 
 /// The name of the group that a physical volume belongs to.
 fn group_of(layout: &Layout, index: usize) -> Option<&str> {
     let groups = layout.groups.iter().map(|group| &group.group);
-    let mut groups = groups.filter(|group| group.members.iter().any(|member| member.found == Some(index)));
+    let mut groups = groups.filter(|group| group.claims.contains(&index));
     groups.next().map(|group| group.name.as_str())
 }
 

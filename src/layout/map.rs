@@ -52,12 +52,15 @@ impl Layout {
     }
 
     fn physical_volume(&self, place: &Place, index: usize, used: &mut Used) {
-        let group = self.groups.iter().find_map(|group| {
-            let member = group.group.members.iter().position(|member| member.found == Some(index))?;
-            Some((group, member))
+        let mut groups = self.groups.iter().filter(|group| group.group.claims.contains(&index));
+        // Where two groups claim it, one of them is of another time.
+        let group = groups.next().filter(|group| group.group.flaw.is_none() && groups.next().is_none());
+        let member = group.and_then(|group| {
+            let members = &group.group.members;
+            Some((group, members.iter().position(|member| member.found == Some(index))?))
         });
-        match (group, self.physical.get(index)) {
-            (Some((group, member)), Some(volume)) if group.group.flaw.is_none() => {
+        match (member, self.physical.get(index)) {
+            (Some((group, member)), Some(volume)) => {
                 outside(&group.group, member, volume, place.size)
                     .iter()
                     .for_each(|range| add(used, place.at, *range));

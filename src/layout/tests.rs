@@ -13,7 +13,7 @@ use super::lvm::{self, group::Group};
 use super::ranges::{Ranges, between};
 use super::table::Table;
 use super::tree::{Content, Disk, Layout, Place, read};
-use super::{Allocation, Error};
+use super::{Allocation, Error, FileSystem};
 use crate::checksum::crc32;
 use crate::error::IoError;
 use crate::storage::ReadAt;
@@ -401,6 +401,8 @@ fn a_disk_that_grew_keeps_its_backup_where_its_end_was() {
 
 const UUIDS: [&str; 2] = ["aaaaaabbbbccccddddeeeeffffgggggg", "hhhhhhiiiijjjjkkkkllllmmmmnnnnnn"];
 
+const THIRD: &str = "oooooopppp0000111122223333444444";
+
 fn dashed(uuid: &str) -> String {
     [0..6, 6..10, 10..14, 14..18, 18..22, 22..26, 26..32].map(|range| &uuid[range]).join("-")
 }
@@ -681,6 +683,65 @@ fn members_that_do_not_agree_are_used() {
     for layout in [&layout, &layout_of(&[physical(0, &old, 512), physical(1, &new, 512)])] {
         assert!((0..2).all(|disk| layout.used(disk).unwrap().count() == 1));
     }
+}
+
+#[test]
+fn a_physical_volume_without_metadata_is_known_by_the_others() {
+    let text = text(1, &volume("root", &linear(1, 0, 2, "pv1", 3)));
+    let [first, mut second] = both(&text);
+    second.put(AREA + 60, &[1]);
+    seal_physical(&mut second);
+    let layout = layout_of(&[first, second.clone()]);
+    assert!(layout.physical[1].text.is_none());
+    let end = (15 * MIB + MIB / 2, 16 * MIB + MIB / 2);
+    assert_eq!(layout.used(1).unwrap(), ranges(&[(0, MIB), (4 * MIB, 6 * MIB), end]));
+    // Two groups that both say it is theirs.
+    let other = text.replace("the-id", "another").replace(&dashed(UUIDS[0]), &dashed(THIRD));
+    let mut third = physical(0, &other, 512);
+    third.put(544, THIRD.as_bytes());
+    seal_physical(&mut third);
+    let layout = layout_of(&[physical(0, &text, 512), second.clone(), third.clone()]);
+    assert!(layout.groups.len() == 2 && layout.groups.iter().all(|group| group.group.flaw.is_none()));
+    assert_eq!([0, 1, 2].map(|disk| layout.used(disk).unwrap().count()), [2, 1, 2]);
+    // That one of them is damaged does not make the other one's claim a better one.
+    let broken = physical(0, &text.replace("pe_count = 15", "pe_count = 0"), 512);
+    let layout = layout_of(&[broken, second, third]);
+    assert_eq!([0, 1, 2].map(|disk| layout.used(disk).unwrap().count()), [1, 1, 2]);
+}
+
+/// Free blocks of a file system, through a volume that lies on two disks in two ways.
+#[test]
+fn what_a_file_system_proves_free_is_free_where_it_lies() {
+    let striped = "segment2 { start_extent = 2 extent_count = 4 type = \"striped\" stripe_count = 2 stripe_size = 64 \
+        stripes = [\"pv0\", 9, \"pv1\", 2] }";
+    let text = text(1, &volume("root", &(linear(1, 0, 2, "pv1", 10) + striped)));
+    let mut layout = layout_of(&both(&text));
+    // Of 6 MiB, of which the file system has 5.5 MiB.
+    let used = ranges(&[(100 << 10, 164 << 10), (2 * MIB - 4096, 2 * MIB + 40_000), (3 * MIB, 5 * MIB)]);
+    let size = 5 * MIB + MIB / 2;
+    let found = FileSystem::new("ext4", size, Allocation::Known(used.clone()));
+    layout.groups[0].contents[0] = Some(Content::FileSystem(found));
+    let root = layout.groups[0].group.volumes[0].clone();
+    let mut expected = [0, 1].map(|_| ranges(&[(0, MIB), (15 * MIB + MIB / 2, 16 * MIB + MIB / 2)]));
+    // The boot sectors, and what lies behind the file system's end.
+    for range in used.union(&ranges(&[(0, 64 << 10), (size, 6 * MIB)])).iter() {
+        for at in (range.offset()..range.end()).step_by(64) {
+            let segment = root.segments.iter().find(|segment| at < segment.extent.end()).unwrap();
+            let within = at - segment.extent.offset();
+            let (area, offset, len) = segment.stripes.as_ref().unwrap().locate(within).unwrap();
+            assert!(len >= 64);
+            let from = area.extent.offset() + offset;
+            expected[area.member].insert(between(from, from + 64).unwrap());
+        }
+    }
+    assert_eq!([0, 1].map(|disk| layout.used(disk).unwrap()), expected);
+    assert!(expected[0].count() > 2 && expected[1].count() > 3);
+    // And right on a disk.
+    let found = FileSystem::new("ext4", size, Allocation::Known(used));
+    layout.disks[0] = Place { at: 0, size: 16 * MIB, content: Content::FileSystem(found) };
+    let expected =
+        ranges(&[(0, MIB), (2 * MIB - 4096, 2 * MIB + 40_000), (3 * MIB, 5 * MIB), (size, 16 * MIB)]);
+    assert_eq!(layout.used(0).unwrap(), expected);
 }
 
 /// Whatever another volume refers to is read by somebody else, who may need what its file system calls free.

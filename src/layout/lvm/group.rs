@@ -24,6 +24,8 @@ pub struct Group {
     pub extent_size: u64,
     /// Its physical volumes.
     pub members: Vec<Member>,
+    /// Which of the physical volumes that were found it says are its own, whatever else is wrong with it.
+    pub claims: Vec<usize>,
     /// Its logical volumes, the hidden ones too.
     pub volumes: Vec<Volume>,
     /// Why nothing that it says of free space can be trusted.
@@ -164,7 +166,12 @@ pub fn own_group(volume: &PhysicalVolume) -> Option<(&str, &Section)> {
 }
 
 fn group(name: &str, uuid: &str, section: &Section, found: &[PhysicalVolume]) -> Group {
+    let named: BTreeSet<&str> =
+        section.section("physical_volumes").into_iter().flat_map(Section::texts).collect();
+    let claimed =
+        |(index, volume): (usize, &PhysicalVolume)| named.contains(volume.uuid.as_str()).then_some(index);
     let mut group = Group {
+        claims: found.iter().enumerate().filter_map(claimed).collect(),
         name: name.to_owned(),
         uuid: uuid.to_owned(),
         seqno: section.number("seqno").unwrap_or(0),

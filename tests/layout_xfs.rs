@@ -7,6 +7,7 @@ use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use mt_agent::checksum::crc32c;
 use mt_agent::layout::ranges::{Ranges, between};
@@ -558,4 +559,83 @@ fn the_map_is_that_of_the_kernel() {
         assert!(of_kernel.count() > 500, "{rows}");
         assert_eq!(free(&found(&image)), of_kernel, "{flags}");
     }
+}
+
+/// Two TiB with some files in it, one of them full of holes; within the limits that a large allocation would break.
+#[test]
+fn a_large_one_is_read_in_a_moment_and_in_little_memory() {
+    require_root!();
+    if !has_tools() {
+        return;
+    }
+    let dir = directory();
+    let image = mkfs(dir.path(), 2 << 40, "-l size=100m");
+    mounted(&image, "defaults", |root| {
+        write_durably(root, 0);
+        let large = File::create(root.join("large")).unwrap();
+        fallocate(&large, FallocateFlags::empty(), 0, 1 << 40).unwrap();
+        let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        for hole in 0..20_000 {
+            fallocate(&large, punch, hole << 25, 1 << 20).unwrap();
+        }
+    });
+    agrees(&image);
+    assert!(free(&found(&image)).count() > 20_000);
+    let program = env!("CARGO_BIN_EXE_mt-agent");
+    let start = Instant::now();
+    let shown = sh(&format!("ulimit -v {}; {program} inspect {}", 100 << 10, image.display()));
+    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+    assert!(shown.contains("xfs") && shown.contains("proven free"), "{shown}");
+}
+
+/// Whatever becomes of its bytes, it is read in no time, and the map is the right one or none.
+#[test]
+fn a_damaged_one_has_the_right_map_or_none() {
+    require_root!();
+    if !has_tools() {
+        return;
+    }
+    let dir = directory();
+    let image = mkfs(dir.path(), 400 * MIB, "-b size=1024 -m rmapbt=1");
+    mounted(&image, "defaults", |root| populate(root, 1024, 2000));
+    let right = free(&found(&image));
+    let of_image = fs::metadata(&image).unwrap().len();
+    let superblock = sh(&format!("xfs_db -r -c 'sb 0' -c 'p agblocks agcount' {}", image.display()));
+    let (group, count) = (field(&superblock, "agblocks") * 1024, field(&superblock, "agcount"));
+    let file = OpenOptions::new().read(true).write(true).open(&image).unwrap();
+    let (mut none, mut same) = (0, 0);
+    let mut word = 88172645463325252u64;
+    let mut random = |below: u64| {
+        word ^= word << 13;
+        word ^= word >> 7;
+        word ^= word << 17;
+        word % below
+    };
+    for round in 0..400 {
+        // In a group's headers, near them, where most of its trees are, or anywhere.
+        let at = match round % 4 {
+            0 => random(of_image - 8),
+            1 => random(count) * group + random(24 << 10),
+            _ => random(count) * group + random(2048),
+        };
+        let (mut kept, len) = ([0; 8], 1 + random(8) as usize);
+        file.read_exact_at(&mut kept, at).unwrap();
+        let mut changed = kept;
+        changed[..len].iter_mut().for_each(|byte| *byte = random(256) as u8);
+        file.write_all_at(&changed, at).unwrap();
+        let start = Instant::now();
+        let read_again = ReadFile::open(&image).unwrap();
+        let layout = read(&[Disk { reader: &read_again, sector: None }]);
+        assert!(start.elapsed() < Duration::from_secs(2));
+        match &layout.disks[0].content {
+            Content::FileSystem(found) if matches!(found.allocation, Allocation::Known(_)) => {
+                assert_eq!(free(found), right, "{changed:?} at {at}");
+                same += 1;
+            }
+            _ => none += 1,
+        }
+        file.write_all_at(&kept, at).unwrap();
+    }
+    assert!(none > 50 && same > 50, "{none} {same}");
+    assert_eq!(free(&found(&image)), right);
 }

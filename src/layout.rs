@@ -30,6 +30,7 @@ pub mod signature;
 pub mod table;
 pub mod tree;
 pub mod view;
+mod xfs;
 
 use serde::Serialize;
 
@@ -153,7 +154,10 @@ struct Parser {
 }
 
 /// The file systems whose free space is known. The first that finds its own is believed.
-const PARSERS: &[Parser] = &[Parser { kinds: &["ext2", "ext3", "ext4"], read: ext4::read }];
+const PARSERS: &[Parser] = &[
+    Parser { kinds: &["ext2", "ext3", "ext4"], read: ext4::read },
+    Parser { kinds: &["xfs"], read: xfs::read },
+];
 
 #[cfg(test)]
 mod tests;

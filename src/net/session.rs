@@ -5,6 +5,7 @@
 //! nothing is allocated before it is bounded, bytes with a bad checksum do not reach the volume, and a commit
 //! is answered after the volume's flush succeeded and the host's record of it is durable.
 
+mod coverage;
 mod digester;
 mod receiving;
 mod stage;
@@ -18,8 +19,9 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
 use tokio::time::timeout;
 
+use self::digester::Comparing;
 pub use self::digester::DEPTH as DIGEST_DEPTH;
-use self::receiving::{Comparing, Ended, Receiving, Report, protocol};
+use self::receiving::{Ended, Receiving, Report, protocol};
 pub use self::stage::Stage;
 use super::frame::{Encoding, Kind, MAX_DATA};
 use super::message::{self, Begin, Code, Commit, Enroll, EnrollReply, Hello, HelloReply, Open, OpenReply};

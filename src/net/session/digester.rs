@@ -9,11 +9,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread::JoinHandle;
 
-use tokio::sync::mpsc;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, WriteHalf};
+use tokio::sync::{Mutex, mpsc};
 
+use super::receiving::Report;
+use super::{Error, Reader};
 use crate::digest;
-use crate::error::IoError;
+use crate::error::{IoError, chain};
 use crate::net::frame::{Header, MAX_DATA};
+use crate::net::message::{self, Code};
+use crate::net::wire;
 use crate::storage::Storage;
 use crate::storage::ahead::{Ahead, CHUNK, Part};
 use crate::sys::aligned::Arena;
@@ -30,6 +35,18 @@ pub const MEMORY: usize = 4 << 20;
 
 /// How many requests are under way.
 pub const DEPTH: usize = 3;
+
+/// The comparing of the source with the volume.
+pub(super) enum Comparing {
+    /// Not begun: what it would take.
+    Possible {
+        reader: Reader,
+        output: mpsc::Sender<Output>,
+    },
+    Running(Digester),
+    /// Asked for, and it failed to start.
+    No,
+}
 
 /// A frame, or why there is none.
 pub(super) type Output = Result<(Header, Vec<u8>), IoError>;
@@ -183,6 +200,37 @@ impl Work {
         };
         self.output.blocking_send(Ok((header, payload))).map_err(|_| Stop::NobodyListens)
     }
+}
+
+/// The volume cannot be read for digests.
+pub(super) fn unreadable(error: &IoError) -> Error {
+    tracing::error!(error = chain(error), "the volume cannot be read for comparing");
+    message::Error::new(Code::Io, format!("the target disk cannot be read: {}", chain(error))).into()
+}
+
+/// Sends the digests that the digester's thread has for the client, until the session closes.
+pub(super) async fn send_digests<S: AsyncRead + AsyncWrite>(
+    report: &Report,
+    digests: &mut mpsc::Receiver<Output>,
+    writer: &Mutex<WriteHalf<S>>,
+) -> Result<(), Error> {
+    loop {
+        let output = tokio::select! {
+            biased;
+            () = report.ended.notified() => return Ok(()),
+            output = digests.recv() => output,
+        };
+        let Some(output) = output else { break };
+        let (header, payload) = output.map_err(|error| unreadable(&error))?;
+        let mut writer = writer.lock().await;
+        let failed = |source| wire::Error::Io { op: "write", source };
+        wire::write_header(&mut *writer, &header).await?;
+        writer.write_all(&payload).await.map_err(failed)?;
+        writer.flush().await.map_err(failed)?;
+        report.digested.fetch_add(1, Ordering::Release);
+    }
+    report.ended.notified().await;
+    Ok(())
 }
 
 // A chunk has at most as many digests of the smallest unit as fit a frame, and so has what may be refined.

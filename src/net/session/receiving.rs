@@ -1,6 +1,5 @@
 //! The receiving of a pass: what is accepted, what the volume's thread reports, and the commit.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -12,10 +11,11 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf, ReadHalf, WriteHa
 use tokio::sync::{Mutex, Notify, mpsc, oneshot, watch};
 use tokio::time::timeout;
 
-use super::digester::{self, Digester};
+use super::coverage::Coverage;
+use super::digester::{self, Comparing, Digester, send_digests, unreadable};
 use super::stage::{Stage, reached};
-use super::{Begun, CLOSING, Error, Passes, Patience, Reader, off_runtime, within};
-use crate::error::{IoError, chain};
+use super::{Begun, CLOSING, Error, Passes, Patience, off_runtime, within};
+use crate::error::IoError;
 use crate::net::compress;
 use crate::net::frame::{COST_UNIT, DIGEST_UNITS, Encoding, Header, Kind};
 use crate::net::message::{self, Begin, BeginReply, Code, Commit, Committed, Notice, OpenReply, PassKind};
@@ -73,9 +73,9 @@ pub(super) struct Report {
     /// Bytes that came from the peer.
     heard: AtomicU64,
     /// Frames of digests that went to it.
-    digested: AtomicU64,
+    pub(super) digested: AtomicU64,
     /// The session closes: no frame of digests is begun any more.
-    ended: Notify,
+    pub(super) ended: Notify,
     /// Progress to report, or `closing`.
     news: Notify,
     flushed: Notify,
@@ -168,18 +168,6 @@ pub(super) struct Receiving {
     pub(super) comparing: Comparing,
 }
 
-/// The comparing of the source with the volume.
-pub(super) enum Comparing {
-    /// Not begun: what it would take.
-    Possible {
-        reader: Reader,
-        output: mpsc::Sender<digester::Output>,
-    },
-    Running(Digester),
-    /// Asked for, and it failed to start.
-    No,
-}
-
 /// The pass that is being received.
 pub(super) struct Pass {
     id: PassId,
@@ -206,87 +194,8 @@ impl Pass {
     }
 }
 
-/// Which bytes of the volume a pass has dealt with.
-#[derive(Debug, Default)]
-struct Coverage {
-    /// Everything before this, but for what was refused and did not come again.
-    below: u64,
-    /// What was brought from there on: runs that do not touch, by their starts. A sender that goes through its disk in
-    /// order has one.
-    runs: BTreeMap<u64, u64>,
-    /// What was refused and did not come again, by where it starts.
-    refused: BTreeMap<u64, u64>,
-}
-
 /// How many frames of a pass may arrive damaged: more are no accident, and each leaves a line in the log.
 const MOST_DAMAGED: u32 = 64;
-
-/// How scattered the frames of a pass may be: bounds what is remembered of it.
-const MOST_RUNS: usize = 4096;
-
-impl Coverage {
-    fn overlaps(&self, extent: Extent) -> bool {
-        if self.refused_run(extent).is_some() {
-            return false;
-        }
-        extent.offset() < self.below
-            || self.runs.range(..extent.end()).next_back().is_some_and(|(_, end)| *end > extent.offset())
-    }
-
-    /// What was refused and holds the whole of the range.
-    fn refused_run(&self, extent: Extent) -> Option<(u64, u64)> {
-        let (start, end) = self.refused.range(..=extent.offset()).next_back()?;
-        (extent.end() <= *end).then_some((*start, *end))
-    }
-
-    /// A range that overlaps none was refused: it is to come again.
-    fn refuse(&mut self, extent: Extent) {
-        if self.refused_run(extent).is_none() {
-            self.refused.insert(extent.offset(), extent.end());
-        }
-    }
-
-    /// Adds a range that overlaps none.
-    fn add(&mut self, extent: Extent) -> Result<(), Error> {
-        let (mut start, mut end) = (extent.offset(), extent.end());
-        if let Some((from, to)) = self.refused_run(extent) {
-            self.refused.remove(&from);
-            self.refused.extend([(from, start), (end, to)].into_iter().filter(|(from, to)| from < to));
-        }
-        if start < self.below {
-            return Ok(());
-        }
-        if let Some((&before, &touching)) = self.runs.range(..start).next_back()
-            && touching == start
-        {
-            start = before;
-        }
-        if let Some(after) = self.runs.remove(&end) {
-            end = after;
-        }
-        self.runs.insert(start, end);
-        match self.runs.len() {
-            0..=MOST_RUNS => Ok(()),
-            _ => Err(protocol(format!("the pass jumps about: over {MOST_RUNS} separate ranges"))),
-        }
-    }
-
-    /// Everything before this is dealt with.
-    fn pass(&mut self, below: u64) {
-        self.below = below;
-        let mut later = self.runs.split_off(&below);
-        if let Some((_, end)) = self.runs.last_key_value().filter(|(_, end)| **end > below) {
-            later.insert(below, *end);
-        }
-        self.runs = later;
-    }
-
-    /// Whether every byte before `size` was dealt with.
-    fn is_whole(&self, size: u64) -> bool {
-        let reached = self.runs.get(&self.below).copied().unwrap_or(self.below);
-        reached >= size && self.refused.is_empty()
-    }
-}
 
 fn after_the_commit(header: Header) -> Error {
     protocol(format!("a {:?} frame came after the commit: a connection carries one pass", header.kind))
@@ -491,8 +400,8 @@ impl Receiving {
         let Some(pass) = &mut self.pass else {
             return Err(protocol("a Covered frame outside of a pass"));
         };
-        if bytes < pass.coverage.below || bytes > self.source_size {
-            let (before, size) = (pass.coverage.below, self.source_size);
+        if bytes < pass.coverage.below() || bytes > self.source_size {
+            let (before, size) = (pass.coverage.below(), self.source_size);
             return Err(protocol(format!("{bytes} bytes are covered, after {before}, of {size}")));
         }
         pass.coverage.pass(bytes);
@@ -606,8 +515,8 @@ impl Receiving {
             return Err(protocol(text));
         }
         pass.expect(sequence)?;
-        if let Some((from, to)) = pass.coverage.refused.first_key_value() {
-            return Err(protocol(format!("bytes {from}..{to} were refused and did not come again")));
+        if let Some(refused) = pass.coverage.first_refused() {
+            return Err(protocol(format!("{refused} were refused and did not come again")));
         }
         // An initial pass leaves nothing out: what it does not send it makes zero, or knows to be the same.
         let whole = match &self.comparing {
@@ -677,37 +586,6 @@ pub(super) fn lost() -> message::Error {
     message::Error::new(Code::Internal, "the record of passes was lost; see the agent's log")
 }
 
-/// The volume cannot be read for digests.
-fn unreadable(error: &IoError) -> Error {
-    tracing::error!(error = chain(error), "the volume cannot be read for comparing");
-    message::Error::new(Code::Io, format!("the target disk cannot be read: {}", chain(error))).into()
-}
-
-/// Sends the digests that the digester's thread has for the client, until the session closes.
-async fn send_digests<S: AsyncRead + AsyncWrite>(
-    report: &Report,
-    digests: &mut mpsc::Receiver<digester::Output>,
-    writer: &Mutex<WriteHalf<S>>,
-) -> Result<(), Error> {
-    loop {
-        let output = tokio::select! {
-            biased;
-            () = report.ended.notified() => return Ok(()),
-            output = digests.recv() => output,
-        };
-        let Some(output) = output else { break };
-        let (header, payload) = output.map_err(|error| unreadable(&error))?;
-        let mut writer = writer.lock().await;
-        let failed = |source| wire::Error::Io { op: "write", source };
-        wire::write_header(&mut *writer, &header).await?;
-        writer.write_all(&payload).await.map_err(failed)?;
-        writer.flush().await.map_err(failed)?;
-        report.digested.fetch_add(1, Ordering::Release);
-    }
-    report.ended.notified().await;
-    Ok(())
-}
-
 fn out_of_range(error: crate::volume::OutOfRange) -> Error {
     Error::Refused(message::Error::new(Code::OutOfRange, error.to_string()))
 }
@@ -748,38 +626,3 @@ async fn report_progress<S: AsyncRead + AsyncWrite>(
 
 // The window's smallest cost is that of an arena's page, so that a window of commands fits the arena.
 const _: () = assert!(COST_UNIT as usize == crate::sys::aligned::PAGE);
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    proptest! {
-        #[test]
-        fn coverage_equals_a_map_of_bytes(ranges in prop::collection::vec((0..200u64, 1..40u64), 1..60)) {
-            let mut coverage = Coverage::default();
-            let mut bytes = [false; 240];
-            for (offset, len) in ranges {
-                let range = offset as usize..(offset + len) as usize;
-                let extent = Extent::new(offset, len).unwrap();
-                let overlaps = bytes[range.clone()].contains(&true);
-                prop_assert_eq!(coverage.overlaps(extent), overlaps);
-                if !overlaps {
-                    bytes[range].fill(true);
-                    prop_assert!(coverage.add(extent).is_ok());
-                }
-                let runs = bytes.chunk_by(|a, b| a == b).filter(|run| run[0]).count();
-                prop_assert_eq!(coverage.runs.len(), runs);
-            }
-        }
-    }
-
-    #[test]
-    fn a_pass_that_jumps_about_is_bounded() {
-        let mut coverage = Coverage::default();
-        let mut add = |n: usize| coverage.add(Extent::new(2 * n as u64, 1).unwrap());
-        assert!((0..MOST_RUNS).all(|n| add(n).is_ok()));
-        assert!(add(MOST_RUNS).is_err());
-    }
-}

@@ -17,7 +17,7 @@
 //! lies in fixed places.
 
 use super::super::Error;
-use super::super::fields::Fields;
+use super::super::fields::{Block, Fields};
 use super::super::ranges::{Ranges, Used, between};
 use super::blocks::Blocks;
 use super::superblock::{Checks, Geometry};
@@ -56,8 +56,7 @@ pub fn map(blocks: &Blocks<'_, '_>, geometry: &Geometry) -> Result<Map, Error> {
     let mut used = Used::default();
     between(0, geometry.byte(geometry.first_block)).into_iter().for_each(|boot| used.add(boot));
     let mut free = 0u64;
-    // Neighbouring bitmaps: the first block, and their bytes.
-    let mut window = (0, None);
+    let mut window = Window { first: 0, read: Block::new(Vec::new(), 0) };
     for (index, group) in (0u64..).zip(&groups) {
         let clusters = geometry.len(index).div_ceil(geometry.cluster.max(1));
         let mut count = 0u64;
@@ -72,22 +71,8 @@ pub fn map(blocks: &Blocks<'_, '_>, geometry: &Geometry) -> Result<Map, Error> {
         if group.unwritten {
             own(group, index, geometry).iter().for_each(|range| add(range.offset(), range.end()));
         } else {
-            let (first, read) = &mut window;
-            let place = |first: u64| group.bitmap.checked_sub(first);
-            let known = read.as_ref().and_then(|read: &super::super::fields::Block| {
-                let at = place(*first)?.checked_mul(geometry.block_size)?;
-                read.fields().part(at, geometry.block_size).ok()
-            });
-            let bitmap = match known {
-                Some(bitmap) => bitmap,
-                None => {
-                    let rest = groups.get(usize::try_from(index).unwrap_or(usize::MAX)..).unwrap_or_default();
-                    *first = group.bitmap;
-                    let neighbours = neighbours(rest, WINDOW.checked_div(geometry.block_size).unwrap_or(1));
-                    let read = read.insert(blocks.read(group.bitmap, neighbours)?);
-                    read.fields().part(0, geometry.block_size)?
-                }
-            };
+            let rest = groups.get(usize::try_from(index).unwrap_or(usize::MAX)..).unwrap_or_default();
+            let bitmap = window.bitmap(blocks, group.bitmap, rest)?;
             verify(bitmap, group, geometry)?;
             runs(bitmap.all(), clusters, &mut add);
         }
@@ -195,12 +180,28 @@ impl Group {
     }
 }
 
-/// How many of these groups' bitmaps lie one behind the other, from the first on, and at most so many.
-fn neighbours(groups: &[Group], most: u64) -> u64 {
-    let first = groups.first().map_or(0, |group| group.bitmap);
-    let next =
-        groups.iter().zip(first..).take_while(|(group, block)| group.bitmap == *block && !group.unwritten);
-    u64::try_from(next.count()).unwrap_or(1).min(most).max(1)
+/// Neighbouring bitmaps, which are read together.
+struct Window {
+    first: u64,
+    read: Block,
+}
+
+impl Window {
+    /// The bitmap in this block; `groups` are the one that it is of and those behind that.
+    fn bitmap(&mut self, blocks: &Blocks<'_, '_>, block: u64, groups: &[Group]) -> Result<Fields<'_>, Error> {
+        let size = blocks.block_size;
+        let at = block.checked_sub(self.first).and_then(|at| at.checked_mul(size));
+        let end = at.and_then(|at| at.checked_add(size)).and_then(|end| usize::try_from(end).ok());
+        if end.is_none_or(|end| end > self.read.bytes().len()) {
+            let next = groups.iter().zip(block..);
+            let next = next.take_while(|(group, block)| group.bitmap == *block && !group.unwritten);
+            let most = WINDOW.checked_div(size).unwrap_or(1);
+            let count = u64::try_from(next.count()).unwrap_or(1).min(most).max(1);
+            (self.first, self.read) = (block, blocks.read(block, count)?);
+        }
+        let at = block.saturating_sub(self.first).saturating_mul(size);
+        self.read.fields().part(at, size)
+    }
 }
 
 /// That a bitmap's checksum holds, if it has one.

@@ -25,6 +25,7 @@ mod map;
 mod mbr;
 mod named;
 pub mod ranges;
+mod reiserfs;
 pub mod signature;
 pub mod table;
 pub mod tree;
@@ -152,7 +153,7 @@ struct Parser {
 }
 
 /// The file systems whose free space is known. The first that finds its own is believed.
-const PARSERS: &[Parser] = &[];
+const PARSERS: &[Parser] = &[Parser { kinds: &["reiserfs"], read: reiserfs::read }];
 
 #[cfg(test)]
 mod tests;

@@ -365,7 +365,8 @@ fn every_rule_has_its_error() {
         ),
         (
             |made| {
-                made.put(16, 0, &made.0[SUPERBLOCK..SUPERBLOCK + 204].to_vec());
+                let copy = made.0[SUPERBLOCK..SUPERBLOCK + 204].to_vec();
+                made.put(16, 0, &copy);
                 // Its journal would not reach as far as to the other one.
                 made.put32(16, 20, 64).put16(16, 74, 0);
             },
@@ -423,6 +424,8 @@ const FIXTURES: &[(&str, bool)] = &[
     ("clean-3.5", false),
     ("dirty", true),
     ("dirty-3.5", true),
+    ("dirty-blocks-of-1024", true),
+    ("old-place", true),
     ("unclean", true),
     ("blocks-of-1024", false),
     ("fragmented", false),

@@ -163,7 +163,7 @@ fn the_journal_is_followed() {
 fn only_transactions_that_the_kernel_replays_count() {
     type Change = fn(&mut Made);
     const COMMITS: [usize; 2] = [JOURNAL + 70, JOURNAL + 75];
-    let cases: [(&str, Change, &[Range<usize>]); 11] = [
+    let cases: [(&str, Change, &[Range<usize>]); 12] = [
         ("the second has no commit", |made| _ = made.put32(COMMITS[1], 0, 41), BETWEEN),
         ("nor one of its length", |made| _ = made.put32(COMMITS[1], 4, 2), BETWEEN),
         ("it has no description", |made| _ = made.put(JOURNAL + 71, BLOCK - 12, b"x"), BETWEEN),
@@ -175,6 +175,7 @@ fn only_transactions_that_the_kernel_replays_count() {
         ("both were", |made| _ = made.put32(HEADER, 0, 42).put32(HEADER, 4, 76), BEFORE),
         ("all was, and it goes on elsewhere", |made| _ = made.put32(HEADER, 4, 100), BEFORE),
         ("it was mounted since", |made| _ = made.put32(HEADER, 8, 8), BEFORE),
+        ("it has grown since", |made| _ = made.put32(SUPER, 0, 5000), AFTER),
     ];
     for (case, change, expected) in cases {
         let mut made = made();
@@ -379,6 +380,9 @@ fn every_rule_has_its_error() {
         change(&mut made);
         assert_eq!(refused(&made.0), expected, "case {index}");
     }
+    let mut made = made();
+    made.put16(SUPER, 62, 1);
+    assert_eq!(found(&made.0).state, Some(State::Errors));
 }
 
 #[test]

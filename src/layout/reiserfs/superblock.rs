@@ -96,11 +96,12 @@ pub fn find(view: &View<'_>) -> Result<Option<Found>, Error> {
         block.map(|block| Superblock::parse(block.fields())).transpose()
     };
     match (parse(old)?, parse(new)?) {
-        (Some(old), Some(_)) if !old.covers_copy() => {
-            Err(Error::Corrupt { what: "a second superblock", at: PLACE })
+        // One of them is left over, or a copy in the other one's journal. The kernel believes the first one, reiserfsck
+        // the second.
+        (Some(_), Some(_)) => Err(Error::Corrupt { what: "a second superblock", at: PLACE }),
+        (Some(superblock), None) | (None, Some(superblock)) => {
+            Ok(Some(Found::Superblock(Box::new(superblock))))
         }
-        // The kernel looks in this order.
-        (Some(superblock), _) | (None, Some(superblock)) => Ok(Some(Found::Superblock(Box::new(superblock)))),
         (None, None) => Ok(first.then_some(Found::First)),
     }
 }
@@ -169,6 +170,10 @@ impl Superblock {
         }
         if self.root == u64::from(u32::MAX) {
             return Err(Error::unsupported("a tree that reiserfsck has not finished to rebuild"));
+        }
+        // With others the kernel and reiserfsck look for the bitmaps in different places; there were none.
+        if self.is_old() && self.block_size != 4096 {
+            return Err(Error::unsupported("an old ReiserFS with blocks of another size than 4096 bytes"));
         }
         if self.journal.device != 0 {
             return Err(Error::unsupported("a journal on another device"));
@@ -249,11 +254,6 @@ impl Superblock {
         let own = self.journal.size.saturating_add(1);
         let count = if self.journal.own { own.max(self.journal.reserved.into()) } else { own };
         start..start.saturating_add(count)
-    }
-
-    /// Whether what looks like a superblock in the later place is the copy of one in the journal of this one.
-    fn covers_copy(&self) -> bool {
-        PLACE.checked_div(self.block_size).is_some_and(|block| self.kept().contains(&block))
     }
 
     /// How many blocks a transaction has at most.

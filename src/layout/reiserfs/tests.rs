@@ -63,11 +63,18 @@ const BEFORE: &[Range<usize>] = &[0..400, 4096..4097];
 const BETWEEN: &[Range<usize>] = &[0..500, 1000..1001, 4095..4200, 5999..6000];
 const AFTER: &[Range<usize>] = &[0..450, 460..600, 4095..4200, 5000..5003];
 
-struct Made(Vec<u8>);
+struct Made {
+    bytes: Vec<u8>,
+    block: usize,
+}
 
 impl Made {
+    fn new(blocks: usize, block: usize) -> Made {
+        Made { bytes: vec![0; blocks * block], block }
+    }
+
     fn put(&mut self, block: usize, at: usize, bytes: &[u8]) -> &mut Made {
-        self.0[block * BLOCK + at..][..bytes.len()].copy_from_slice(bytes);
+        self.bytes[block * self.block + at..][..bytes.len()].copy_from_slice(bytes);
         self
     }
 
@@ -81,24 +88,27 @@ impl Made {
 
     /// A superblock and the bitmaps, in these blocks.
     fn state(&mut self, superblock: usize, bitmaps: [usize; 2], used: &[Range<usize>]) {
+        let (blocks, bits) = (self.bytes.len() / self.block, self.block * 8);
         let count: usize = used.iter().map(Range::len).sum();
         let journal = [JOURNAL, 0, SIZE, 128, 0x1234_5678, 115, 30, 0].map(|value| value as u32);
-        self.put32(superblock, 0, BLOCKS as u32).put32(superblock, 4, (BLOCKS - count) as u32);
+        self.put32(superblock, 0, blocks as u32).put32(superblock, 4, (blocks - count) as u32);
         self.put32(superblock, 8, KEPT as u32);
         for (index, value) in journal.into_iter().enumerate() {
             self.put32(superblock, 12 + 4 * index, value);
         }
-        self.put16(superblock, 44, BLOCK as u16).put16(superblock, 50, 1).put(superblock, 52, b"ReIsEr3Fs\0");
+        self.put16(superblock, 44, self.block as u16).put16(superblock, 50, 1).put(
+            superblock,
+            52,
+            b"ReIsEr3Fs\0",
+        );
         self.put32(superblock, 64, 3).put16(superblock, 70, 2).put16(superblock, 72, 2);
         self.put16(superblock, 74, SIZE as u16 + 1);
         self.put(superblock, 84, &[0xab; 16]).put(superblock, 100, b"by hand");
         for (index, block) in bitmaps.into_iter().enumerate() {
-            let first = index * BLOCK * 8;
-            let mut bits = [0; BLOCK];
-            for bit in used.iter().cloned().flatten().filter(|bit| (first..first + BLOCK * 8).contains(bit)) {
-                bits[(bit - first) / 8] |= 1 << (bit % 8);
+            let first = index * bits;
+            for bit in used.iter().cloned().flatten().filter(|bit| (first..first + bits).contains(bit)) {
+                self.bytes[block * self.block + (bit - first) / 8] |= 1 << (bit % 8);
             }
-            self.put(block, 0, &bits);
         }
     }
 
@@ -123,7 +133,7 @@ impl Made {
 }
 
 fn made() -> Made {
-    let mut made = Made(vec![0; BLOCKS * BLOCK]);
+    let mut made = Made::new(BLOCKS, BLOCK);
     made.state(SUPER, BITMAPS, BEFORE);
     made.put32(HEADER, 0, 40).put32(HEADER, 4, BEGINS[0] as u32).put32(HEADER, 8, 7);
     made.put32(HEADER, 28, 0x1234_5678);
@@ -147,7 +157,7 @@ fn bytes(blocks: &[Range<usize>], size: usize) -> Ranges {
 #[test]
 fn the_journal_is_followed() {
     let made = made();
-    let file_system = found(&made.0);
+    let file_system = found(&made.bytes);
     assert_eq!(known(&file_system), &bytes(AFTER, BLOCK));
     assert_eq!((file_system.kind, file_system.version.as_deref()), ("reiserfs", Some("3.6")));
     assert_eq!(file_system.uuid.as_deref(), Some("abababab-abab-abab-abab-abababababab"));
@@ -180,13 +190,13 @@ fn only_transactions_that_the_kernel_replays_count() {
     for (case, change, expected) in cases {
         let mut made = made();
         change(&mut made);
-        assert_eq!(known(&found(&made.0)), &bytes(expected, BLOCK), "{case}");
+        assert_eq!(known(&found(&made.bytes)), &bytes(expected, BLOCK), "{case}");
     }
 }
 
 /// One that was never mounted before, in whose journal the first transaction is the first of all.
 fn first_mount() -> Made {
-    let mut made = Made(vec![0; BLOCKS * BLOCK]);
+    let mut made = Made::new(BLOCKS, BLOCK);
     made.state(SUPER, BITMAPS, BEFORE);
     made.put32(HEADER, 8, 7).put32(HEADER, 28, 0x1234_5678);
     made.transaction(10, 0, &[SUPER, 129, 4096]);
@@ -197,7 +207,7 @@ fn first_mount() -> Made {
 #[test]
 fn a_journal_of_which_nothing_was_flushed_begins_at_its_beginning() {
     let mut made = first_mount();
-    let file_system = found(&made.0);
+    let file_system = found(&made.bytes);
     assert_eq!(
         (known(&file_system), file_system.state),
         (&bytes(AFTER, BLOCK), Some(State::JournalToReplay))
@@ -205,18 +215,18 @@ fn a_journal_of_which_nothing_was_flushed_begins_at_its_beginning() {
     // One that was not completed.
     made.transaction(11, 5, &[SUPER, 129]);
     made.put32(JOURNAL + 8, 0, 0);
-    assert_eq!(known(&found(&made.0)), &bytes(AFTER, BLOCK));
+    assert_eq!(known(&found(&made.bytes)), &bytes(AFTER, BLOCK));
     // But nothing may lie behind that.
     made.transaction(12, 250, &[SUPER, 129]);
     let at = (JOURNAL + 250) * BLOCK;
-    assert_eq!(refused(&made.0), format!("a transaction out of its turn (at byte {at})"));
+    assert_eq!(refused(&made.bytes), format!("a transaction out of its turn (at byte {at})"));
     // Nothing was ever written.
-    made.0[JOURNAL * BLOCK..HEADER * BLOCK].fill(0);
+    made.bytes[JOURNAL * BLOCK..HEADER * BLOCK].fill(0);
     made.put32(HEADER, 8, 0);
-    let file_system = found(&made.0);
+    let file_system = found(&made.bytes);
     assert_eq!((known(&file_system), file_system.state), (&bytes(BEFORE, BLOCK), Some(State::Clean)));
     made.put16(SUPER, 50, 2);
-    assert_eq!(found(&made.0).state, Some(State::NotUnmounted));
+    assert_eq!(found(&made.bytes).state, Some(State::NotUnmounted));
 }
 
 #[test]
@@ -366,39 +376,58 @@ fn every_rule_has_its_error() {
         ),
         (
             |made| {
-                let copy = made.0[SUPERBLOCK..SUPERBLOCK + 204].to_vec();
+                let copy = made.bytes[SUPERBLOCK..SUPERBLOCK + 204].to_vec();
                 made.put(16, 0, &copy);
-                // Its journal would not reach as far as to the other one.
-                made.put32(16, 20, 64).put16(16, 74, 0);
             },
             at("a second superblock", SUPERBLOCK),
         ),
     ];
-    assert_eq!(known(&found(&made().0)), &bytes(AFTER, BLOCK));
+    assert_eq!(known(&found(&made().bytes)), &bytes(AFTER, BLOCK));
     for (index, (change, expected)) in cases.into_iter().enumerate() {
         let mut made = made();
         change(&mut made);
-        assert_eq!(refused(&made.0), expected, "case {index}");
+        assert_eq!(refused(&made.bytes), expected, "case {index}");
     }
     let mut made = made();
     made.put16(SUPER, 62, 1);
-    assert_eq!(found(&made.0).state, Some(State::Errors));
+    assert_eq!(found(&made.bytes).state, Some(State::Errors));
 }
 
 #[test]
 fn a_ring_cannot_overtake_itself() {
     let mut made = first_mount();
-    made.0[JOURNAL * BLOCK..HEADER * BLOCK].fill(0);
+    made.bytes[JOURNAL * BLOCK..HEADER * BLOCK].fill(0);
     let targets: Vec<usize> = (KEPT..KEPT + 98).collect();
     // Of 100 blocks each.
     (0..3).for_each(|index| made.transaction(10 + index, 100 * index as usize % SIZE, &targets));
     let at = (JOURNAL + 200) * BLOCK + 4;
-    assert_eq!(refused(&made.0), format!("a transaction that overwrites the oldest one (at byte {at})"));
+    assert_eq!(refused(&made.bytes), format!("a transaction that overwrites the oldest one (at byte {at})"));
     // Two that take all of it.
-    made.0[JOURNAL * BLOCK..HEADER * BLOCK].fill(0);
+    made.bytes[JOURNAL * BLOCK..HEADER * BLOCK].fill(0);
     let targets: Vec<usize> = (KEPT..KEPT + 126).collect();
     (0..2).for_each(|index| made.transaction(10 + index, 128 * index as usize, &targets));
-    assert_eq!(found(&made.0).notes, ["as it is once its journal is replayed (transactions: 2)"]);
+    assert_eq!(found(&made.bytes).notes, ["as it is once its journal is replayed (transactions: 2)"]);
+}
+
+#[test]
+fn in_the_old_place_all_bitmaps_lie_behind_the_superblock() {
+    const OLD: usize = 2;
+    let used = &[0..600, 33_000..33_003, 34_000..34_001];
+    let mut made = Made::new(35_000, 4096);
+    made.state(OLD, [3, 4], used);
+    let (journal, size) = (5, 512);
+    made.put32(OLD, 8, 550).put32(OLD, 12, journal).put32(OLD, 20, size).put32(OLD, 24, 256);
+    made.put16(OLD, 72, 0).put16(OLD, 74, 513);
+    let header = (journal + size) as usize;
+    made.put32(header, 0, 40).put32(header, 28, 0x1234_5678);
+    assert_eq!(known(&found(&made.bytes)), &bytes(used, 4096));
+    let image = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(image.path(), &made.bytes).unwrap();
+    compare("by hand", image.path(), false);
+    // The kernel and reiserfsck do not agree where they lie for blocks of another size, which there never were.
+    made.put16(OLD, 44, 2048);
+    let why = "an old ReiserFS with blocks of another size than 4096 bytes cannot be followed";
+    assert_eq!(refused(&made.bytes), why);
 }
 
 #[test]
@@ -413,7 +442,7 @@ fn others_are_not_taken_for_it() {
     // Cut off.
     let mut made = made();
     made.put32(HEADER, 4, 100);
-    let why = refused(&made.0[..4096 * BLOCK]);
+    let why = refused(&made.bytes[..4096 * BLOCK]);
     assert_eq!(
         why,
         format!("something is said to lie beyond the end of its place (at byte {})", 4096 * BLOCK)
@@ -461,8 +490,9 @@ fn tool(command: &str, image: &Path) -> Option<Output> {
 fn theirs(image: &Path) -> Option<BTreeSet<u64>> {
     let output = tool("debugreiserfs -m", image)?;
     let said = String::from_utf8(output.stdout).unwrap();
-    let runs = said.split(" Free(").skip(1).map(|run| run.split_once(')').unwrap().0);
-    let runs = runs.map(|run| run.split_once('-').unwrap());
+    // `Free (0-9) Busy(10-15)`
+    let runs = said.split(" Free").filter_map(|run| run.trim_start().strip_prefix('('));
+    let runs = runs.map(|run| run.split_once(')').unwrap().0.split_once('-').unwrap());
     Some(runs.flat_map(|(from, to)| from.parse::<u64>().unwrap()..=to.parse().unwrap()).collect())
 }
 
@@ -487,10 +517,12 @@ fn compare(name: &str, image: &Path, replays: bool) -> Option<FileSystem> {
             "{name}: {said}"
         );
     }
-    let (ours, theirs) = (ours(&file_system), theirs(image)?);
+    let (ours, mut theirs) = (ours(&file_system), theirs(image)?);
+    // It shows the rest of the last bitmap as well, which mkreiserfs, but not everybody, fills.
+    theirs.retain(|block| block * file_system.block_size.unwrap() < file_system.size.0);
     assert!(!theirs.is_empty());
-    assert_eq!(ours.difference(&theirs).collect::<Vec<_>>(), [0u64; 0].iter().collect::<Vec<_>>(), "{name}");
-    assert_eq!(theirs.difference(&ours).collect::<Vec<_>>(), [0u64; 0].iter().collect::<Vec<_>>(), "{name}");
+    let wrong: Vec<&u64> = ours.symmetric_difference(&theirs).take(10).collect();
+    assert!(wrong.is_empty(), "{name}: {wrong:?}");
     assert_eq!(file_system.free.unwrap().0, theirs.len() as u64 * file_system.block_size.unwrap(), "{name}");
     Some(file_system)
 }
@@ -602,11 +634,11 @@ proptest! {
     fn a_change_in_what_tells_what_is_free_frees_nothing(which in 0..5usize, at in 0..BLOCK, change in 1..=255u8) {
         let mut made = made();
         let block = [SUPER, 129, 4096, JOURNAL + 72, JOURNAL + 73][which];
-        made.0[block * BLOCK + at] ^= change;
-        if let Ok(Some(file_system)) = read_all(&made.0)
+        made.bytes[block * BLOCK + at] ^= change;
+        if let Ok(Some(file_system)) = read_all(&made.bytes)
             && let Allocation::Known(used) = &file_system.allocation
         {
-            let behind = between(file_system.size.0, made.0.len() as u64);
+            let behind = between(file_system.size.0, made.bytes.len() as u64);
             let used = used.union(&behind.into_iter().collect());
             prop_assert!(bytes(AFTER, BLOCK).subtract(&used).is_empty());
         }
@@ -619,10 +651,10 @@ proptest! {
         fields in prop::collection::vec((0..50usize, any::<u32>()), 0..3),
     ) {
         let mut made = if first { first_mount() } else { made() };
-        changes.into_iter().for_each(|(at, value)| made.0[at] = value);
+        changes.into_iter().for_each(|(at, value)| made.bytes[at] = value);
         fields.into_iter().for_each(|(at, value)| _ = made.put32(SUPER, at * 4, value));
         let start = Instant::now();
-        if let Ok(Some(file_system)) = read_all(&made.0)
+        if let Ok(Some(file_system)) = read_all(&made.bytes)
             && let Allocation::Known(used) = &file_system.allocation
         {
             let size = file_system.block_size.unwrap();

@@ -26,6 +26,7 @@ mod map;
 mod mbr;
 mod named;
 pub mod ranges;
+mod reiserfs;
 pub mod signature;
 pub mod table;
 pub mod tree;
@@ -157,6 +158,7 @@ struct Parser {
 const PARSERS: &[Parser] = &[
     Parser { kinds: &["ext2", "ext3", "ext4"], read: ext4::read },
     Parser { kinds: &["xfs"], read: xfs::read },
+    Parser { kinds: &["reiserfs"], read: reiserfs::read },
 ];
 
 #[cfg(test)]

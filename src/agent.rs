@@ -126,7 +126,8 @@ async fn run(config: Config) -> Result<(), Error> {
     let coordinator = Arc::new(Coordinator::new(points(&config, &store)?));
     let live = Live::default();
     let service = Arc::new(Service::new(listen, engine.clone()));
-    let board = Arc::new(Board::new(service.clone(), live.clone(), store.clone()));
+    let board = Board::new(service.clone(), live.clone(), store.clone()).with_points(coordinator.clone());
+    let board = Arc::new(board);
     let control = Control::bind(&config.control_socket)?;
     let (end, ending) = watch::channel(Ending::default());
     let mut asked_to_stop = ending.clone();

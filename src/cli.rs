@@ -1,5 +1,13 @@
 //! The command line: one file a subcommand, each with its arguments and its `run`.
 
+/// Tells the user something on standard error. That nobody can hear it is no reason to end: `eprintln!` panics then.
+macro_rules! note {
+    ($($text:tt)*) => {{
+        use std::io::Write as _;
+        writeln!(std::io::stderr(), $($text)*).ok();
+    }};
+}
+
 mod check;
 mod digest;
 mod discover_disks;
@@ -114,7 +122,7 @@ pub fn run() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("mt-agent: {failure}");
+            note!("mt-agent: {failure}");
             ExitCode::from(match failure {
                 Failure::Failed(_) => 1,
                 Failure::Usage(_) => 2,

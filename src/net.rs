@@ -157,7 +157,8 @@
 //!   alignment at which the server writes without reading first; `compression`, the offered ones that the
 //!   server takes. Data in another encoding is an error (`protocol`). `baseline`, optional, the
 //!   point (32 lower-case hexadecimal digits) at which the volume stands or to which it can be brought back; `alike`,
-//!   optional, true where the volume likely holds much of what the source does, so that comparing pays; `point`, with
+//!   optional, true where the volume likely holds much of what the source does, so that comparing pays; `standing`, optional, true where it holds the baseline and nothing
+//!   else, of a source of just this `size`: only then what changed since is all that differs; `point`, with
 //!   `group` and only then, the point of the group.
 //!
 //! The server opens the target (and checks its identity) before it answers. From OpenReply on, the volume is

@@ -64,7 +64,7 @@ pub struct Plan {
     /// What to send, or to look at.
     pub scope: Scope,
     /// What a tracker says has changed since the last point of each disk: a superset of what has.
-    pub hints: BTreeMap<Name, Arc<Hints>>,
+    pub hints: BTreeMap<Name, PathBuf>,
 }
 
 /// What a pass is about.
@@ -170,6 +170,9 @@ pub enum Error {
     /// It did not answer in time.
     #[error("the master target did not answer within {0:?}")]
     Silent(Duration),
+    /// The ranges that a tracker tells cannot be read.
+    #[error("{}", .0.display())]
+    Hints(PathBuf, #[source] Arc<hints::Error>),
     /// Another disk of the same point failed.
     #[error("not sent: disk {0} failed, and a point is there on all disks or on none")]
     Together(Name),
@@ -190,6 +193,7 @@ impl Error {
             | Error::Ended(_)
             | Error::Foreign(_)
             | Error::Itself(_)
+            | Error::Hints(..)
             | Error::Together(_) => true,
             Error::Still(error) => error.is_refusal(),
             Error::Handshake(error) | Error::Wire(wire::Error::Tls { source: error, .. }) => {
@@ -228,11 +232,18 @@ impl Error {
             | Error::Foreign(_)
             | Error::Ended(_)
             | Error::Itself(_)
+            | Error::Hints(..)
             | Error::Broken(_)
             | Error::Together(_)
             | Error::Still(_)
             | Error::Damaged(_) => false,
         }
+    }
+
+    /// Whether somebody may mend it without the sender: a hook or a freeze that failed, no room, what another disk failed of.
+    pub fn is_passing(&self) -> bool {
+        matches!(self, Error::Still(_) | Error::Together(_) | Error::Source(_) | Error::Hints(..))
+            || self.code() == Some(Code::NoSpace)
     }
 
     /// What the master target called it, where it said so.
@@ -265,8 +276,8 @@ fn is_transient(code: Code) -> bool {
 /// What became of a disk.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Done {
-    /// It was sent, and is durable.
-    Committed(Committed),
+    /// It was sent, and is durable, in this point.
+    Committed(Committed, PointId),
     /// It was compared.
     Compared,
 }
@@ -344,6 +355,24 @@ pub async fn send(
         (0..names.len()).for_each(|index| ended(index, Err(Error::Still(error.clone()))));
         return;
     }
+    // After the pre-hook, which may have made them.
+    let paths = plan.hints.clone();
+    let read = tokio::task::spawn_blocking(move || {
+        let read = |(name, path): (Name, PathBuf)| match Hints::read(&path) {
+            Ok(hints) => Ok((name, Arc::new(hints))),
+            Err(error) => Err(Error::Hints(path, Arc::new(error))),
+        };
+        paths.into_iter().map(read).collect::<Result<BTreeMap<_, _>, _>>()
+    });
+    let hints = match read.await {
+        Ok(Ok(hints)) => hints,
+        Ok(Err(Error::Hints(path, error))) => {
+            (0..names.len()).for_each(|index| ended(index, Err(Error::Hints(path.clone(), error.clone()))));
+            return;
+        }
+        Ok(Err(_)) => unreachable!("nothing else fails"),
+        Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+    };
     let limiter = plan.limit.map(|rate| Arc::new(Limiter::new(rate)));
     let (time, name) = (OffsetDateTime::now_utc(), plan.name.clone());
     let point = Point { id, disks: names.clone(), time, name };
@@ -358,7 +387,7 @@ pub async fn send(
             engine: plan.engine,
             limiter: limiter.clone(),
             scope: plan.scope,
-            hints: plan.hints.get(&disk.name).cloned(),
+            hints: hints.get(&disk.name).cloned(),
         };
         passes.spawn(async move { (index, session::run(stream, &reply, &job).await) });
     }

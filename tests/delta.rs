@@ -181,6 +181,73 @@ fn ranges_that_a_tracker_tells_are_sent_and_one_that_lies_is_found() {
     assert_eq!(refused.code, Some(2), "{refused:#?}");
 }
 
+/// Ranges since the last point are all that differs only where the volume stands at that point: not after a pass that was
+/// interrupted, nor where the source has grown.
+#[test]
+fn ranges_are_not_relied_on_where_they_cannot_tell_all() {
+    require_root!();
+    let size = 16 * MIB;
+    let rig = Rig::new(&[2 * size]);
+    let source = rig.random("source.img", size);
+    rig.send(&[("d0", &source)], &[]).ok();
+    let before = fs::read(&source).unwrap();
+    // An interrupted pass brought what the source has no more.
+    write_random(&source, 0, 8 * MIB);
+    let sender = rig.start(&[("d0", &source)], &["--compression", "off", "--bwlimit", "4M"]);
+    support::wait_for("a part of the pass", || {
+        (rig.service.volume(MACHINE, "d0").received_bytes > Some(2 * MIB)).then_some(())
+    });
+    drop(sender);
+    rig.wait_until_closed("d0");
+    fs::write(&source, &before).unwrap();
+    write_random(&source, 12 * MIB, 4096);
+    let hints = rig.path("hints");
+    fs::write(&hints, format!("{} 4096\n", 12 * MIB)).unwrap();
+    let given = format!("d0={}", hints.display());
+    rig.send(&[("d0", &source)], &["--changed-ranges", &given]).ok();
+    assert_equal(&source, rig.targets[0].backing());
+
+    // What has grown is in no range.
+    File::options().write(true).open(&source).unwrap().set_len(2 * size).unwrap();
+    write_random(&source, size + MIB, 8192);
+    fs::write(&hints, "").unwrap();
+    rig.send(&[("d0", &source)], &["--changed-ranges", &given]).ok();
+    assert_equal(&source, rig.targets[0].backing());
+
+    // They are read when the pass begins, after the pre-hook that makes them; and a pipe is none.
+    write_random(&source, 3 * MIB, 4096);
+    let hook = format!("echo {} 4096 > {}", 3 * MIB, hints.display());
+    let args = ["--changed-ranges", &given, "--pre-hook", &hook, "--json"];
+    let outcome = rig.send(&[("d0", &source)], &args).ok().json();
+    assert_eq!(sent(&outcome, "read_bytes"), 4096);
+    assert_equal(&source, rig.targets[0].backing());
+    fs::remove_file(&hints).unwrap();
+    nix::unistd::mkfifo(&hints, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let refused = rig.send(&[("d0", &source)], &["--changed-ranges", &given]);
+    assert!(refused.code == Some(3) && refused.stderr.contains("no regular file"), "{refused:#?}");
+}
+
+/// Somebody writes to a source that nobody seems to use.
+#[test]
+fn a_source_that_is_written_to_meanwhile_is_no_moment() {
+    require_root!();
+    let size = 8 * MIB;
+    let rig = Rig::new(&[size]);
+    let image = rig.random("source.img", size);
+    let disk = Loop::attach(&rig.random("disk.img", size), 512);
+    let fuzzy = || !rig.service.recorded(MACHINE, "d0")["last_commit"]["point_in_time"].as_bool().unwrap();
+    for (source, written) in [(disk.node(), disk.node()), (image.as_path(), image.as_path())] {
+        let outcome = rig.send(&[("d0", source)], &["--whole"]).ok();
+        assert!(!fuzzy(), "{outcome:#?}");
+        let args = ["--whole", "--compression", "off", "--bwlimit", "4M"];
+        let sender = rig.start_into_pass(&[("d0", source)], &args);
+        File::options().write(true).open(written).unwrap().write_all_at(&[7; 512], 4096).unwrap();
+        let outcome = sender.finish().ok();
+        assert!(outcome.stderr.contains("somebody wrote to the source"), "{outcome:#?}");
+        assert!(fuzzy());
+    }
+}
+
 #[test]
 fn verifying_and_digests_tell_what_is_the_same() {
     require_root!();

@@ -321,7 +321,7 @@ fn failover_ends_what_is_being_received() {
     shop.wait_for_bytes(db);
     shop.wait_for_bytes(web);
     // What changes nothing ends nothing.
-    shop.command(&["failover", "db01", "--to", "latest", "--dry-run"]).fails(3, &["is receiving"]);
+    shop.command(&["failover", "db01", "--to", "latest", "--dry-run"]).ok();
     let nowhere = "00000000000000000000000000000001";
     shop.command(&["failover", "db01", "--to", nowhere]).fails(3, &["has no point"]);
     let report = shop.command(&["failover", "db01", "--to", "latest", "--json"]).ok().json();

@@ -97,7 +97,7 @@ impl Trial {
     /// Another run ends equal.
     fn again(&mut self, sending: usize) {
         let start = Instant::now();
-        self.rig.send(&[("d0", &self.sources[sending])], &SLOW).ok();
+        self.rig.send(&[("d0", &self.sources[sending])], &[&SLOW[..], &["--whole"]].concat()).ok();
         self.whole = start.elapsed();
         assert_equal(&self.sources[sending], self.target());
         self.rig.synchronized("d0");

@@ -98,6 +98,7 @@ fn every_point_can_be_read_gone_back_to_and_left_again() {
     command(&rig, &["failover", MACHINE, "--to", &id(&points[1]), "--dry-run"]).ok();
     assert_equal(&versions[3], rig.targets[0].backing());
     let back = command(&rig, &["failover", MACHINE, "--to", &id(&points[1]), "--json"]).ok().json();
+    assert_eq!(rig.service.volume(MACHINE, "d0").phase, "released");
     assert!(back["disks"][0]["brought_back"].as_u64().unwrap() > 0);
     assert_equal(&versions[1], rig.targets[0].backing());
     command(&rig, &["failover", MACHINE, "--to", "latest"]).fails(3, &["was failed over already"]);
@@ -133,7 +134,7 @@ fn a_pass_that_broke_off_is_rolled_back_or_goes_on() {
         std::thread::sleep(Duration::from_millis(300));
         // While it runs, and the disk is neither the one nor the other, the point is there.
         exported(&rig, "latest", &versions[1]);
-        command(&rig, &["failover", MACHINE, "--to", "latest", "--dry-run"]).fails(3, &["is receiving"]);
+        command(&rig, &["failover", MACHINE, "--to", "latest", "--dry-run"]).ok();
         rig.service.process().kill();
         send.finish();
         assert!(support::first_difference(&versions[1], rig.targets[0].backing()).is_some());

@@ -142,6 +142,9 @@ impl Host for Receiver {
         Ok(Opened {
             baseline: ledger.journal.standing.newest(),
             alike: assignment.state != State::Empty || assignment.seed,
+            standing: assignment.state == State::Synchronized
+                && assignment.last_commit.is_some_and(|commit| commit.bytes == open.size)
+                && ledger.journal.open().is_ok_and(|passes| passes.is_empty()),
             reader,
             group,
             volume,

@@ -34,6 +34,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
+use super::commit::Coordinator;
 use crate::error::chain;
 use crate::name::Name;
 use crate::protection::{self, Assignment, State, Store};
@@ -250,7 +251,8 @@ pub struct VolumeReport {
     pub size: u64,
     /// While a session has it: `open`, `receiving`, `paused` (the retention file
     /// system is full), `committing`, `synchronized`, `faulted`. Else `empty`,
-    /// `interrupted` (a pass began and nobody sends), `synchronized`, `faulted`.
+    /// `interrupted` (a pass began and nobody sends), `synchronized`, `faulted`; and
+    /// after a failover `released`, while one writes the disks, or was interrupted, `failing-over`.
     pub phase: String,
     /// The pass that runs, was interrupted or faulted.
     pub pass: Option<String>,
@@ -310,6 +312,7 @@ pub struct Board {
     /// The open volumes.
     pub live: Live,
     store: Store,
+    points: Option<Arc<Coordinator>>,
     rates: Mutex<HashMap<(Name, Name), Smoothed>>,
 }
 
@@ -339,7 +342,12 @@ impl Smoothed {
 impl Board {
     /// A board for a service with these protections.
     pub fn new(service: Arc<Service>, live: Live, store: Store) -> Board {
-        Board { service, live, store, rates: Mutex::default() }
+        Board { service, live, store, points: None, rates: Mutex::default() }
+    }
+
+    /// The same, which knows the machines that were failed over.
+    pub(super) fn with_points(self, points: Arc<Coordinator>) -> Board {
+        Board { points: Some(points), ..self }
     }
 
     /// Looks at the counters for the rates. To be called about once a second; [`super::control`] does.
@@ -362,11 +370,25 @@ impl Board {
     pub fn report(&self) -> Result<Report, protection::Error> {
         let now = OffsetDateTime::now_utc();
         let open = self.live.open();
+        let failed_over = |machine: &Name| {
+            let looked =
+                self.points.as_ref()?.read(|log| match (log.begun(machine), log.released(machine)) {
+                    (Some(_), _) => Some("failing-over"),
+                    (None, Some(_)) => Some("released"),
+                    (None, None) => None,
+                });
+            // A log that cannot be read is told where it is needed.
+            looked.ok().flatten()
+        };
         let machines = self.store.all()?.into_iter().map(|(machine, protection)| match protection {
             Ok(protection) => {
                 let volumes = protection.disks.into_iter().map(|disk| {
                     let key = (machine.clone(), disk.name.clone());
-                    self.volume(disk, open.get(&key), &key, now)
+                    let mut report = self.volume(disk, open.get(&key), &key, now);
+                    if let Some(phase) = failed_over(&machine) {
+                        phase.clone_into(&mut report.phase);
+                    }
+                    report
                 });
                 let volumes = volumes.collect();
                 MachineReport { machine, error: None, volumes }

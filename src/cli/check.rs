@@ -41,7 +41,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         false => check(retention, &store, &log, &args.machine)?,
     };
     for disk in &report.unseen {
-        eprintln!(
+        note!(
             "mt-agent: disk {disk} is released and not attached: whether somebody wrote to it is not known"
         );
     }

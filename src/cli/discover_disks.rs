@@ -75,7 +75,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
             // The disks are worth seeing all the same, to who may not read (all of) the protections too.
             let (assigned, unread) = Store::open(&config.retention_dir).known();
             for why in &unread {
-                eprintln!("mt-agent: not all that is assigned is known: {why}");
+                note!("mt-agent: not all that is assigned is known: {why}");
             }
             let retention = Some(config.retention_dir);
             Options { include_loop: args.include_loop, assigned, unread, retention, ..Options::default() }
@@ -136,7 +136,7 @@ fn done(result: Result<(), Failure>) -> Result<(), Failure> {
 fn rescan(sysroot: &Sysroot) -> Result<(), Failure> {
     let hosts = sysroot.rescan().map_err(failure)?;
     if hosts == 0 {
-        eprintln!("mt-agent: this machine has no SCSI host that could be asked to look again");
+        note!("mt-agent: this machine has no SCSI host that could be asked to look again");
         return Ok(());
     }
     let deadline = Instant::now() + Duration::from_secs(5);

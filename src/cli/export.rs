@@ -58,7 +58,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     bar.finish_and_clear();
     let images = images?;
     if let Some(released) = log.released(&machine) {
-        eprintln!(
+        note!(
             "mt-agent: machine {machine} is failed over to point {}: its disks are no longer ours. Their first 16 MiB, their \
              last MiB, 64 places between, and all that was brought back are as they were then; if somebody wrote elsewhere, that \
              is in the images, too",

@@ -15,7 +15,7 @@ use mt_agent::name::Name;
 use mt_agent::points::Log;
 use mt_agent::protection::{self, Store};
 use mt_agent::recovery::Error;
-use mt_agent::recovery::failover::{How, Report, To, fail_over, undo};
+use mt_agent::recovery::failover::{How, Report, To, fail_over, passed_over, undo};
 use mt_agent::units::ByteLen;
 use serde_json::json;
 use time::OffsetDateTime;
@@ -89,6 +89,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         Some(group) => store.members(group)?.into_iter().collect(),
         None => args.machines,
     };
+    let by_id = matches!(args.to, Some(To::Id(_)));
     let several = args.group.is_some() || machines.len() > 1;
     let mut log = Log::open(retention)?;
     let mut to = args.to;
@@ -101,7 +102,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         machines.retain(|machine| {
             let is_there = log.released(machine).is_some_and(|released| released.point == point);
             if is_there {
-                eprintln!("mt-agent: {machine} is failed over to point {point} already");
+                note!("mt-agent: {machine} is failed over to point {point} already");
             }
             !is_there
         });
@@ -146,6 +147,13 @@ pub fn run(args: Args) -> Result<(), Failure> {
         return result;
     }
     for (machine, report, took) in &done {
+        let passed_over = if args.undo { 0 } else { passed_over(&log, machine, report.point) };
+        if passed_over > 0 && !by_id {
+            note!(
+                "mt-agent: {machine}: {passed_over} newer points are no moment of their source (fuzzy) and were passed over; \
+                 `mt-agent points {machine}` lists them"
+            );
+        }
         print(&to_text(machine, report, *took, args.undo, args.dry_run))?;
     }
     result
@@ -188,7 +196,7 @@ fn alone(
                 if asked.is_some()
                     && let Err(Failure::Failed(error)) = tell(&config.control_socket, machine, "receive")
                 {
-                    eprintln!("mt-agent: nothing is received for {machine} for a minute: {}", chain(&*error));
+                    note!("mt-agent: nothing is received for {machine} for a minute: {}", chain(&*error));
                 }
                 return Ok(other?);
             }

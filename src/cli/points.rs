@@ -74,7 +74,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         // The disks were taken away; the points are there all the same.
         Err(protection::Error::NoMachine { .. }) => disks_of(&points, machine),
         Err(error) => {
-            eprintln!("mt-agent: `complete` is told by the points alone: {}", chain(&error));
+            note!("mt-agent: `complete` is told by the points alone: {}", chain(&error));
             disks_of(&points, machine)
         }
     };

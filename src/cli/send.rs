@@ -4,7 +4,6 @@ mod attempt;
 mod screen;
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
 use mt_agent::error::chain;
@@ -128,6 +127,8 @@ fn hook_limit(text: &str) -> Result<Duration, String> {
 fn period(text: &str) -> Result<Duration, String> {
     let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
     let unit = match unit {
+        // Nothing of any unit.
+        "" if number.parse() == Ok(0) => 1,
         "s" => 1,
         "m" => 60,
         "h" => 60 * 60,
@@ -200,9 +201,12 @@ pub fn run(args: Args) -> Result<(), Failure> {
         if !job.plan.disks.iter().any(|(disk, _)| *disk == name) {
             return Err(Failure::Usage(format!("--changed-ranges names disk {name}, which is not sent")));
         }
-        let hints = Hints::read(&path)
-            .map_err(|error| Failure::refused(format!("{}: {}", path.display(), chain(&error))))?;
-        job.plan.hints.insert(name, Arc::new(hints));
+        if args.pre_hook.is_none() {
+            // What a pre-hook makes is not there yet; everything else is better told now.
+            Hints::read(&path)
+                .map_err(|error| Failure::refused(format!("{}: {}", path.display(), chain(&error))))?;
+        }
+        job.plan.hints.insert(name, path);
     }
     job.wishes = Wishes {
         pre_hook: args.pre_hook,

@@ -121,7 +121,7 @@ fn create(
     if let Err(error @ protection::Error::NoMachine { .. }) =
         Store::open(&config.retention_dir).load(&machine)
     {
-        eprintln!("mt-agent: {error}");
+        note!("mt-agent: {error}");
     }
     let identity = server::Identity::load_or_create(state_dir).map_err(Failure::failed)?;
     let fingerprint = identity.fingerprint();
@@ -141,10 +141,11 @@ fn create(
         });
     }
     print(&format!("{text}\n"))?;
-    eprintln!(
+    note!(
         "This token lets the machine {} enrol once, at {}, until {expires}.\n\
          On that machine run `mt-agent enroll -` and paste it.",
-        token.machine, token.address
+        token.machine,
+        token.address
     );
     Ok(())
 }

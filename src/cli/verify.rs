@@ -15,7 +15,8 @@ const SCHEMA_VERSION: u32 = 1;
 /// How many differing ranges are listed for people.
 const SHOWN: usize = 20;
 
-/// Compare disks of this machine with what its master target holds, by digests
+/// Compare disks of this machine with what its master target holds, by digests. Nothing is received for a disk meanwhile: a
+/// `send` waits until it is through
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]

@@ -220,6 +220,10 @@ pub struct OpenReply {
     /// Whether the volume likely holds much of what the source does, so that comparing pays.
     #[serde(default)]
     pub alike: bool,
+    /// Whether it holds the baseline and nothing else, of a source of just this size: only then what changed since the
+    /// baseline is all that differs.
+    #[serde(default)]
+    pub standing: bool,
     /// The point of the group, which the pass must lead to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub point: Option<PointId>,

@@ -59,6 +59,8 @@ pub struct Opened {
     pub baseline: Option<PointId>,
     /// Whether it likely holds much of what the source does.
     pub alike: bool,
+    /// Whether it holds the baseline, of a source of this size, and nothing else.
+    pub standing: bool,
     /// For a pass of a group's point, the point, and how far it is.
     pub group: Option<(PointId, watch::Receiver<Stage>)>,
     /// The window to grant, in bytes; at least one data frame and at most the volume's arena.
@@ -303,6 +305,7 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
         reader: digests_of,
         baseline,
         alike,
+        standing,
         group,
         window,
         counters,
@@ -319,6 +322,7 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
         compression: encodings.into_iter().filter(|encoding| *encoding != Encoding::Raw).collect(),
         baseline,
         alike,
+        standing,
         point,
     };
     let (digests, mut digested) = mpsc::channel(2);

@@ -96,6 +96,11 @@ impl To {
     }
 }
 
+/// How many points of a machine are newer than this one and no moment, so that they were not meant.
+pub fn passed_over(log: &Log, machine: &Name, point: PointId) -> usize {
+    log.points(machine).rev().take_while(|newer| newer.id != point).filter(|newer| newer.fuzzy).count()
+}
+
 /// What is allowed, and how.
 #[derive(Clone, Copy, Debug)]
 pub struct How {
@@ -144,7 +149,11 @@ pub fn fail_over(
 ) -> Result<Report, Error> {
     let protection = store.load(machine)?;
     // Nobody receives, and nobody begins to, until this is done.
-    let _alone = alone(store, machine)?;
+    let _alone = match alone(store, machine) {
+        // Whoever only looks is in nobody's way.
+        Err(Error::Protection(protection::Error::Receiving { .. })) if how.dry_run => None,
+        other => Some(other?),
+    };
     log.settle()?;
     if let Some(released) = log.released(machine) {
         let text = format!(
@@ -161,10 +170,30 @@ pub fn fail_over(
         );
         return Err(Error::Refused(text));
     }
+    let result = fail_over_to(retention, store, log, &protection, &point, how);
+    // Beside the service it may have been let go of, and then it is not damaged.
+    if result.is_err() && how.dry_run {
+        log.refresh()?;
+        if log.get(point.id).is_none() {
+            return Err(Error::Refused(format!("point {} was let go of meanwhile", point.id)));
+        }
+    }
+    result
+}
+
+fn fail_over_to(
+    retention: &Path,
+    store: &Store,
+    log: &mut Log,
+    protection: &Protection,
+    point: &Point,
+    how: How,
+) -> Result<Report, Error> {
+    let machine = &protection.machine;
     let mut plan = Vec::new();
     for disk in &protection.disks {
         let Some(at) = point.volumes_of(machine).find(|at| at.is_on(&disk.name, &disk.id)) else {
-            return Err(Error::Refused(lacks(log, &protection, &point, disk)));
+            return Err(Error::Refused(lacks(log, protection, point, disk)));
         };
         let journal = Journal::read(retention, machine, &disk.name, &disk.id, log)?;
         // Everything that will be written is read before anything is, on any disk: a journal that is damaged leaves them

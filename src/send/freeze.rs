@@ -104,6 +104,8 @@ type Held = (PathBuf, File);
 pub(super) struct Frozen {
     /// Its end tells the guard to thaw.
     stay: ChildStdin,
+    /// Has the guard ended, and what it should have done done here.
+    give_up: oneshot::Sender<()>,
     /// Ends with the guard: whether everything was frozen up to the end.
     watching: JoinHandle<bool>,
 }
@@ -135,8 +137,9 @@ impl Frozen {
             return Err(failed("talk to")(io::ErrorKind::BrokenPipe.into()));
         };
         let (ready, is_ready) = oneshot::channel();
-        let watching = tokio::spawn(watch(guard, lines, held, limit, ready));
-        Ok((Frozen { stay, watching }, is_ready))
+        let (give_up, given_up) = oneshot::channel();
+        let watching = tokio::spawn(watch(guard, lines, held, limit, ready, given_up));
+        Ok((Frozen { stay, give_up, watching }, is_ready))
     }
 
     /// Whether everything is still frozen.
@@ -146,13 +149,18 @@ impl Frozen {
 
     /// Thaws; whether everything was frozen until now.
     pub(super) async fn thaw(self) -> bool {
-        drop(self.stay);
-        match timeout(THAW, self.watching).await {
-            Ok(held) => held.unwrap_or(false),
+        let Frozen { stay, give_up, mut watching } = self;
+        drop(stay);
+        if let Ok(held) = timeout(THAW, &mut watching).await {
+            return held.unwrap_or(false);
+        }
+        give_up.send(()).ok();
+        match timeout(THAW, watching).await {
+            Ok(_) => false,
             Err(_) => {
                 tracing::error!(
                     "a file system is not thawed after {} s: see whether its disk still answers; the point is no moment",
-                    THAW.as_secs()
+                    2 * THAW.as_secs()
                 );
                 false
             }
@@ -209,9 +217,19 @@ async fn watch(
     held: Vec<Held>,
     limit: Duration,
     ready: oneshot::Sender<Result<(), Error>>,
+    mut given_up: oneshot::Receiver<()>,
 ) -> bool {
     let mut lines = BufReader::new(lines).lines();
-    let mut next = async || lines.next_line().await.ok().flatten();
+    let stuck = tokio::time::sleep(limit + THAW);
+    let mut stuck = std::pin::pin!(stuck);
+    // A guard that is stopped neither thaws nor says anything: it is ended, and what it should have done is done here.
+    let mut next = async || {
+        tokio::select! {
+            line = lines.next_line() => line.ok().flatten(),
+            () = &mut stuck => None,
+            Ok(()) = &mut given_up => None,
+        }
+    };
     let mut said = next().await;
     let answer = match said.as_deref().map(|said| said.split(' ').collect::<Vec<_>>()).as_deref() {
         Some(["frozen"]) => Ok(()),
@@ -243,8 +261,10 @@ async fn watch(
         Some("broken") => tracing::warn!("a file system was thawed by somebody else: the point is no moment"),
         Some(_) => {}
         None => {
+            // It may be stopped, and must not freeze or thaw anything later.
+            guard.start_kill().ok();
             tracing::warn!(
-                "the process that freezes was ended: the file systems are thawed, and the point is no moment"
+                "the process that freezes was ended, or did not answer: the file systems are thawed, and the point is no moment"
             );
             let thaw = |(_, file): Held| tokio::task::spawn_blocking(move || drop(ioctl::thaw(&file)));
             for thawing in held.into_iter().map(thaw).collect::<Vec<_>>() {

@@ -16,7 +16,7 @@ use crate::units::Extent;
 const UNIT: u64 = 4096;
 
 /// The longest file: some million ranges.
-const MOST: u64 = 256 << 20;
+const MOST: u64 = 32 << 20;
 
 /// Ranges of a disk in ascending order, which do not touch.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -28,6 +28,9 @@ pub enum Error {
     /// It cannot be read.
     #[error(transparent)]
     Io(#[from] IoError),
+    /// It is a directory, a pipe or a device.
+    #[error("it is no regular file")]
+    NoFile,
     /// It is too long.
     #[error("the file has over {} MiB: give fewer and longer ranges", MOST >> 20)]
     TooLong,
@@ -60,6 +63,10 @@ impl Hints {
     /// Reads a file.
     pub fn read(path: &Path) -> Result<Hints, Error> {
         let failed = |op| move |error| IoError::new(op, path.display().to_string(), error);
+        // Before it is opened: the open of a pipe waits for its writer.
+        if !std::fs::metadata(path).map_err(failed("open"))?.is_file() {
+            return Err(Error::NoFile);
+        }
         let file = File::open(path).map_err(failed("open"))?;
         let mut text = String::new();
         file.take(MOST + 1).read_to_string(&mut text).map_err(failed("read"))?;

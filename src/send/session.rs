@@ -92,7 +92,7 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
             Ask::Compare(Differing::Checked(hints.clone()))
         }
         (true, _) => Ask::Compare(Differing::Sent),
-        (false, Some(hints)) if job.scope == Scope::Differences && reply.baseline.is_some() => {
+        (false, Some(hints)) if job.scope == Scope::Differences && reply.standing => {
             Ask::Ranges(hints.clone())
         }
         (false, _) => Ask::Send(job.source.extent()),
@@ -123,9 +123,9 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
             sent = talk => Ok(sent),
         };
         match sent {
-            Err(early) => Ok(Done::Committed(early?)),
+            Err(early) => Ok(Done::Committed(early?, job.point.id)),
             Ok(Ok(())) if job.scope == Scope::Verify => Ok(Done::Compared),
-            Ok(Ok(())) => Ok(Done::Committed(listen.await.map_err(given_up)?)),
+            Ok(Ok(())) => Ok(Done::Committed(listen.await.map_err(given_up)?, job.point.id)),
             Ok(Err(error)) => Err((error, timeout(LAST_WORD, listen).await)),
         }
     };
@@ -137,7 +137,7 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
         }
         // Where writing failed, the peer has likely said why before it closed: that is the better answer.
         Err((Error::Wire(wire::Error::Io { .. }), Ok(result))) => {
-            result.map(Done::Committed).map_err(given_up)
+            result.map(|committed| Done::Committed(committed, job.point.id)).map_err(given_up)
         }
         Err((error, _)) => Err(error),
     }
@@ -243,7 +243,7 @@ async fn begin<S: AsyncRead + AsyncWrite + Unpin>(
     };
     let compare = match job.scope {
         // What is known to have changed need not be looked for.
-        Scope::Differences => reply.alike && (job.hints.is_none() || reply.baseline.is_none()),
+        Scope::Differences => reply.alike && !(job.hints.is_some() && reply.standing),
         Scope::CheckHints => reply.alike,
         Scope::Whole => false,
         Scope::Verify => true,

@@ -121,6 +121,33 @@ impl Source {
         views::of(sysroot, &self.file).iter().flat_map(|devno| roles::mounted(sysroot, devno)).collect()
     }
 
+    /// What changes whenever somebody writes to the source: the sectors that were written to a device since the system
+    /// started (Documentation/block/stat.rst); of a file, its times and size.
+    pub(super) fn mark(&self) -> Option<String> {
+        use std::os::unix::fs::MetadataExt;
+        // What lies in the page cache since before would be written while it is read. Where that fails, reading does too.
+        self.file.sync_all().ok();
+        let metadata = self.file.metadata().ok()?;
+        if metadata.file_type().is_block_device() {
+            let number = metadata.rdev();
+            let (major, minor) = (nix::sys::stat::major(number), nix::sys::stat::minor(number));
+            let stat = fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/stat")).ok()?;
+            // Sectors written, discards completed and sectors discarded. A flush, such as the one above, counts as a write of
+            // nothing.
+            let fields: Vec<&str> = stat.split_ascii_whitespace().collect();
+            let field = |index: usize| fields.get(index).copied().unwrap_or_default();
+            return Some([6, 11, 13].map(field).join(" "));
+        }
+        Some(format!(
+            "{} {} {} {} {}",
+            metadata.len(),
+            metadata.mtime(),
+            metadata.mtime_nsec(),
+            metadata.ctime(),
+            metadata.ctime_nsec()
+        ))
+    }
+
     /// The device numbers of all that shows the source here.
     pub(super) fn devnos(&self) -> Vec<String> {
         views::of(&Sysroot::default(), &self.file)

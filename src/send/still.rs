@@ -75,15 +75,23 @@ pub struct Still {
 
 #[derive(Debug, Default)]
 struct State {
-    /// Whether nobody wrote to the disks, even without a freeze.
+    /// Whether nobody used the disks when the reading began, even without a freeze.
     unused: bool,
+    /// What the sources were marked with then.
+    marks: Vec<(Name, Arc<Source>, Option<String>)>,
     frozen: Option<Frozen>,
     /// Whether it was frozen, and not all the time.
     broke: bool,
+    /// Whether somebody wrote to the sources all the same.
+    written: bool,
     was_frozen: bool,
     /// Once the pre-hook began: what the hooks are told.
     environment: Option<Vec<(&'static str, String)>>,
     post_hook: Option<JoinHandle<Result<(), hook::Error>>>,
+}
+
+fn marked(sources: &[(Name, Arc<Source>)]) -> Vec<(Name, Arc<Source>, Option<String>)> {
+    sources.iter().map(|(name, source)| (name.clone(), source.clone(), source.mark())).collect()
 }
 
 impl Still {
@@ -125,9 +133,14 @@ impl Still {
             Err(panic) => std::panic::resume_unwind(panic.into_panic()),
         };
         state.unused = unused;
-        let Some(limit) = self.wishes.freeze else { return Ok(()) };
+        let Some(limit) = self.wishes.freeze else {
+            state.marks = marked(sources);
+            return Ok(());
+        };
         let systems = systems?;
         if systems.is_empty() {
+            tracing::warn!("nothing that is mounted here lies on the sources: there is nothing to freeze");
+            state.marks = marked(sources);
             return Ok(());
         }
         if !all_delta {
@@ -143,6 +156,7 @@ impl Still {
         state.frozen = Some(frozen);
         is_ready.await.unwrap_or(Err(freeze::Error::Guard))?;
         state.was_frozen = true;
+        state.marks = marked(sources);
         Ok(())
     }
 
@@ -151,6 +165,13 @@ impl Still {
         let last = self.reading.fetch_sub(1, Ordering::AcqRel) == 1;
         let mut state = self.state.lock().await;
         if last {
+            // Before the thaw, after which everybody may write again.
+            for (disk, source, before) in std::mem::take(&mut state.marks) {
+                if source.mark() != before {
+                    tracing::warn!(%disk, "somebody wrote to the source while it was read: the point is no moment");
+                    state.written = true;
+                }
+            }
             self.let_go(&mut state).await;
         }
         let holds = match &state.frozen {
@@ -163,7 +184,7 @@ impl Still {
             (_, true) => Kind::Filesystem,
             (_, false) => Kind::Crash,
         };
-        Worth { kind, point_in_time: holds || state.unused }
+        Worth { kind, point_in_time: (holds || state.unused) && !state.written }
     }
 
     /// Thaws, and starts the post-hook.

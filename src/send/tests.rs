@@ -88,6 +88,7 @@ impl Host for Bench {
             reader,
             baseline: None,
             alike: self.alike,
+            standing: false,
             group: None,
             window: WINDOW,
             counters: self.counters.clone(),
@@ -242,7 +243,7 @@ async fn a_pass_arrives_and_is_recorded_after_its_flush() {
         let source = content((9 << 20) + 777);
         let bench = Bench::new(source.len());
         let outcome = transfer(&bench, &source, compression, honest()).await;
-        let Done::Committed(committed) = outcome.sender.unwrap() else { panic!("it was to be sent") };
+        let Done::Committed(committed, _) = outcome.sender.unwrap() else { panic!("it was to be sent") };
         outcome.receiver.unwrap();
         assert!(stored(&bench, source.len()) == source);
         assert!(bench.disk.bytes()[source.len()..].iter().all(|&byte| byte == 0xaa), "behind the source");
@@ -591,6 +592,7 @@ async fn a_server_is_not_believed_what_cannot_be() {
         compression: Vec::new(),
         baseline: None,
         alike: false,
+        standing: false,
     };
     let sound = || Liar { hello: hello(), open: open(), early: Vec::new(), committed: Some((size, 0, true)) };
     let refused = |offset, length| Header::refused(&Header { offset, length, ..Header::zero(0, 0, 1) });

@@ -147,7 +147,20 @@ impl Job {
         let mut arrived = every.map(|_| Instant::now());
         loop {
             let started = Instant::now();
-            let outcome = self.attempt(signals).await?;
+            let outcome = match self.attempt(signals).await {
+                Ok(outcome) => outcome,
+                // A source that is not there may come back.
+                Err(failure) if every.is_some() => {
+                    note!("mt-agent: {failure}");
+                    let wait = pause;
+                    pause = (pause * 2).min(PAUSES.1);
+                    match signals.before(sleep(wait)).await {
+                        Some(()) => continue,
+                        None => return Ok(()),
+                    }
+                }
+                Err(failure) => return Err(failure),
+            };
             if outcome.disks.iter().any(|disk| disk.progress.done.load(Ordering::Relaxed) > 0) {
                 (arrived, pause) = (Some(Instant::now()), PAUSES.0);
             }
@@ -156,21 +169,25 @@ impl Job {
                 arrived = Some(Instant::now());
                 // A post-hook that failed is told, and is no reason to protect the machine no longer.
                 if let Err(failure) = outcome.report(self) {
-                    eprintln!("mt-agent: {failure}");
+                    note!("mt-agent: {failure}");
                 }
                 match signals.before(sleep(every.saturating_sub(started.elapsed()))).await {
                     Some(()) => continue,
                     None => return Ok(()),
                 }
             }
+            // Whoever keeps a machine protected is stopped in the middle of a pass more often than not.
+            if outcome.interrupted && every.is_some() {
+                return Ok(());
+            }
             let patient = arrived.is_some_and(|arrived| arrived.elapsed() < retry_for);
-            if !patient || !outcome.may_pass() {
+            if !(patient && outcome.may_pass() || every.is_some() && outcome.may_pass_some_day()) {
                 return outcome.report(self);
             }
             // Many senders that lost one master target must not come back in one moment.
             let wait = pause.mul_f64(0.5 + random());
             pause = (pause * 2).min(PAUSES.1);
-            eprintln!("mt-agent: trying again in {:.1} s", wait.as_secs_f64());
+            note!("mt-agent: trying again in {:.1} s", wait.as_secs_f64());
             if signals.before(sleep(wait)).await.is_none() {
                 return outcome.report(self);
             }
@@ -189,7 +206,7 @@ impl Job {
                 } else {
                     "what arrives is not one point in time"
                 };
-                mounts.iter().for_each(|mount| eprintln!("mt-agent: {path} is in use ({mount}): {what}"));
+                mounts.iter().for_each(|mount| note!("mt-agent: {path} is in use ({mount}): {what}"));
             }
         }
         let tls = self.identity.client_config().map_err(Failure::failed)?;
@@ -257,6 +274,15 @@ impl Outcome {
             })
     }
 
+    /// Whether somebody who keeps a machine protected should go on: a hook that failed, or a retention that is full.
+    fn may_pass_some_day(&self) -> bool {
+        !self.interrupted
+            && self.errors().all(|unsent| match unsent {
+                Unsent::Failed(error) => error.is_transient() || error.is_passing(),
+                Unsent::Interrupted => false,
+            })
+    }
+
     /// How it went with each disk.
     pub(in crate::cli) fn json(&self, machine: &Name) -> Value {
         let disks = self.screen.disks.iter().zip(&self.ends);
@@ -312,7 +338,7 @@ impl Outcome {
             return Ok(());
         }
         if let Err(error) = &self.after_reading {
-            eprintln!("mt-agent: {}", chain(error));
+            note!("mt-agent: {}", chain(error));
         }
         let text = format!(
             "{}{} of {} disks of {machine} {}",

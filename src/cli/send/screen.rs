@@ -34,7 +34,7 @@ pub(in crate::cli) fn differences(progress: &Progress) -> Vec<Value> {
 impl Shown {
     pub(super) fn json(&self, Ended { result, after }: &Ended) -> Value {
         let committed = match result {
-            Ok(Done::Committed(committed)) => Some(committed),
+            Ok(Done::Committed(committed, point)) => Some((committed, point)),
             _ => None,
         };
         json!({
@@ -47,8 +47,9 @@ impl Shown {
             "sent_bytes": self.progress.sent.load(Ordering::Relaxed),
             "missed": differences(&self.progress),
             "refused_frames": self.progress.again.load(Ordering::Relaxed),
-            "pass": committed.map(|committed| committed.pass),
-            "committed": committed.map(|committed| rfc3339(committed.time)),
+            "point": committed.map(|(_, point)| point),
+            "pass": committed.map(|(committed, _)| committed.pass),
+            "committed": committed.map(|(committed, _)| rfc3339(committed.time)),
             "error": result.as_ref().err().map(|error| chain(error)),
         })
     }
@@ -116,7 +117,7 @@ impl Screen {
         loop {
             tokio::time::sleep(PERIOD).await;
             for (disk, before) in self.disks.iter().zip(&mut before).filter(|(disk, _)| !disk.ended.get()) {
-                eprintln!("{}", disk.line(before, PERIOD));
+                note!("{}", disk.line(before, PERIOD));
             }
         }
     }
@@ -134,7 +135,7 @@ impl Screen {
             return Ok(());
         }
         let say = || match result {
-            Ok(Done::Committed(committed)) => {
+            Ok(Done::Committed(_, point)) => {
                 let seconds = after.as_secs_f64();
                 let zero = ByteLen(progress.zero.load(Ordering::Relaxed));
                 let sent = ByteLen(progress.sent.load(Ordering::Relaxed));
@@ -144,13 +145,12 @@ impl Screen {
                 };
                 let rate = ByteLen((size.0 as f64 / seconds) as u64);
                 print(&format!(
-                    "{name}: {size} committed as pass {} in {seconds:.1} s ({rate}/s); {sent} sent, {zero} zeros{same}\n",
-                    committed.pass
+                    "{name}: {size} committed in point {point} in {seconds:.1} s ({rate}/s); {sent} sent, {zero} zeros{same}\n"
                 ))
             }
             Ok(Done::Compared) => Ok(()),
             Err(error) => {
-                eprintln!("mt-agent: {name}: {}", chain(error));
+                note!("mt-agent: {name}: {}", chain(error));
                 Ok(())
             }
         };

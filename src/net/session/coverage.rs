@@ -50,7 +50,9 @@ impl Coverage {
             self.refused.remove(&from);
             self.refused.extend([(from, start), (end, to)].into_iter().filter(|(from, to)| from < to));
         }
-        if start < self.below {
+        // What of it lies before is counted already.
+        start = start.max(self.below);
+        if start >= end {
             return Ok(());
         }
         if let Some((&before, &touching)) = self.runs.range(..start).next_back()

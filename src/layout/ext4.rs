@@ -2,10 +2,10 @@
 //!
 //! All three are one format with more or fewer features. The disk is divided into groups of blocks; a group's descriptor
 //! says where its bitmap of used blocks lies. Descriptors and the superblock have copies in some of the groups; bitmaps
-//! have none. [`superblock`] holds the geometry, [`groups`] descriptors and bitmaps.
+//! have none. `superblock` holds the geometry, `groups` descriptors and bitmaps.
 //!
 //! What lies in its place is stale as long as the journal was not replayed: a block whose bit is clear may hold a file that
-//! was committed. So [`journal`] is read first, and [`blocks`] then gives of each block the newest content. Where that is not
+//! was committed. So `journal` is read first, and `blocks` then gives of each block the newest content. Where that is not
 //! certain, or a checksum does not hold, or two things that should agree do not, everything is used.
 //!
 //! What an unclean file system's kernel does after the replay, to its orphaned inodes, only gives blocks back.

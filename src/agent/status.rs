@@ -372,13 +372,12 @@ impl Board {
         let open = self.live.open();
         let failed_over = |machine: &Name| {
             let looked =
-                self.points.as_ref()?.read(|log| match (log.begun(machine), log.released(machine)) {
+                self.points.as_ref()?.look(|log| match (log.begun(machine), log.released(machine)) {
                     (Some(_), _) => Some("failing-over"),
                     (None, Some(_)) => Some("released"),
                     (None, None) => None,
                 });
-            // A log that cannot be read is told where it is needed.
-            looked.ok().flatten()
+            looked.flatten()
         };
         let machines = self.store.all()?.into_iter().map(|(machine, protection)| match protection {
             Ok(protection) => {

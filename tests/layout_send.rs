@@ -300,6 +300,43 @@ fn a_mounted_ext4_is_only_skipped_while_it_is_frozen() {
     tool("e2fsck", &["-fn", rig.targets[0].node().to_str().unwrap()]);
 }
 
+/// A disk of which a partition is mounted has a page cache of its own, in which is what was read of it before: not what the
+/// file system has written since.
+#[test]
+fn what_the_page_cache_holds_of_a_frozen_disk_is_not_believed() {
+    require_root!();
+    let rig = rig(&[128 * MIB]);
+    let disk = Loop::create(&rig.path("source.img"), 128 * MIB);
+    let node = disk.node().to_str().unwrap();
+    let script = rig.path("table");
+    fs::write(&script, "label: gpt\nstart=2048, size=250000\n").unwrap();
+    let table = Command::new("sfdisk").args(["-q", node]).stdin(File::open(&script).unwrap()).status();
+    assert!(table.unwrap().success());
+    let part = PathBuf::from(format!("{node}p1"));
+    if !part.exists() {
+        tool("addpart", &[node, "1", "2048", "250000"]);
+    }
+    wait_for("the partition", || part.exists().then_some(()));
+    tool("mkfs.ext4", &["-q", "-E", "lazy_itable_init=0", part.to_str().unwrap()]);
+    let mut files = Files::default();
+    mounted(&part, &rig.path("mnt"), "defaults", |dir| {
+        rig.send(&[("d0", disk.node())], &[]).ok();
+        run(&["inspect", node]).ok();
+        files.work(dir, 0);
+        let sent = rig.send(&[("d0", disk.node())], &["--freeze", "--json"]).ok().json();
+        assert!(field(&sent, "skipped_bytes") > 30 * MIB && reasons(&sent).is_empty(), "{sent:#}");
+        assert!(!newest_is_fuzzy(&rig));
+        rig.synchronized("d0");
+    });
+    tool("delpart", &[node, "1"]);
+    let (copy, inner) = (rig.targets[0].backing(), rig.path("inner.img"));
+    let partition = fs::read(copy).unwrap()[MIB as usize..][..250_000 * 512].to_vec();
+    fs::write(&inner, partition).unwrap();
+    let inner = Loop::attach(&inner, 512);
+    mounted(inner.node(), &rig.path("mnt"), "defaults", |dir| files.check(dir));
+    tool("e2fsck", &["-fn", inner.node().to_str().unwrap()]);
+}
+
 /// Somebody mounts the source in the middle of the pass and takes what was free: that point is no moment, and the next one
 /// misses nothing.
 #[test]

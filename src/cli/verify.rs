@@ -1,7 +1,8 @@
 //! `mt-agent verify`: whether a master target holds what the disks of this machine hold. Neither is changed.
 //!
 //! `--json` prints one object: `schema_version` (1), `machine`, `equal`, and `disks`, of each `disk`, `size`, `equal`,
-//! `differing_bytes`, `differences` (of each `offset` and `length` in bytes, the first 10,000), and `error`.
+//! `differing_bytes`, `differences` (of each `offset` and `length` in bytes, the first 10,000), `free_bytes` (what is proven
+//! free and so may differ; null where it is not known), and `error`.
 
 use mt_agent::send::Scope;
 use mt_agent::units::ByteLen;
@@ -40,10 +41,16 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let mut equal = true;
     let mut disks = Vec::new();
     for ((name, size, differs, differences), error) in outcome.compared() {
+        let progress = outcome.disks.iter().find(|disk| disk.name == *name).map(|disk| &disk.progress);
+        let free = progress.and_then(|progress| progress.space.get()?.free);
         let same = differs == 0 && error.is_none();
         equal &= same;
         if !job.json && error.is_none() {
             let mut text = match differs {
+                0 if free.is_some_and(|free| free > 0) => {
+                    let free = free.unwrap_or_default();
+                    format!("{name}: {} are equal, and {} are free\n", ByteLen(size.0 - free), ByteLen(free))
+                }
                 0 => format!("{name}: {size} are equal\n"),
                 _ => format!("{name}: {} of {size} differ\n", ByteLen(differs)),
             };
@@ -61,6 +68,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
             .collect();
         disks.push(json!({
             "disk": name, "size": size, "equal": same, "differing_bytes": differs, "differences": differences,
+            "free_bytes": free,
             "error": error,
         }));
     }

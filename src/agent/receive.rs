@@ -171,7 +171,7 @@ impl Receiver {
         let read = self.coordinator.read(|log| {
             let released = log.released(machine).map(|released| released.point);
             let begun = log.begun(machine).cloned();
-            (begun, released, Journal::read(retention, machine, &disk.name, &disk.id, log))
+            (begun, released, Journal::read(retention, machine, disk, log))
         });
         let (begun, released, journal) = read.map_err(|error| commit::refuse(&error))?;
         if let Some(begun) = begun {

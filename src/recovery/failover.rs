@@ -448,7 +448,7 @@ fn open_disk(store: &Store, retention: &Path, machine: &Name, disk: &Assignment)
 }
 
 /// How many requests are under way at once.
-const DEPTH: usize = 32;
+const DEPTH: usize = 160;
 /// Memory for what goes back.
 const MEMORY: usize = 8 << 20;
 

@@ -56,6 +56,8 @@ pub fn export(
     progress: impl Fn(u64),
 ) -> Result<Vec<Image>, Error> {
     let protection = store.load(machine)?;
+    // Points that were committed since it was read are in the protection.
+    log.refresh()?;
     if !dir.is_dir() {
         return Err(Error::Refused(format!("{} is no directory; make it first", dir.display())));
     }
@@ -71,7 +73,7 @@ pub fn export(
             let text = format!("{} exists; move it away, or give another directory", path.display());
             return Err(Error::Refused(text));
         }
-        let journal = Journal::read(retention, machine, &disk.name, &disk.id, log)?;
+        let journal = Journal::read(retention, machine, disk, log)?;
         let failed = |source| Error::Journal { machine: machine.clone(), disk: disk.name.clone(), source };
         journal.reaches(at.pass).map_err(failed)?;
         let target = Target::attached(&disk.id)?;

@@ -63,6 +63,10 @@ pub struct Plan {
     pub group: Option<Name>,
     /// What to send, or to look at.
     pub scope: Scope,
+    /// Whether the sources may have other sizes than those that were sent before.
+    pub resized: bool,
+    /// Whether they may be other disks, of whatever size.
+    pub another: bool,
     /// What a tracker says has changed since the last point of each disk: a superset of what has.
     pub hints: BTreeMap<Name, PathBuf>,
 }
@@ -321,6 +325,9 @@ pub async fn send(
             disk: disk.name.clone(),
             source: disk.source.clone(),
             compression: plan.compression,
+            // What is only compared is not taken for anything.
+            resized: plan.resized || plan.scope == Scope::Verify,
+            another: plan.another || plan.scope == Scope::Verify,
             group: plan.group.clone(),
             disks: names.clone(),
         };

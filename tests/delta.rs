@@ -207,11 +207,11 @@ fn ranges_are_not_relied_on_where_they_cannot_tell_all() {
     rig.send(&[("d0", &source)], &["--changed-ranges", &given]).ok();
     assert_equal(&source, rig.targets[0].backing());
 
-    // What has grown is in no range.
+    // What has grown is in no range. It is not taken for the same disk by itself.
     File::options().write(true).open(&source).unwrap().set_len(2 * size).unwrap();
     write_random(&source, size + MIB, 8192);
     fs::write(&hints, "").unwrap();
-    rig.send(&[("d0", &source)], &["--changed-ranges", &given]).ok();
+    rig.send(&[("d0", &source)], &["--changed-ranges", &given, "--resized"]).ok();
     assert_equal(&source, rig.targets[0].backing());
 
     // They are read when the pass begins, after the pre-hook that makes them; and a pipe is none.
@@ -225,6 +225,106 @@ fn ranges_are_not_relied_on_where_they_cannot_tell_all() {
     nix::unistd::mkfifo(&hints, nix::sys::stat::Mode::S_IRWXU).unwrap();
     let refused = rig.send(&[("d0", &source)], &["--changed-ranges", &given]);
     assert!(refused.code == Some(3) && refused.stderr.contains("no regular file"), "{refused:#?}");
+}
+
+/// A disk that is not what was sent before under its name is not sent by mistake; whoever means it says so once.
+#[test]
+fn a_source_of_another_size_is_refused_until_that_is_meant() {
+    require_root!();
+    let size = 8 * MIB;
+    let rig = Rig::new(&[2 * size]);
+    let source = rig.random("source.img", size);
+    let send = |args: &[&str]| rig.send(&[("d0", &source)], &[&["--compression", "off"], args].concat());
+    let resize = |size| File::options().write(true).open(&source).unwrap().set_len(size).unwrap();
+    let is = |size| {
+        assert_equal(&source, rig.targets[0].backing());
+        assert_eq!(
+            rig.service.recorded(MACHINE, "d0")["source"],
+            serde_json::json!({"size": size, "id": null})
+        );
+    };
+    assert_eq!(rig.service.recorded(MACHINE, "d0")["source"], serde_json::Value::Null);
+    send(&[]).ok();
+    is(size);
+    for (now, flag) in
+        [(size + 3 * MIB + 100, "--resized"), (size - 4096, "--resized"), (size, "--another-disk")]
+    {
+        let (recorded, before) =
+            (rig.service.recorded(MACHINE, "d0"), fs::read(rig.targets[0].backing()).unwrap());
+        let last = recorded["source"]["size"].to_string();
+        resize(now);
+        write_random(&source, 0, 4096);
+        // Waiting does not help, so that nobody waits.
+        send(&["--retry-for", "1h"]).fails(3, &[&last, &now.to_string(), "send it once with --resized"]);
+        rig.start(&[("d0", &source)], &["--every", "0s"]).finish().fails(3, &["send it once with --resized"]);
+        rig.wait_until_closed("d0");
+        assert_eq!(rig.service.recorded(MACHINE, "d0"), recorded);
+        assert!(fs::read(rig.targets[0].backing()).unwrap() == before);
+        send(&[flag]).ok();
+        is(now);
+        // From here on it is what is known.
+        send(&[]).ok();
+    }
+    send(&["--resized", "--every", "1h"]).fails(2, &["cannot be used with"]);
+
+    // Interrupted, it was said, and is gone on with; what it was before is another one now.
+    resize(2 * size);
+    write_random(&source, 0, 2 * size);
+    let sender = rig.start(&[("d0", &source)], &["--resized", "--compression", "off", "--bwlimit", "8M"]);
+    support::wait_for("a part of the pass", || {
+        (rig.service.volume(MACHINE, "d0").received_bytes > Some(2 * MIB)).then_some(())
+    });
+    drop(sender);
+    rig.wait_until_closed("d0");
+    resize(size);
+    send(&[]).fails(3, &["send it once with --resized"]);
+    resize(2 * size);
+    send(&[]).ok();
+    is(2 * size);
+}
+
+#[tokio::test]
+async fn a_source_with_another_identity_is_refused_until_that_is_meant() {
+    require_root!();
+    let rig = Rig::new(&[8 * MIB]);
+    let [one, two] = ["eui.0011223344556677", "eui.0011223344556688"].map(|id| Some(id.parse().unwrap()));
+    let open = async |source: &Option<mt_agent::disk::id::DiskId>, size, another| {
+        let mut client = Client::connect(&rig).await;
+        (client.source, client.another) = (source.clone(), another);
+        let reply = client.open("d0", size).await;
+        (client, reply)
+    };
+    let send = async |source, another| {
+        let (mut client, reply) = open(source, 4 * MIB, another).await;
+        let standing = reply.unwrap().standing;
+        client.begin().await.unwrap();
+        client.frame(&Header::zero(0, 0, 4 * MIB), &[]).await;
+        client.commit(1, 4 * MIB).await.unwrap();
+        drop(client);
+        rig.wait_until_closed("d0");
+        standing
+    };
+    let recorded = || rig.service.recorded(MACHINE, "d0")["source"]["id"].clone();
+    // Looking at the disk is no pass of it.
+    open(&two, 4 * MIB, false).await.1.unwrap();
+    rig.wait_until_closed("d0");
+    assert!(!send(&one, false).await);
+    assert!(send(&one, false).await);
+    // An image of it has none.
+    assert!(send(&None, false).await);
+    assert_eq!(recorded(), "eui.0011223344556677");
+    let refusal = open(&two, 4 * MIB, false).await.1.unwrap_err();
+    assert_eq!(refusal.code, Code::Refused);
+    for text in ["eui.0011223344556677", "eui.0011223344556688", "send it once with --another-disk"] {
+        assert!(refusal.message.contains(text), "{refusal}");
+    }
+    rig.wait_until_closed("d0");
+    // What changed on the one says nothing of the other.
+    assert!(!send(&two, true).await);
+    assert_eq!(recorded(), "eui.0011223344556688");
+    assert!(send(&two, false).await);
+    let refusal = open(&one, 4 * MIB, false).await.1.unwrap_err();
+    assert!(refusal.message.contains("--another-disk"), "{refusal}");
 }
 
 /// Somebody writes to a source that nobody seems to use.

@@ -65,6 +65,13 @@ pub struct Args {
     /// then, and only what differs is sent
     #[arg(long)]
     whole: bool,
+    /// Send a disk although it has another size than when it was sent last. What the target has behind the end of a smaller
+    /// one stays there
+    #[arg(long, conflicts_with = "every")]
+    resized: bool,
+    /// Send a disk although it is another one, of whatever size, than the one that was sent last under its name
+    #[arg(long, conflicts_with = "every")]
+    another_disk: bool,
     /// Check that the sources can be read and show what would be sent, and send nothing
     #[arg(long)]
     dry_run: bool,
@@ -191,6 +198,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     job.plan.name = args.point_name;
     job.plan.group = args.group;
     job.plan.compression = args.compression;
+    (job.plan.resized, job.plan.another) = (args.resized, args.another_disk);
     job.plan.limit = args.bwlimit.map(|limit| limit.0);
     job.plan.scope = match (args.whole, args.verify) {
         (true, _) => Scope::Whole,

@@ -64,6 +64,8 @@ impl Job {
             engine: what.engine,
             limit: None,
             scope: Scope::Differences,
+            resized: false,
+            another: false,
             hints: BTreeMap::new(),
         };
         Ok(Job {

@@ -36,7 +36,8 @@ pub struct Args {
     places: Places,
 }
 
-fn what(text: &str) -> Result<(Name, To), String> {
+/// `MACHINE@POINT`.
+pub(super) fn what(text: &str) -> Result<(Name, To), String> {
     let (machine, point) = text.split_once('@').ok_or("give MACHINE@POINT, as in web01@latest")?;
     Ok((machine.parse().map_err(|error| format!("{error}"))?, failover::to(point)?))
 }

@@ -38,7 +38,7 @@ use crate::net::{keepalive, wire};
 use crate::points::PointId;
 use crate::storage::device::EngineChoice;
 use hints::Hints;
-use limit::Limiter;
+use limit::{Limiter, Rates};
 use source::Source;
 use still::Still;
 
@@ -56,7 +56,7 @@ pub struct Plan {
     /// How to read.
     pub engine: EngineChoice,
     /// Bytes a second on the wire, all disks together.
-    pub limit: Option<u64>,
+    pub limit: Option<Rates>,
     /// What the user calls the point, if anything.
     pub name: Option<Name>,
     /// The consistency group of the machine whose point this is, if any.
@@ -117,6 +117,8 @@ pub struct Progress {
     pub differences: Mutex<Vec<Extent>>,
     /// How many bytes of such there are in all.
     pub differs: AtomicU64,
+    /// The size of the target, once it is known.
+    pub target: AtomicU64,
     /// Frames that the receiver refused as damaged, and that were sent again.
     pub again: AtomicU64,
     /// Whether the receiver cannot take it yet, and is asked again.
@@ -380,7 +382,7 @@ pub async fn send(
         Ok(Err(_)) => unreachable!("nothing else fails"),
         Err(panic) => std::panic::resume_unwind(panic.into_panic()),
     };
-    let limiter = plan.limit.map(|rate| Arc::new(Limiter::new(rate)));
+    let limiter = plan.limit.clone().map(|rates| Arc::new(Limiter::new(rates)));
     let (time, name) = (OffsetDateTime::now_utc(), plan.name.clone());
     let point = Point { id, disks: names.clone(), time, name };
     let mut passes = JoinSet::new();

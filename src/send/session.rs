@@ -74,6 +74,7 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
         false => Compression::Off,
     };
     job.progress.waiting.store(false, Ordering::Relaxed);
+    job.progress.target.store(reply.volume_size, Ordering::Relaxed);
     let Progress { read, zero, same, sent, done, differs, .. } = &*job.progress;
     for counter in [read, zero, same, sent, done, differs] {
         counter.store(0, Ordering::Relaxed);

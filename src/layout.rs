@@ -21,6 +21,7 @@
 pub mod ext4;
 pub mod fields;
 mod gpt;
+pub mod landmarks;
 pub mod lvm;
 mod map;
 mod mbr;

@@ -149,7 +149,9 @@
 //! ### Open, OpenReply
 //!
 //! - Open: `disk`, the name under which the disk was assigned on the server; `size`, that of the source;
-//!   `sector`, the source's logical sector size; `compression`, an optional array of `lz4` and `zstd`, those
+//!   `sector`, the source's logical sector size; `source`, optional, its identity as [`crate::disk::id`] writes it;
+//!   `resized` and `another`, optional, true where the user knows that it has another size than the source of the pass
+//!   before, or is another disk; `compression`, an optional array of `lz4` and `zstd`, those
 //!   that the client can send; `group`, optional, the name of the consistency group of whose point the pass is a part, and
 //!   then `disks`, an array of the names of all disks of the machine that are sent for it, this one's among them.
 //! - OpenReply: `window`, section 5, at least `max_payload` rounded up to 4096; `max_payload`, the most that
@@ -160,6 +162,10 @@
 //!   optional, true where the volume likely holds much of what the source does, so that comparing pays; `standing`, optional, true where it holds the baseline and nothing
 //!   else, of a source of just this `size`: only then what changed since is all that differs; `point`, with
 //!   `group` and only then, the point of the group.
+//!
+//! A server remembers the size and the identity of the source of the last pass that began on a volume. One of another size
+//! is refused (`refused`) unless `resized` or `another` is true; one of another identity, where both have one, unless
+//! `another` is.
 //!
 //! The server opens the target (and checks its identity) before it answers. From OpenReply on, the volume is
 //! this connection's alone; a second one is refused with `busy`.

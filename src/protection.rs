@@ -27,6 +27,9 @@
 //! time = "2026-03-01T10:30:00Z"
 //! bytes = 10737418240
 //! point_in_time = true
+//! [disk.source]                        # once a pass began: the machine's disk that the target has, or had, bytes of
+//! size = 10737418240
+//! id = "naa.6000c29b7d3e5f1a2b4c6d8e0f102132"  # where it has an identity
 //! ```
 //!
 //! `seed = true` beside `overwrite` says that what the disk carried is an older copy of the machine's (`--seed`).
@@ -100,6 +103,17 @@ pub struct Assignment {
     /// The newest pass that was committed, if there is one. The disk stands at it only while the state is
     /// [`State::Synchronized`].
     pub last_commit: Option<Commit>,
+    /// The source of the newest pass that began.
+    pub source: Option<Source>,
+}
+
+/// A disk of the protected machine: what tells it from another one, or from itself after it was resized.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Source {
+    /// Its size in bytes.
+    pub size: ByteLen,
+    /// Its identity, where it has one: an image has none, nor has a logical volume.
+    pub id: Option<DiskId>,
 }
 
 /// How far a target disk is.

@@ -40,7 +40,7 @@ use crate::points::PointId;
 use crate::storage::device::EngineChoice;
 use free::Space;
 use hints::Hints;
-use limit::Limiter;
+use limit::{Limiter, Rates};
 use source::Source;
 use still::Still;
 
@@ -58,7 +58,7 @@ pub struct Plan {
     /// How to read.
     pub engine: EngineChoice,
     /// Bytes a second on the wire, all disks together.
-    pub limit: Option<u64>,
+    pub limit: Option<Rates>,
     /// What the user calls the point, if anything.
     pub name: Option<Name>,
     /// The consistency group of the machine whose point this is, if any.
@@ -67,6 +67,10 @@ pub struct Plan {
     pub scope: Scope,
     /// Whether free space is sent like anything else.
     pub whole_disk: bool,
+    /// Whether the sources may have other sizes than those that were sent before.
+    pub resized: bool,
+    /// Whether they may be other disks, of whatever size.
+    pub another: bool,
     /// What a tracker says has changed since the last point of each disk: a superset of what has.
     pub hints: BTreeMap<Name, PathBuf>,
 }
@@ -119,6 +123,8 @@ pub struct Progress {
     pub differs: AtomicU64,
     /// What of the source is free, once that was looked for.
     pub space: OnceLock<Space>,
+    /// The size of the target, once it is known.
+    pub target: AtomicU64,
     /// Frames that the receiver refused as damaged, and that were sent again.
     pub again: AtomicU64,
     /// Whether the receiver cannot take it yet, and is asked again.
@@ -327,6 +333,9 @@ pub async fn send(
             disk: disk.name.clone(),
             source: disk.source.clone(),
             compression: plan.compression,
+            // What is only compared is not taken for anything.
+            resized: plan.resized || plan.scope == Scope::Verify,
+            another: plan.another || plan.scope == Scope::Verify,
             group: plan.group.clone(),
             disks: names.clone(),
         };
@@ -405,7 +414,7 @@ pub async fn send(
         Ok(Err(_)) => unreachable!("nothing else fails"),
         Err(panic) => std::panic::resume_unwind(panic.into_panic()),
     };
-    let limiter = plan.limit.map(|rate| Arc::new(Limiter::new(rate)));
+    let limiter = plan.limit.clone().map(|rates| Arc::new(Limiter::new(rates)));
     let (time, name) = (OffsetDateTime::now_utc(), plan.name.clone());
     let point = Point { id, disks: names.clone(), time, name };
     let mut passes = JoinSet::new();

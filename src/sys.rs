@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 pub mod aligned;
+pub mod clock;
 pub mod ioctl;
 pub mod ring;
 pub mod wake;

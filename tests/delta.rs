@@ -207,11 +207,11 @@ fn ranges_are_not_relied_on_where_they_cannot_tell_all() {
     rig.send(&[("d0", &source)], &["--changed-ranges", &given]).ok();
     assert_equal(&source, rig.targets[0].backing());
 
-    // What has grown is in no range.
+    // What has grown is in no range. It is not taken for the same disk by itself.
     File::options().write(true).open(&source).unwrap().set_len(2 * size).unwrap();
     write_random(&source, size + MIB, 8192);
     fs::write(&hints, "").unwrap();
-    rig.send(&[("d0", &source)], &["--changed-ranges", &given]).ok();
+    rig.send(&[("d0", &source)], &["--changed-ranges", &given, "--resized"]).ok();
     assert_equal(&source, rig.targets[0].backing());
 
     // They are read when the pass begins, after the pre-hook that makes them; and a pipe is none.
@@ -225,6 +225,106 @@ fn ranges_are_not_relied_on_where_they_cannot_tell_all() {
     nix::unistd::mkfifo(&hints, nix::sys::stat::Mode::S_IRWXU).unwrap();
     let refused = rig.send(&[("d0", &source)], &["--changed-ranges", &given]);
     assert!(refused.code == Some(3) && refused.stderr.contains("no regular file"), "{refused:#?}");
+}
+
+/// A disk that is not what was sent before under its name is not sent by mistake; whoever means it says so once.
+#[test]
+fn a_source_of_another_size_is_refused_until_that_is_meant() {
+    require_root!();
+    let size = 8 * MIB;
+    let rig = Rig::new(&[2 * size]);
+    let source = rig.random("source.img", size);
+    let send = |args: &[&str]| rig.send(&[("d0", &source)], &[&["--compression", "off"], args].concat());
+    let resize = |size| File::options().write(true).open(&source).unwrap().set_len(size).unwrap();
+    let is = |size| {
+        assert_equal(&source, rig.targets[0].backing());
+        assert_eq!(
+            rig.service.recorded(MACHINE, "d0")["source"],
+            serde_json::json!({"size": size, "id": null})
+        );
+    };
+    assert_eq!(rig.service.recorded(MACHINE, "d0")["source"], serde_json::Value::Null);
+    send(&[]).ok();
+    is(size);
+    for (now, flag) in
+        [(size + 3 * MIB + 100, "--resized"), (size - 4096, "--resized"), (size, "--another-disk")]
+    {
+        let (recorded, before) =
+            (rig.service.recorded(MACHINE, "d0"), fs::read(rig.targets[0].backing()).unwrap());
+        let last = recorded["source"]["size"].to_string();
+        resize(now);
+        write_random(&source, 0, 4096);
+        // Waiting does not help, so that nobody waits.
+        send(&["--retry-for", "1h"]).fails(3, &[&last, &now.to_string(), "send it once with --resized"]);
+        rig.start(&[("d0", &source)], &["--every", "0s"]).finish().fails(3, &["send it once with --resized"]);
+        rig.wait_until_closed("d0");
+        assert_eq!(rig.service.recorded(MACHINE, "d0"), recorded);
+        assert!(fs::read(rig.targets[0].backing()).unwrap() == before);
+        send(&[flag]).ok();
+        is(now);
+        // From here on it is what is known.
+        send(&[]).ok();
+    }
+    send(&["--resized", "--every", "1h"]).fails(2, &["cannot be used with"]);
+
+    // Interrupted, it was said, and is gone on with; what it was before is another one now.
+    resize(2 * size);
+    write_random(&source, 0, 2 * size);
+    let sender = rig.start(&[("d0", &source)], &["--resized", "--compression", "off", "--bwlimit", "8M"]);
+    support::wait_for("a part of the pass", || {
+        (rig.service.volume(MACHINE, "d0").received_bytes > Some(2 * MIB)).then_some(())
+    });
+    drop(sender);
+    rig.wait_until_closed("d0");
+    resize(size);
+    send(&[]).fails(3, &["send it once with --resized"]);
+    resize(2 * size);
+    send(&[]).ok();
+    is(2 * size);
+}
+
+#[tokio::test]
+async fn a_source_with_another_identity_is_refused_until_that_is_meant() {
+    require_root!();
+    let rig = Rig::new(&[8 * MIB]);
+    let [one, two] = ["eui.0011223344556677", "eui.0011223344556688"].map(|id| Some(id.parse().unwrap()));
+    let open = async |source: &Option<mt_agent::disk::id::DiskId>, size, another| {
+        let mut client = Client::connect(&rig).await;
+        (client.source, client.another) = (source.clone(), another);
+        let reply = client.open("d0", size).await;
+        (client, reply)
+    };
+    let send = async |source, another| {
+        let (mut client, reply) = open(source, 4 * MIB, another).await;
+        let standing = reply.unwrap().standing;
+        client.begin().await.unwrap();
+        client.frame(&Header::zero(0, 0, 4 * MIB), &[]).await;
+        client.commit(1, 4 * MIB).await.unwrap();
+        drop(client);
+        rig.wait_until_closed("d0");
+        standing
+    };
+    let recorded = || rig.service.recorded(MACHINE, "d0")["source"]["id"].clone();
+    // Looking at the disk is no pass of it.
+    open(&two, 4 * MIB, false).await.1.unwrap();
+    rig.wait_until_closed("d0");
+    assert!(!send(&one, false).await);
+    assert!(send(&one, false).await);
+    // An image of it has none.
+    assert!(send(&None, false).await);
+    assert_eq!(recorded(), "eui.0011223344556677");
+    let refusal = open(&two, 4 * MIB, false).await.1.unwrap_err();
+    assert_eq!(refusal.code, Code::Refused);
+    for text in ["eui.0011223344556677", "eui.0011223344556688", "send it once with --another-disk"] {
+        assert!(refusal.message.contains(text), "{refusal}");
+    }
+    rig.wait_until_closed("d0");
+    // What changed on the one says nothing of the other.
+    assert!(!send(&two, true).await);
+    assert_eq!(recorded(), "eui.0011223344556688");
+    assert!(send(&two, false).await);
+    let refusal = open(&one, 4 * MIB, false).await.1.unwrap_err();
+    assert!(refusal.message.contains("--another-disk"), "{refusal}");
 }
 
 /// Somebody writes to a source that nobody seems to use.
@@ -279,7 +379,9 @@ fn verifying_and_digests_tell_what_is_the_same() {
     let report = outcome.json();
     assert_eq!(
         report["disks"][0]["differences"],
-        serde_json::json!([{"offset": 0, "length": 4096}, {"offset": 7 * MIB + 4096, "length": 4096}])
+        serde_json::json!([
+            {"offset": 0, "length": 4096, "where": []}, {"offset": 7 * MIB + 4096, "length": 4096, "where": []}
+        ])
     );
     assert_eq!((&report["equal"], &report["disks"][0]["differing_bytes"]), (&false.into(), &8192.into()));
     // Nothing was changed, and nothing was recorded.
@@ -288,6 +390,135 @@ fn verifying_and_digests_tell_what_is_the_same() {
     assert!(support::first_difference(&source, rig.targets[0].backing()).is_some());
     let refused = support::run(&["digest", "/dev/shm/no-such-file"]);
     assert_eq!(refused.code, Some(3), "{refused:#?}");
+}
+
+/// What differs is told in terms of what lies there, and what is not compared is told, too.
+#[test]
+fn what_differs_is_told_by_partition_and_file_system() {
+    require_root!();
+    let size = 32 * MIB;
+    let rig = Rig::new(&[size + 3 * 4096]);
+    let source = rig.path("source.img");
+    File::create(&source).unwrap().set_len(size).unwrap();
+    let table = rig.path("table");
+    fs::write(&table, "label: gpt\nstart=2048, size=16384\nstart=18432, size=20480\n").unwrap();
+    tool("sh", &["-c", &format!("sfdisk -q {} < {}", source.display(), table.display())]);
+    let path = source.to_str().unwrap();
+    tool("mkfs.ext4", &["-q", "-L", "boot", "-E", "offset=1048576", path, "8192k"]);
+    rig.send(&[("d0", &source)], &[]).ok();
+    let verify = |flags: &[&str]| {
+        let (to, state) = (rig.service.address().to_string(), rig.client().display().to_string());
+        let disk = format!("d0={path}");
+        let args = ["verify", "--machine", MACHINE, "--to", &to, "--state-dir", &state, "--disk", &disk];
+        support::run(&[&args[..], flags].concat())
+    };
+    let larger = "the target is larger by 12.0 KiB (12288 bytes): what it holds behind the end of the source was not compared";
+    let equal = verify(&[]).ok();
+    assert!(equal.stdout.contains("32.0 MiB are equal") && equal.stdout.contains(larger), "{equal:#?}");
+    for at in [5 * MIB, 10 * MIB, 25 * MIB] {
+        write_random(&source, at, 4096);
+    }
+    let told = verify(&["--json"]);
+    assert_eq!(told.code, Some(1), "{told:#?}");
+    let report = told.json();
+    let places: Vec<&serde_json::Value> =
+        report["disks"][0]["differences"].as_array().unwrap().iter().map(|one| &one["where"]).collect();
+    let expected = [["partition 1 (ext4, LABEL=\"boot\")"], ["partition 2"], ["outside of all partitions"]]
+        .map(|at| serde_json::json!(at));
+    assert_eq!(places, expected.iter().collect::<Vec<_>>());
+    assert_eq!(report["disks"][0]["target_size"], size + 3 * 4096);
+    let told = verify(&[]);
+    assert!(told.stdout.contains(": partition 1 (ext4, LABEL=\"boot\")\n"), "{told:#?}");
+    // A source of another size is compared, too: that changes nothing.
+    File::options().write(true).open(&source).unwrap().set_len(size - MIB).unwrap();
+    let shorter = verify(&[]);
+    assert!(
+        shorter.code == Some(1) && shorter.stdout.contains("the target is larger by 1.0 MiB"),
+        "{shorter:#?}"
+    );
+}
+
+#[test]
+fn a_point_has_the_digest_that_its_source_had() {
+    require_root!();
+    let size = 8 * MIB + 100;
+    let rig = Rig::new(&[9 * MIB]);
+    let source = rig.random("source.img", size);
+    let config = rig.service.config();
+    let digest = |what: &str| {
+        let report = support::run(&["digest", what, "--json", "--config", &config]).ok().json();
+        let one = &report["digests"][0];
+        assert_eq!(one["size"], size);
+        (one["digest"].as_str().unwrap().to_owned(), one["disk"].clone())
+    };
+    let mut points = Vec::new();
+    for _ in 0..3 {
+        rig.send(&[("d0", &source)], &[]).ok();
+        let list = support::run(&["points", MACHINE, "--json", "--config", &config]).ok().json();
+        let id = list["points"].as_array().unwrap().last().unwrap()["id"].as_str().unwrap().to_owned();
+        points.push((id, digest(source.to_str().unwrap()).0));
+        write_random(&source, 3 * MIB + 777, 100_000);
+        write_random(&source, size - 50, 50);
+    }
+    for (id, expected) in &points {
+        assert_eq!(digest(&format!("{MACHINE}@{id}")), (expected.clone(), "d0".into()));
+    }
+    let latest = support::run(&["digest", &format!("{MACHINE}@latest"), "--config", &config]).ok().stdout;
+    let (id, expected) = points.last().unwrap();
+    assert_eq!(latest, format!("{expected}  {MACHINE}@{id} d0, {size} bytes\n"));
+    let missing = format!("{MACHINE}@00000000000000000000000000000000");
+    assert_eq!(support::run(&["digest", &missing, "--config", &config]).code, Some(3));
+}
+
+/// A sender that was stopped (a debugger, a suspended laptop) holds its disk for twice the patience of the service at most.
+#[test]
+fn a_sender_that_stands_still_gives_the_disk_back() {
+    require_root!();
+    let size = 24 * MIB;
+    let mut rig = Rig::new(&[size]);
+    let config = fs::read_to_string(rig.service.config()).unwrap();
+    rig.service.restart_with_config(&(config + "idle_timeout = \"2s\"\nallow_root_retention = true\n"));
+    let source = rig.random("source.img", size);
+    let args = ["--compression", "off", "--bwlimit", "4M"];
+    let sender = rig.start_into_pass(&[("d0", &source)], &args);
+    let lag = rig.service.volume(MACHINE, "d0").lag_bytes.unwrap();
+    assert!(lag > 0 && lag < size, "{lag}");
+    let metric = rig.service.metric("mt_agent_volume_lag_bytes{machine=\"web01\",disk=\"d0\"}");
+    assert!(metric > 0.0 && metric <= lag as f64, "{metric} after {lag}");
+    sender.signal(nix::sys::signal::Signal::SIGSTOP);
+    let stopped = std::time::Instant::now();
+    let volume = rig.wait_until_closed("d0");
+    // Not at once, and what the machine is busy with.
+    let after = stopped.elapsed().as_secs_f64();
+    assert!((1.5..8.0).contains(&after), "{after} s");
+    assert_eq!((volume.phase.as_str(), volume.lag_bytes), ("interrupted", None));
+    rig.service.wait_for_log("the peer sent nothing for 2s");
+    rig.send(&[("d0", &source)], &[]).ok();
+    assert_equal(&source, rig.targets[0].backing());
+    // It learns of it once it goes on.
+    sender.signal(nix::sys::signal::Signal::SIGCONT);
+    sender.finish().fails(1, &["the pass was not acknowledged"]);
+    rig.synchronized("d0");
+}
+
+/// The limit goes by the clock of the machine.
+#[test]
+fn a_bandwidth_limit_goes_by_the_time_of_day() {
+    require_root!();
+    let size = 8 * MIB;
+    let rig = Rig::new(&[size]);
+    let source = rig.random("source.img", size);
+    let took = |limit: &str| {
+        let start = std::time::Instant::now();
+        rig.send(&[("d0", &source)], &["--whole", "--compression", "off", "--bwlimit", limit]).ok();
+        start.elapsed().as_secs_f64()
+    };
+    // This hour and the next one, so that midnight does not come between.
+    let hour: u32 = tool("date", &["+%-H"]).parse().unwrap();
+    let now = format!("{hour:02}:00-{:02}:00", (hour + 2) % 24);
+    assert!(took(&format!("{now}=4M,1G")) > 1.7);
+    assert!(took(&format!("{now}=1G,1M")) < 6.0);
+    rig.send(&[("d0", &source)], &["--bwlimit", "8-18=4M"]).fails(2, &["no time of day"]);
 }
 
 fn same_bytes(a: &Path, b: &Path) -> u64 {

@@ -248,6 +248,26 @@ fn the_guard_is_guarded() {
     assert_eq!(site.newest(), ("crash".to_owned(), true));
 }
 
+/// A guard that is stopped neither thaws nor says anything: it is ended, and what it should have done is done in its place.
+#[test]
+fn a_guard_that_stands_still_keeps_nothing_frozen() {
+    require_root!();
+    let site = Site::new();
+    let send = site.start_into_pass(&["--freeze=2s"]);
+    let guard = children(send.pid());
+    assert_eq!(guard.len(), 1);
+    kill(Pid::from_raw(guard[0]), Signal::SIGSTOP).unwrap();
+    assert!(site.writer.is_held());
+    // Half a minute is what a thaw may take.
+    let start = Instant::now();
+    let sent = send.finish().ok();
+    site.writer.waits();
+    assert!(start.elapsed() < Duration::from_secs(60), "{:?}", start.elapsed());
+    assert!(sent.stderr.contains("the process that freezes was ended, or did not answer"), "{sent:#?}");
+    assert!(kill(Pid::from_raw(guard[0]), None).is_err(), "it was left behind");
+    assert_eq!(site.newest(), ("crash".to_owned(), true));
+}
+
 #[test]
 fn what_must_not_be_frozen_is_refused() {
     require_root!();

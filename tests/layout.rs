@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use mt_agent::layout::landmarks::Landmarks;
 use mt_agent::layout::lvm::group::{Area, Group, Volume};
 use mt_agent::layout::ranges::{Ranges, between};
 use mt_agent::layout::tree::{Disk, Layout, read};
@@ -483,6 +484,12 @@ fn linear_and_striped_volumes_lie_where_lvm_says() {
         let member = group.members.iter().find(|member| member.uuid == uuid).unwrap();
         let [at, len] = ["pvseg_start", "pvseg_size"].map(|key| number(&row, key) * group.extent_size);
         let extent = Extent::new(member.extents.offset() + at, len).unwrap();
+        // What lies there has the name that LVM has for it.
+        let named = match row["lv_name"].as_str().unwrap() {
+            "" => "the disk (volume group vg, outside of its logical volumes)".to_owned(),
+            name => format!("logical volume vg/{name}"),
+        };
+        assert_eq!(Landmarks::of(&found, member.found.unwrap()).at(extent), [named]);
         free.entry(uuid).or_default().extend((row["lv_name"] == "").then_some(extent));
     }
     assert!(free.values().any(|free| !free.is_empty()));

@@ -12,7 +12,7 @@ use mt_agent::agent::control::Control;
 use mt_agent::agent::status::{Board, Live, Service};
 use mt_agent::name::Name;
 use mt_agent::pass::PassId;
-use mt_agent::protection::Store;
+use mt_agent::protection::{Source, Store};
 use mt_agent::storage::device::Engine;
 use mt_agent::volume::counters::Counters;
 use serde_json::Value;
@@ -371,9 +371,17 @@ fn status_shows_a_service_that_runs_and_says_so_of_one_that_does_not() {
         assigned_at: time::OffsetDateTime::UNIX_EPOCH,
         state: mt_agent::protection::State::Empty,
         last_commit: None,
+        source: None,
     };
     store.assign(&name("web01"), &[assignment]).unwrap();
-    store.begin_pass(&name("web01"), &name("root"), PassId(1)).unwrap();
+    store
+        .begin_pass(
+            &name("web01"),
+            &name("root"),
+            PassId(1),
+            &Source { size: mt_agent::units::ByteLen(1), id: None },
+        )
+        .unwrap();
     let engine = Engine { name: "io-uring".to_owned(), why: "probed".to_owned() };
     let service = Arc::new(Service::new("[::]:9443".parse().unwrap(), engine.clone()));
     let live = Live::default();

@@ -24,7 +24,7 @@ use support::{
 #[track_caller]
 fn goes_on(rig: &Rig, disk: &str) {
     let source = rig.mixed("small.img", MIB);
-    rig.send(&[(disk, &source)], &[]).ok();
+    rig.send(&[(disk, &source)], &["--another-disk"]).ok();
     let index: usize = disk[1..].parse().unwrap();
     assert_equal(&source, rig.targets[index].backing());
     rig.synchronized(disk);
@@ -447,6 +447,9 @@ async fn what_was_not_agreed_on_ends_the_session() {
         disk: "d0".parse().unwrap(),
         size: MIB,
         sector: 512,
+        source: None,
+        resized: false,
+        another: true,
         compression: vec![Encoding::Lz4],
         group: None,
         disks: Vec::new(),
@@ -870,7 +873,7 @@ fn a_service_that_is_stopped_in_the_middle_tells_its_senders() {
         rig.service.spawn();
         assert_eq!(rig.service.volume(MACHINE, "d0").phase, "interrupted");
         for (index, disk) in ["d0", "d1"].into_iter().enumerate() {
-            rig.send(&[(disk, &source)], &[]).ok();
+            rig.send(&[(disk, &source)], &["--another-disk"]).ok();
             assert_equal(&source, rig.targets[index].backing());
             rig.synchronized(disk);
         }

@@ -122,7 +122,7 @@ fn an_image_of_odd_size_arrives_whole() {
         assert_equal(&source, &backing);
         assert!(fs::read(&backing).unwrap()[size as usize..] == before[size as usize..], "sector {sector}");
         let tiny = rig.random("tiny.img", 3);
-        rig.send(&[("d0", &tiny)], &[]).ok();
+        rig.send(&[("d0", &tiny)], &["--another-disk"]).ok();
         assert_equal(&tiny, &backing);
         assert!(fs::read(&backing).unwrap()[3..size as usize] == fs::read(&source).unwrap()[3..]);
     }

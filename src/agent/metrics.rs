@@ -123,7 +123,7 @@ impl Snapshot {
 
     fn gauges(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
         type Value = fn(&VolumeReport) -> Option<f64>;
-        let families: [(&str, &str, Option<&Unit>, Value); 6] = [
+        let families: [(&str, &str, Option<&Unit>, Value); 7] = [
             ("volume_size", "Size of the target disk", Some(&Unit::Bytes), |v| Some(v.size as f64)),
             ("volume_rate", "Bytes of the volume a second, smoothed", Some(&Unit::Bytes), |v| {
                 v.rate.map(|rate| rate as f64)
@@ -132,6 +132,12 @@ impl Snapshot {
                 v.eta.map(|eta| eta as f64)
             }),
             ("volume_lag", "Since the last commit", Some(&Unit::Seconds), |v| v.lag.map(|lag| lag as f64)),
+            (
+                "volume_lag",
+                "What the running pass has neither brought nor found to be there yet",
+                Some(&Unit::Bytes),
+                |v| v.lag_bytes.map(|lag| lag as f64),
+            ),
             ("volume_synchronized", "Whether the disk stands at its last commit", None, |v| {
                 Some(f64::from(u8::from(v.phase == "synchronized")))
             }),

@@ -24,7 +24,7 @@ use crate::net::token::TokenStore;
 use crate::net::{enrolment, tls};
 use crate::pass::{Lineage, PassId};
 use crate::points::VolumeAt;
-use crate::protection::{self, Assignment, Hold, State, Store};
+use crate::protection::{self, Assignment, Hold, Source, State, Store};
 use crate::recovery::{self, Journal, LONGEST_SEGMENT};
 use crate::storage::Geometry;
 use crate::storage::device::Device;
@@ -79,6 +79,7 @@ impl Host for Receiver {
             tracing::warn!(%machine, disk = %open.disk, id = %disk.id, note);
         }
         still_as_assigned(&disk, assignment)?;
+        still_the_same_source(machine, open, assignment)?;
         let failed = |error: IoError| message::Error::new(Code::Internal, chain(&error));
         let arena = usize::try_from(self.config.window.0)
             .map_err(io::Error::other)
@@ -123,7 +124,7 @@ impl Host for Receiver {
             ticket: None,
             volume: None,
             target: assignment.id.clone(),
-            size: open.size,
+            source: Source { size: ByteLen(open.size), id: open.source.clone() },
             journal,
             counters: counters.clone(),
             _shown: self.live.show(machine.clone(), open.disk.clone(), counters.clone()),
@@ -145,6 +146,7 @@ impl Host for Receiver {
             alike: assignment.state != State::Empty || assignment.seed,
             standing: assignment.state == State::Synchronized
                 && assignment.last_commit.is_some_and(|commit| commit.bytes == open.size)
+                && !is_another(open, assignment)
                 && ledger.journal.open().is_ok_and(|passes| passes.is_empty()),
             reader,
             group,
@@ -231,8 +233,7 @@ struct Ledger {
     ticket: Option<Ticket>,
     volume: Option<VolumeAt>,
     target: DiskId,
-    /// That of the source, in bytes.
-    size: u64,
+    source: Source,
     journal: Journal,
     counters: Arc<Counters>,
     _shown: Shown,
@@ -282,7 +283,9 @@ impl Passes for Ledger {
                 (journal.next(), None)
             }
         };
-        self.store.begin_pass(&self.machine, &self.disk, pass).map_err(|error| refuse(&error))?;
+        self.store
+            .begin_pass(&self.machine, &self.disk, pass, &self.source)
+            .map_err(|error| refuse(&error))?;
         self.pass = Some(pass);
         self.volume = Some(VolumeAt {
             machine: self.machine.clone(),
@@ -310,7 +313,7 @@ impl Passes for Ledger {
     fn committed(&mut self, commit: &Commit) -> Result<(), message::Error> {
         let pass = commit.pass;
         self.store
-            .commit_pass(&self.machine, &self.disk, pass, self.size, commit.point_in_time)
+            .commit_pass(&self.machine, &self.disk, pass, self.source.size.0, commit.point_in_time)
             .map_err(|error| refuse(&error))?;
         tracing::info!(machine = %self.machine, disk = %self.disk, %pass, bytes = commit.bytes, "pass committed");
         Ok(())
@@ -360,6 +363,38 @@ fn still_as_assigned(disk: &OpenDisk, assignment: &Assignment) -> Result<(), mes
         }
     }
     Ok(())
+}
+
+/// Whether the source is certainly another disk than the one before.
+fn is_another(open: &Open, assignment: &Assignment) -> bool {
+    let known = assignment.source.as_ref().and_then(|known| known.id.as_ref());
+    known.zip(open.source.as_ref()).is_some_and(|(known, source)| known != source)
+}
+
+/// Refuses a source that is not what was sent before under this name, unless its user says that this is right: a device name
+/// that now is another disk's would take the place of all that is kept here.
+fn still_the_same_source(machine: &Name, open: &Open, assignment: &Assignment) -> Result<(), message::Error> {
+    let Some(known) = &assignment.source else { return Ok(()) };
+    let text = if is_another(open, assignment) && !open.another {
+        let id = |id: &Option<DiskId>| id.as_ref().map(ToString::to_string).unwrap_or_default();
+        format!(
+            "disk {} of {machine} was {} when it was sent last, and now it is {}: check --disk; if another disk has taken its \
+             place, send it once with --another-disk",
+            open.disk,
+            id(&known.id),
+            id(&open.source)
+        )
+    } else if known.size.0 != open.size && !open.resized && !open.another {
+        format!(
+            "disk {} of {machine} had {} bytes when it was sent last, and now it has {}: check --disk; if it was resized, send \
+             it once with --resized",
+            open.disk, known.size.0, open.size
+        )
+    } else {
+        return Ok(());
+    };
+    tracing::warn!(disk = %open.disk, %machine, text, "source refused");
+    Err(message::Error::new(Code::Refused, text))
 }
 
 /// What the peer is told of a protection that cannot be used.

@@ -18,6 +18,7 @@
 //!       "phase": "receiving", "pass": "000102030405060708090a0b0c0d0e0f", "total_bytes": 10737418240,
 //!       "received_bytes": 4294967296, "written_bytes": 2147483648, "zeroed_bytes": 2147483648,
 //!       "same_bytes": 0, "wire_bytes": 1610612736, "rate": 104857600, "eta": 62, "lag": 86400,
+//!       "lag_bytes": 6442450944,
 //!       "last_commit": {"pass": "…", "time": "…", "bytes": 10737418240, "point_in_time": true},
 //!       "engine": {"name": "io-uring", "why": "probed"}, "error": null
 //!     }]
@@ -278,6 +279,9 @@ pub struct VolumeReport {
     pub engine: Option<Engine>,
     /// Seconds since the last commit.
     pub lag: Option<u64>,
+    /// Bytes of the source that the running pass has neither brought nor found to be there yet: the most by which the target is
+    /// behind what is being sent. `null` while no pass runs: what changed since then only the source knows.
+    pub lag_bytes: Option<u64>,
     /// The last commit. The disk stands at it only in the phase `synchronized`.
     pub last_commit: Option<CommitReport>,
     /// What failed.
@@ -455,6 +459,7 @@ impl Board {
             eta: None,
             engine: None,
             lag,
+            lag_bytes: None,
             last_commit: disk.last_commit.map(CommitReport::from),
             error,
         };
@@ -476,6 +481,7 @@ impl Board {
             let rate = self.rate(key, counters);
             report.rate = rate.map(|rate| rate.round() as u64);
             let left = counters.total().saturating_sub(counters.done());
+            report.lag_bytes = Some(left);
             report.eta = rate.filter(|rate| *rate >= 1.0).map(|rate| (left as f64 / rate).ceil() as u64);
         }
         report

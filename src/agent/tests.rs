@@ -17,7 +17,7 @@ use super::status::{Board, Live, Report, SCHEMA_VERSION, Service};
 use crate::name::Name;
 use crate::pass::PassId;
 use crate::points::retention::Policy;
-use crate::protection::{Assignment, State, Store};
+use crate::protection::{Assignment, Source, State, Store};
 use crate::storage::device::{Engine, EngineChoice};
 use crate::units::ByteLen;
 use crate::volume::counters::{Counters, Phase};
@@ -41,6 +41,7 @@ fn assignment(disk: &str, number: u32) -> Assignment {
         assigned_at: OffsetDateTime::from_unix_timestamp(0).unwrap(),
         state: State::Empty,
         last_commit: None,
+        source: None,
     }
 }
 
@@ -225,7 +226,7 @@ fn a_report_shows_what_is_on_disk_and_what_is_live() {
     let volume = || board.report().unwrap().machines[0].volumes[0].clone();
     assert_eq!((volume().phase.as_str(), volume().lag, volume().received_bytes), ("empty", None, None));
     let pass = PassId(7);
-    store.begin_pass(&web, &root, pass).unwrap();
+    store.begin_pass(&web, &root, pass, &Source { size: ByteLen(1), id: None }).unwrap();
     assert_eq!((volume().phase.as_str(), volume().pass), ("interrupted", Some(pass.to_string())));
 
     let counters = Arc::new(Counters::new(1000, engine()));
@@ -252,7 +253,7 @@ fn a_report_shows_what_is_on_disk_and_what_is_live() {
     drop(shown);
     assert_eq!((volume().phase.as_str(), volume().received_bytes), ("synchronized", None));
 
-    store.begin_pass(&web, &root, PassId(8)).unwrap();
+    store.begin_pass(&web, &root, PassId(8), &Source { size: ByteLen(1), id: None }).unwrap();
     store.fault(&web, &root, PassId(8), "write failed").unwrap();
     assert_eq!((volume().phase.as_str(), volume().error.as_deref()), ("faulted", Some("write failed")));
 }

@@ -36,7 +36,8 @@ pub struct Args {
     places: Places,
 }
 
-fn what(text: &str) -> Result<(Name, To), String> {
+/// `MACHINE@POINT`.
+pub(super) fn what(text: &str) -> Result<(Name, To), String> {
     let (machine, point) = text.split_once('@').ok_or("give MACHINE@POINT, as in web01@latest")?;
     Ok((machine.parse().map_err(|error| format!("{error}"))?, failover::to(point)?))
 }
@@ -49,7 +50,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let point = to.find(&log, &machine)?.clone();
     if point.fuzzy {
         note!(
-            "mt-agent: point {} is no moment of its source, which was in use while it was read: what is in the images may              contradict itself",
+            "mt-agent: point {} is no moment of its source, which was in use while it was read: what is in the images may contradict itself",
             point.id
         );
     }

@@ -377,6 +377,7 @@ fn disk_json(disk: &Assignment) -> Value {
             "bytes": commit.bytes,
             "point_in_time": commit.point_in_time,
         })),
+        "source": disk.source.as_ref().map(|source| json!({ "size": source.size, "id": source.id })),
         "fault": fault.map(|fault| json!({ "time": rfc3339(fault.time), "reason": fault.reason })),
     })
 }

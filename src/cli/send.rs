@@ -10,10 +10,10 @@ use mt_agent::error::chain;
 use mt_agent::name::Name;
 use mt_agent::net::address::Address;
 use mt_agent::send::hints::Hints;
+use mt_agent::send::limit::Rates;
 use mt_agent::send::still::Wishes;
 use mt_agent::send::{Compression, Done, Error, Plan, Prepared, Scope};
 use mt_agent::storage::device::EngineChoice;
-use mt_agent::units::ByteLen;
 use serde_json::json;
 
 pub(super) use self::attempt::{Job, Signals};
@@ -62,13 +62,22 @@ pub struct Args {
     /// How to compress: auto (LZ4 where it pays), off, lz4 or zstd
     #[arg(long, default_value = "auto")]
     compression: Compression,
-    /// Send at most so many bytes a second, all disks together: 10M, 512K
-    #[arg(long, value_name = "BYTES", value_parser = limit)]
-    bwlimit: Option<ByteLen>,
+    /// Send at most so many bytes a second, all disks together: 10M, 512K. By the time of day, in the time zone of this
+    /// machine, with commas between: 08:00-18:00=2M,20M is 2M from 8 to 18 and else 20M; at times that are not told of, and
+    /// where no rate is told for the others, nothing is limited
+    #[arg(long, value_name = "BYTES|HH:MM-HH:MM=BYTES,…")]
+    bwlimit: Option<Rates>,
     /// Send everything, also where the master target likely has most of it: by default, both sides are compared by digests
     /// then, and only what differs is sent
     #[arg(long)]
     whole: bool,
+    /// Send a disk although it has another size than when it was sent last. What the target has behind the end of a smaller
+    /// one stays there
+    #[arg(long, conflicts_with = "every")]
+    resized: bool,
+    /// Send a disk although it is another one, of whatever size, than the one that was sent last under its name
+    #[arg(long, conflicts_with = "every")]
+    another_disk: bool,
     /// Check that the sources can be read and show what would be sent, and send nothing
     #[arg(long)]
     dry_run: bool,
@@ -155,14 +164,6 @@ fn limit_of(text: &str, longest: Duration) -> Result<Duration, String> {
     Ok(limit)
 }
 
-/// A frame of 1 MiB must not take so long that the receiver gives the connection up.
-const LEAST_LIMIT: ByteLen = ByteLen(64 * ByteLen::KIB);
-
-pub(super) fn limit(text: &str) -> Result<ByteLen, String> {
-    let limit: ByteLen = text.parse().map_err(|error| format!("{error}"))?;
-    if limit < LEAST_LIMIT { Err(format!("give at least {LEAST_LIMIT} a second")) } else { Ok(limit) }
-}
-
 fn disk(text: &str) -> Result<(Name, PathBuf), String> {
     let (name, path) = text.split_once('=').ok_or("give NAME=SOURCE, as in root=/dev/sda")?;
     if path.is_empty() {
@@ -195,7 +196,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
     job.plan.name = args.point_name;
     job.plan.group = args.group;
     job.plan.compression = args.compression;
-    job.plan.limit = args.bwlimit.map(|limit| limit.0);
+    (job.plan.resized, job.plan.another) = (args.resized, args.another_disk);
+    job.plan.limit = args.bwlimit;
     job.plan.scope = match (args.whole, args.verify) {
         (true, _) => Scope::Whole,
         (false, true) => Scope::CheckHints,

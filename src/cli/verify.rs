@@ -1,14 +1,21 @@
 //! `mt-agent verify`: whether a master target holds what the disks of this machine hold. Neither is changed.
 //!
 //! `--json` prints one object: `schema_version` (1), `machine`, `equal`, and `disks`, of each `disk`, `size`, `equal`,
-//! `differing_bytes`, `differences` (of each `offset` and `length` in bytes, the first 10,000), `free_bytes` (what is proven
-//! free and so may differ; null where it is not known), and `error`.
+//! `target_size` (null where it is not known), `differing_bytes`, `differences` (of each `offset` and `length` in bytes, and
+//! `where`, the partitions and file systems of the source that it touches, in words; the first 10,000), `free_bytes` (what is
+//! proven free and so may differ; null where it is not known), and `error`.
 
-use mt_agent::send::Scope;
+use std::sync::atomic::Ordering;
+
+use mt_agent::layout::landmarks::Landmarks;
+use mt_agent::layout::tree;
+use mt_agent::send::limit::Rates;
+use mt_agent::send::{Prepared, Scope};
+use mt_agent::storage::file::ReadFile;
 use mt_agent::units::ByteLen;
 use serde_json::json;
 
-use super::send::{self, Job, Signals, What};
+use super::send::{Job, Signals, What};
 use super::{Failure, print, print_json};
 
 const SCHEMA_VERSION: u32 = 1;
@@ -17,20 +24,21 @@ const SCHEMA_VERSION: u32 = 1;
 const SHOWN: usize = 20;
 
 /// Compare disks of this machine with what its master target holds, by digests. Nothing is received for a disk meanwhile: a
-/// `send` waits until it is through
+/// `send` waits until it is through. What differs is told with the partitions and file systems in which it lies
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
     what: What,
-    /// Read at most so many bytes a second, all disks together: 100M. The master target reads as slowly then
-    #[arg(long, value_name = "BYTES", value_parser = send::limit)]
-    rate: Option<ByteLen>,
+    /// Read at most so many bytes a second, all disks together: 100M; by the time of day as in `send --bwlimit`. The master
+    /// target reads as slowly then
+    #[arg(long, value_name = "BYTES|HH:MM-HH:MM=BYTES,…")]
+    rate: Option<Rates>,
 }
 
 pub fn run(args: Args) -> Result<(), Failure> {
     let mut job = Job::new(&args.what)?;
     job.plan.scope = Scope::Verify;
-    job.plan.limit = args.rate.map(|rate| rate.0);
+    job.plan.limit = args.rate;
     let runtime = tokio::runtime::Runtime::new().map_err(Failure::failed)?;
     let outcome = runtime.block_on(async {
         let mut signals = Signals::new().map_err(Failure::failed)?;
@@ -40,9 +48,15 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let outcome = outcome?;
     let mut equal = true;
     let mut disks = Vec::new();
-    for ((name, size, differs, differences), error) in outcome.compared() {
-        let progress = outcome.disks.iter().find(|disk| disk.name == *name).map(|disk| &disk.progress);
-        let free = progress.and_then(|progress| progress.space.get()?.free);
+    let landmarks = match outcome.compared().any(|(_, differs, ..)| differs > 0) {
+        true => landmarks(&outcome.disks),
+        false => Vec::new(),
+    };
+    for (index, (disk, differs, differences, error)) in outcome.compared().enumerate() {
+        let (name, size) = (&disk.name, disk.source.size());
+        let places = |extent| landmarks.get(index).map_or(Vec::new(), |one| one.at(extent));
+        let target = Some(disk.progress.target.load(Ordering::Relaxed)).filter(|target| *target > 0);
+        let free = disk.progress.space.get().and_then(|space| space.free);
         let same = differs == 0 && error.is_none();
         equal &= same;
         if !job.json && error.is_none() {
@@ -55,19 +69,29 @@ pub fn run(args: Args) -> Result<(), Failure> {
                 _ => format!("{name}: {} of {size} differ\n", ByteLen(differs)),
             };
             for extent in differences.iter().take(SHOWN) {
-                text += &format!("  {extent}\n");
+                let places = places(*extent).join("; ");
+                text += &format!("  {extent}{}{places}\n", if places.is_empty() { "" } else { ": " });
             }
             if differences.len() > SHOWN {
                 text += &format!("  and {} ranges more (--json lists them)\n", differences.len() - SHOWN);
+            }
+            if let Some(more) = target.and_then(|target| target.checked_sub(size.0)).filter(|more| *more > 0)
+            {
+                text += &format!(
+                    "  the target is larger by {} ({more} bytes): what it holds behind the end of the source was not compared\n",
+                    ByteLen(more)
+                );
             }
             print(&text)?;
         }
         let differences: Vec<_> = differences
             .iter()
-            .map(|extent| json!({"offset": extent.offset(), "length": extent.len()}))
+            .map(
+                |extent| json!({"offset": extent.offset(), "length": extent.len(), "where": places(*extent)}),
+            )
             .collect();
         disks.push(json!({
-            "disk": name, "size": size, "equal": same, "differing_bytes": differs, "differences": differences,
+            "disk": name, "size": size, "target_size": target, "equal": same, "differing_bytes": differs, "differences": differences,
             "free_bytes": free,
             "error": error,
         }));
@@ -85,4 +109,21 @@ pub fn run(args: Args) -> Result<(), Failure> {
             job.machine
         ))),
     }
+}
+
+/// What lies where on the sources: of each, or nothing where one of them cannot be read any more.
+fn landmarks(disks: &[Prepared]) -> Vec<Landmarks> {
+    let opened: Result<Vec<(ReadFile, Option<u64>)>, _> = disks
+        .iter()
+        .map(|disk| {
+            let file = ReadFile::open(disk.source.path())?;
+            let sector = file.sector()?;
+            Ok::<_, mt_agent::error::IoError>((file, sector))
+        })
+        .collect();
+    let Ok(opened) = opened else { return Vec::new() };
+    let all: Vec<tree::Disk<'_>> =
+        opened.iter().map(|(file, sector)| tree::Disk { reader: file, sector: *sector }).collect();
+    let layout = tree::read(&all);
+    (0..disks.len()).map(|index| Landmarks::of(&layout, index)).collect()
 }

@@ -18,6 +18,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use time::OffsetDateTime;
 
 use super::frame::{self, Encoding, Kind};
+use crate::disk::id::DiskId;
 use crate::name::Name;
 use crate::pass::PassId;
 use crate::points::{self, PointId};
@@ -189,6 +190,15 @@ pub struct Open {
     pub size: u64,
     /// The logical sector size of the source disk, in bytes.
     pub sector: u32,
+    /// The identity of the source disk, where it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<DiskId>,
+    /// Whether the source may have another size than the one before.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub resized: bool,
+    /// Whether it may be another disk than the one before.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub another: bool,
     /// The compressions that the client can send. Unknown names are passed over; `raw` needs no mention.
     #[serde(default, deserialize_with = "known_encodings")]
     pub compression: Vec<Encoding>,
@@ -515,6 +525,9 @@ mod tests {
             disk: "sda".parse().unwrap(),
             size: 1 << 30,
             sector: 512,
+            source: None,
+            resized: false,
+            another: false,
             compression: vec![Encoding::Lz4, Encoding::Zstd],
             group: None,
             disks: Vec::new(),
@@ -524,6 +537,11 @@ mod tests {
         assert_eq!(parse::<Open>(json.as_bytes()).unwrap(), open);
         let json = r#"{"disk":"sda","size":1073741824,"sector":512,"compression":["lz4","zstd"],"group":"shop","disks":["sda"]}"#;
         let open = Open { group: Some("shop".parse().unwrap()), disks: vec!["sda".parse().unwrap()], ..open };
+        assert_eq!(text(&open), json);
+        assert_eq!(parse::<Open>(json.as_bytes()).unwrap(), open);
+        let json = r#"{"disk":"sda","size":1073741824,"sector":512,"source":"eui.0011223344556677","resized":true,"another":true,"compression":["lz4","zstd"],"group":"shop","disks":["sda"]}"#;
+        let source = Some("eui.0011223344556677".parse().unwrap());
+        let open = Open { source, resized: true, another: true, ..open };
         assert_eq!(text(&open), json);
         assert_eq!(parse::<Open>(json.as_bytes()).unwrap(), open);
         let (point, disks) = (PointId(1), vec!["sda".parse().unwrap()]);

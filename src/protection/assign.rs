@@ -250,6 +250,7 @@ impl Planned<'_> {
             assigned_at: now.replace_nanosecond(0).unwrap_or(now),
             state: State::Empty,
             last_commit: None,
+            source: None,
         }
     }
 }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use toml::Spanned;
 
-use super::{Assignment, Commit, Fault, Pass, Protection, State};
+use super::{Assignment, Commit, Fault, Pass, Protection, Source, State};
 use crate::disk::id::DiskId;
 use crate::name::Name;
 use crate::pass::PassId;
@@ -77,6 +77,8 @@ struct Disk {
     last_commit: Option<CommitTable>,
     #[serde(skip_serializing_if = "Option::is_none")]
     fault: Option<FaultTable>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    source: Option<SourceTable>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -112,6 +114,14 @@ struct FaultTable {
     #[serde(with = "time::serde::rfc3339")]
     time: OffsetDateTime,
     reason: String,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SourceTable {
+    size: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<Text<DiskId>>,
 }
 
 /// A value that is written as text and read with `FromStr`, so that its error gets the line of the value.
@@ -198,6 +208,8 @@ impl Disk {
             bytes: commit.bytes,
             point_in_time: commit.point_in_time,
         });
+        let source =
+            self.source.map(|source| Source { size: ByteLen(source.size), id: source.id.map(|id| id.0) });
         let state = match (self.state, pass, fault) {
             (StateName::Empty, None, None) => State::Empty,
             (StateName::Synchronized, None, None) => State::Synchronized,
@@ -213,6 +225,7 @@ impl Disk {
         };
         match (&state, &last_commit) {
             (State::Empty, Some(_)) => Err(broken("a disk that is empty has no last_commit")),
+            (State::Empty, None) if source.is_some() => Err(broken("a disk that is empty has no source")),
             (State::Synchronized, None) => Err(broken("a disk that is synchronized has a last_commit")),
             _ => Ok(Assignment {
                 name: self.name.into_inner().0,
@@ -224,6 +237,7 @@ impl Disk {
                 assigned_at: self.assigned_at,
                 state,
                 last_commit,
+                source,
             }),
         }
     }
@@ -259,6 +273,10 @@ pub fn encode(protection: &Protection) -> Result<String, toml::ser::Error> {
                 point_in_time: commit.point_in_time,
             }),
             fault: fault.map(|fault| FaultTable { time: fault.time, reason: fault.reason.clone() }),
+            source: disk
+                .source
+                .as_ref()
+                .map(|source| SourceTable { size: source.size.0, id: source.id.clone().map(Text) }),
         })
     });
     let file = File {

@@ -12,7 +12,7 @@ use time::OffsetDateTime;
 
 use super::assign::{Refusal, Refused, Why};
 use super::file::{self, ParseError};
-use super::{Assignment, Commit, Error, Fault, Pass, Protection, State};
+use super::{Assignment, Commit, Error, Fault, Pass, Protection, Source, State};
 use crate::disk::id::DiskId;
 use crate::durable;
 use crate::error::{IoError, chain};
@@ -382,13 +382,19 @@ impl Store {
         Ok(Hold { _lock: lock })
     }
 
-    /// Records that a pass begins to write a disk: from here on its content is no point, whatever happens. The same
-    /// pass may begin again to go on after an interruption; another one takes its place.
+    /// Records that a pass begins to write a disk: from here on its content is no point, whatever happens, and what there
+    /// is of it is this source's. The same pass may begin again to go on after an interruption; another one takes its place.
     ///
     /// # Errors
     /// [`Error::Transition`] for a pass that faulted or was committed; [`Error::Shared`] where another protection
     /// names the disk as well.
-    pub fn begin_pass(&self, machine: &Name, disk: &Name, pass: PassId) -> Result<(), Error> {
+    pub fn begin_pass(
+        &self,
+        machine: &Name,
+        disk: &Name,
+        pass: PassId,
+        source: &Source,
+    ) -> Result<(), Error> {
         self.change(machine, disk, |known| {
             match &known.state {
                 State::Receiving(open) if open.id == pass => return Ok(()),
@@ -401,6 +407,9 @@ impl Store {
                 State::Empty | State::Receiving(_) | State::Synchronized | State::Faulted(..) => {}
             }
             known.state = State::Receiving(Pass { id: pass, started: now() });
+            // An image of the disk, which has no identity, is no other disk.
+            let id = source.id.clone().or(known.source.take().and_then(|known| known.id));
+            known.source = Some(Source { id, ..source.clone() });
             Ok(())
         })?;
         Ok(())

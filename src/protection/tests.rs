@@ -31,7 +31,12 @@ fn assignment(disk: &str, number: u32) -> Assignment {
         assigned_at: OffsetDateTime::from_unix_timestamp(1_772_359_200).unwrap(),
         state: State::Empty,
         last_commit: None,
+        source: None,
     }
+}
+
+fn source() -> Source {
+    Source { size: ByteLen(10 * ByteLen::GIB), id: Some(id(99)) }
 }
 
 fn store() -> (tempfile::TempDir, Store) {
@@ -51,7 +56,7 @@ fn a_pass_leads_through_the_states_and_each_is_on_disk() {
     let state = || Store::open(dir.path()).load(&web).unwrap().disk(&root).unwrap().clone();
     assert_eq!(state(), assignment("root", 1));
 
-    store.begin_pass(&web, &root, A).unwrap();
+    store.begin_pass(&web, &root, A, &source()).unwrap();
     assert!(matches!(state().state, State::Receiving(Pass { id: A, .. })));
     let commit = store.commit_pass(&web, &root, A, 4096, true).unwrap();
     assert_eq!((state().state, state().last_commit), (State::Synchronized, Some(commit)));
@@ -59,13 +64,17 @@ fn a_pass_leads_through_the_states_and_each_is_on_disk() {
     // A sender that did not hear the answer asks once more.
     assert_eq!(store.commit_pass(&web, &root, A, 4096, true).unwrap(), commit);
 
-    store.begin_pass(&web, &root, B).unwrap();
+    store.begin_pass(&web, &root, B, &source()).unwrap();
     store.fault(&web, &root, B, "write failed: EIO").unwrap();
     store.fault(&web, &root, B, "later and of less interest").unwrap();
     let State::Faulted(Pass { id: B, .. }, fault) = state().state else { panic!("{:?}", state()) };
     assert_eq!(fault.reason, "write failed: EIO");
     assert_eq!(state().last_commit, Some(commit));
-    store.begin_pass(&web, &root, PassId(0xc)).unwrap();
+    assert_eq!(state().source, Some(source()));
+    // What has no identity is no other disk.
+    let grown = Source { size: ByteLen(11 * ByteLen::GIB), id: None };
+    store.begin_pass(&web, &root, PassId(0xc), &grown).unwrap();
+    assert_eq!(state().source, Some(Source { id: source().id, ..grown }));
     assert_eq!(store.load(&web).unwrap().disk(&name("data")).unwrap(), &assignment("data", 2));
 }
 
@@ -86,20 +95,20 @@ fn what_does_not_follow_is_refused_by_name_and_changes_nothing() {
     let commit = |pass| store.commit_pass(&web, &root, pass, 1, false).map(|_| ());
     refused(commit(A), "empty", "commit pass");
     refused(store.fault(&web, &root, A, "x"), "empty", "fault in pass");
-    store.begin_pass(&web, &root, A).unwrap();
+    store.begin_pass(&web, &root, A, &source()).unwrap();
     refused(commit(B), "receiving pass", "commit pass");
     refused(store.fault(&web, &root, B, "x"), "receiving pass", "fault in pass");
     store.fault(&web, &root, A, "x").unwrap();
     refused(commit(A), "faulted", "commit pass");
-    refused(store.begin_pass(&web, &root, A), "faulted", "go on with pass");
-    store.begin_pass(&web, &root, B).unwrap();
+    refused(store.begin_pass(&web, &root, A, &source()), "faulted", "go on with pass");
+    store.begin_pass(&web, &root, B, &source()).unwrap();
     commit(B).unwrap();
     refused(commit(A), "synchronized", "commit pass");
-    refused(store.begin_pass(&web, &root, B), "synchronized", "which was committed");
+    refused(store.begin_pass(&web, &root, B, &source()), "synchronized", "which was committed");
     refused(store.fault(&web, &root, B, "x"), "synchronized", "fault in pass");
 
-    assert!(matches!(store.begin_pass(&web, &name("nope"), A), Err(Error::NoDisk { .. })));
-    assert!(matches!(store.begin_pass(&name("nope"), &root, A), Err(Error::NoMachine { .. })));
+    assert!(matches!(store.begin_pass(&web, &name("nope"), A, &source()), Err(Error::NoDisk { .. })));
+    assert!(matches!(store.begin_pass(&name("nope"), &root, A, &source()), Err(Error::NoMachine { .. })));
 }
 
 #[test]
@@ -107,7 +116,7 @@ fn a_reason_is_cut_where_a_character_ends() {
     let (_dir, store) = store();
     let (web, root) = (name("web01"), name("root"));
     store.assign(&web, &[assignment("root", 1)]).unwrap();
-    store.begin_pass(&web, &root, A).unwrap();
+    store.begin_pass(&web, &root, A, &source()).unwrap();
     store.fault(&web, &root, A, &format!("x{}", "ä".repeat(10_000))).unwrap();
     let State::Faulted(_, fault) = &store.load(&web).unwrap().disks[0].state else { panic!() };
     assert_eq!(fault.reason.len(), file::MAX_REASON - 1);
@@ -141,7 +150,7 @@ fn a_disk_belongs_to_one_machine_and_a_command_is_done_whole_or_not_at_all() {
     assert_eq!(store.load(&db).unwrap().disks.len(), 256);
 
     // Once more the same: its state stays.
-    store.begin_pass(&web, &name("root"), A).unwrap();
+    store.begin_pass(&web, &name("root"), A, &source()).unwrap();
     let again = store.assign(&web, &[assignment("root", 1)]).unwrap();
     assert!(matches!(again.disks[0].state, State::Receiving(_)));
     let assigned = store.assigned().unwrap();
@@ -157,7 +166,7 @@ fn looking_and_dry_runs_write_nothing() {
     assert!(matches!(store.load(&web), Err(Error::NoMachine { .. })));
     assert!(matches!(store.remove(&web, None), Err(Error::NoMachine { .. })));
     assert!(matches!(store.hold(&web), Err(Error::NoMachine { .. })));
-    assert!(matches!(store.begin_pass(&web, &name("root"), A), Err(Error::NoMachine { .. })));
+    assert!(matches!(store.begin_pass(&web, &name("root"), A, &source()), Err(Error::NoMachine { .. })));
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
 }
 
@@ -202,7 +211,7 @@ fn a_broken_file_says_where_and_leaves_the_others_alone() {
     assert!(error.contains("full") && error.contains("protect add"), "{error}");
     assert!(all[1].1.is_ok());
     // The other machine goes on receiving, but nobody knows any more which disks are free.
-    store.begin_pass(&web, &name("root"), A).unwrap();
+    store.begin_pass(&web, &name("root"), A, &source()).unwrap();
     assert!(matches!(store.assigned(), Err(Error::Corrupt { .. })));
     assert!(matches!(store.assign(&web, &[assignment("data", 2)]), Err(Error::Corrupt { .. })));
     assert!(matches!(store.remove(&db, Some(&name("root"))), Err(Error::Corrupt { .. })));
@@ -222,7 +231,7 @@ fn a_file_under_another_name_gives_nobody_the_disks() {
     // And a copy that someone made fit is noticed before a byte is written.
     fs::write(store.file(&db), text.replace("machine = \"web01\"", "machine = \"db01\"")).unwrap();
     assert!(matches!(store.assigned(), Err(Error::Shared { .. })));
-    match store.begin_pass(&web, &name("root"), A) {
+    match store.begin_pass(&web, &name("root"), A, &source()) {
         Err(Error::Shared { machine, disk, .. }) => assert_eq!((machine, disk), (db, name("root"))),
         other => panic!("{other:?}"),
     }
@@ -252,7 +261,7 @@ fn every_crash_of_a_change_leaves_the_old_file_or_the_new_one() {
         assert_eq!(store.all().unwrap().len(), 1);
     }
     // The next change is not disturbed by what was left.
-    store.begin_pass(&web, &name("root"), A).unwrap();
+    store.begin_pass(&web, &name("root"), A, &source()).unwrap();
     assert!(matches!(store.load(&web).unwrap().disks[0].state, State::Receiving(_)));
     // A file that was created and never written is not taken for an empty protection.
     fs::write(store.file(&web), "").unwrap();
@@ -295,7 +304,7 @@ fn changes_at_once_are_all_kept_and_a_disk_is_given_once() {
                 let disk_name = name(&format!("d{disk}"));
                 for pass in 0..5u128 {
                     let pass = PassId(disk << 64 | pass);
-                    store.begin_pass(machine, &disk_name, pass).unwrap();
+                    store.begin_pass(machine, &disk_name, pass, &source()).unwrap();
                     store.commit_pass(machine, &disk_name, pass, 1, true).unwrap();
                 }
                 drop(hold);
@@ -362,7 +371,7 @@ fn a_full_file_system_leaves_the_old_file_as_it_was() {
     assert_eq!(full.kind(), std::io::ErrorKind::StorageFull);
     let before = fs::read(store.file(&web)).unwrap();
     for error in [
-        store.begin_pass(&web, &root, A).unwrap_err(),
+        store.begin_pass(&web, &root, A, &source()).unwrap_err(),
         store.assign(&web, &[assignment("data", 2)]).unwrap_err(),
     ] {
         let Error::Io(error) = error else { panic!("{error:?}") };
@@ -376,7 +385,7 @@ fn a_full_file_system_leaves_the_old_file_as_it_was() {
     store.remove(&web, None).unwrap();
     fs::remove_file(filler).unwrap();
     store.assign(&web, &[assignment("root", 1)]).unwrap();
-    store.begin_pass(&web, &root, A).unwrap();
+    store.begin_pass(&web, &root, A, &source()).unwrap();
 }
 
 #[test]
@@ -415,6 +424,9 @@ pass = "0f0e0d0c0b0a09080706050403020100"
 time = "2026-03-01T10:30:00Z"
 bytes = 10737418240
 point_in_time = true
+[disk.source]
+size = 10737418240
+id = "naa.6000c29b7d3e5f1a2b4c6d8e0f102132"
 "#;
 
 #[test]
@@ -495,6 +507,11 @@ fn each_thing_that_may_be_wrong_is_named_with_its_line() {
         "line 5: a disk that is empty has no last_commit"
     );
     assert!(state(&GOOD[..start], "empty").is_ok());
+    let source = format!("{}{}", &GOOD[..start], &GOOD[GOOD.find("[disk.source]").unwrap()..]);
+    assert_eq!(
+        state(&source, "empty").unwrap_err().to_string(),
+        "line 5: a disk that is empty has no source"
+    );
     assert_eq!(
         state(&GOOD[..start], "synchronized").unwrap_err().to_string(),
         "line 5: a disk that is synchronized has a last_commit"
@@ -503,9 +520,9 @@ fn each_thing_that_may_be_wrong_is_named_with_its_line() {
     let disk = &GOOD[GOOD.find("[[disk]]").unwrap()..];
     let twice = format!("{GOOD}{disk}");
     let message = |text: &str| file::parse(text.as_bytes()).unwrap_err().to_string();
-    assert_eq!(message(&twice), "line 22: a second disk is named root");
+    assert_eq!(message(&twice), "line 25: a second disk is named root");
     let again = format!("{GOOD}{}", disk.replace("\"root\"", "\"data\""));
-    assert!(message(&again).starts_with("line 23: a second disk has the identity naa.6000c2939d"));
+    assert!(message(&again).starts_with("line 26: a second disk has the identity naa.6000c2939d"));
     let none = &GOOD[..GOOD.find("[[disk]]").unwrap()];
     assert!(message(none).contains("missing field `disk`"));
     assert!(message(&format!("{none}disk = []\n")).contains("1 to 256 disks"));
@@ -551,7 +568,12 @@ proptest! {
     #[test]
     fn every_protection_comes_back(states in proptest::collection::vec(any_state(), 1..5), grouped: bool) {
         let disks = states.into_iter().enumerate().map(|(n, (state, last_commit))| {
-            Assignment { state, last_commit, ..assignment(&format!("d{n}"), n as u32) }
+            let source = match (&state, n % 3) {
+                (State::Empty, _) | (_, 0) => None,
+                (_, 1) => Some(source()),
+                _ => Some(Source { id: None, ..source() }),
+            };
+            Assignment { state, last_commit, source, ..assignment(&format!("d{n}"), n as u32) }
         });
         let protection = Protection {
             machine: name("web01"),

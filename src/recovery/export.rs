@@ -1,5 +1,5 @@
-//! Writes the disks of a machine as they were at a point to image files. The volumes are only read, and replication goes on
-//! meanwhile.
+//! Writes the disks of a machine as they were at a point to image files, or tells their digests. The volumes are only read,
+//! and replication goes on meanwhile.
 //!
 //! Whoever writes a disk makes the old content durable in the journal before it overwrites a block. So a range of the disk
 //! is read first, and the journal is looked at afterwards: whatever was overwritten before the read is in the journal by
@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use super::failover::written_to;
 use super::target::{CHUNK, Target};
 use super::{Error, Journal};
+use crate::digest::Digest;
 use crate::error::IoError;
 use crate::journal::View;
 use crate::journal::recover::recover;
@@ -55,49 +56,25 @@ pub fn export(
     dir: &Path,
     progress: impl Fn(u64),
 ) -> Result<Vec<Image>, Error> {
-    let protection = store.load(machine)?;
-    // Points that were committed since it was read are in the protection.
-    log.refresh()?;
     if !dir.is_dir() {
         return Err(Error::Refused(format!("{} is no directory; make it first", dir.display())));
     }
-    let mut plan = Vec::new();
-    for disk in &protection.disks {
-        let Some(at) = point.volumes_of(machine).find(|at| at.is_on(&disk.name, &disk.id)) else {
-            let text =
-                format!("point {} has no disk {} ({}) of machine {machine}", point.id, disk.name, disk.id);
-            return Err(Error::Refused(text));
-        };
-        let path = dir.join(format!("{}.img", disk.name));
-        if path.symlink_metadata().is_ok() {
-            let text = format!("{} exists; move it away, or give another directory", path.display());
-            return Err(Error::Refused(text));
-        }
-        let journal = Journal::read(retention, machine, disk, log)?;
-        let failed = |source| Error::Journal { machine: machine.clone(), disk: disk.name.clone(), source };
-        journal.reaches(at.pass).map_err(failed)?;
-        let target = Target::attached(&disk.id)?;
-        // Whoever has a released disk may write to it; while that is being taken back, nobody does.
-        if let (Some(released), None) = (log.released(machine), log.begun(machine))
-            && let Some(place) = written_to(released, &disk.name, &journal, &target)?
-        {
-            return Err(Error::Written { machine: machine.clone(), disk: disk.name.clone(), place });
-        }
-        plan.push((disk, at.pass, journal, target, path));
-    }
-    let mut images = Vec::new();
-    for (disk, pass, journal, target, path) in plan {
-        let unfinished = Unfinished(dir.join(format!(".{}.img.unfinished", disk.name)));
-        // Of an export that was killed.
-        drop(Unfinished(unfinished.0.clone()));
-        let written = write(machine, disk, pass, journal, &target, &unfinished.0, &progress)?;
-        images.push((unfinished, Image { disk: disk.name.clone(), path, size: target.size(), written }));
-    }
-    log.refresh()?;
-    if log.get(point.id).is_none() {
-        let text = format!("point {} was let go of while it was exported: nothing is left of that", point.id);
+    let plan = plan(retention, store, log, machine, point)?;
+    let path = |one: &Planned| dir.join(format!("{}.img", one.disk.name));
+    if let Some(path) = plan.iter().map(path).find(|path| path.symlink_metadata().is_ok()) {
+        let text = format!("{} exists; move it away, or give another directory", path.display());
         return Err(Error::Refused(text));
     }
+    let mut images = Vec::new();
+    for one in plan {
+        let (disk, size, path) = (one.disk.name.clone(), one.target.size(), path(&one));
+        let unfinished = Unfinished(dir.join(format!(".{disk}.img.unfinished")));
+        // Of an export that was killed.
+        drop(Unfinished(unfinished.0.clone()));
+        let written = write(machine, one, &unfinished.0, &progress)?;
+        images.push((unfinished, Image { disk, path, size, written }));
+    }
+    still_kept(log, point)?;
     images
         .into_iter()
         .map(|(unfinished, image)| {
@@ -107,26 +84,125 @@ pub fn export(
         .collect()
 }
 
-fn write(
+/// What a disk was at a point, in short.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Digested {
+    /// The machine's disk.
+    pub disk: Name,
+    /// Of how many bytes from its beginning on: as many as its source had last, or all of it where that is not known.
+    pub size: u64,
+    /// Their BLAKE3 digest.
+    pub digest: Digest,
+}
+
+/// The digest of every disk of the machine that the point has.
+pub fn digests(
+    retention: &Path,
+    store: &Store,
+    log: &mut Log,
     machine: &Name,
-    disk: &Assignment,
+    point: &Point,
+    progress: impl Fn(u64),
+) -> Result<Vec<Digested>, Error> {
+    let mut digests = Vec::new();
+    for one in plan(retention, store, log, machine, point)? {
+        let size = one.disk.source.as_ref().map_or(one.target.size(), |source| source.size.0);
+        let (disk, mut hasher) = (one.disk.name.clone(), blake3::Hasher::new());
+        read(machine, one, size, |_, bytes| {
+            hasher.update(bytes);
+            progress(bytes.len() as u64);
+            Ok(())
+        })?;
+        digests.push(Digested { disk, size, digest: *hasher.finalize().as_bytes() });
+    }
+    still_kept(log, point)?;
+    Ok(digests)
+}
+
+/// What was read of a point that was let go of meanwhile may be anything.
+fn still_kept(log: &mut Log, point: &Point) -> Result<(), Error> {
+    log.refresh()?;
+    if log.get(point.id).is_some() {
+        return Ok(());
+    }
+    let text = format!("point {} was let go of while it was read: nothing is left of that", point.id);
+    Err(Error::Refused(text))
+}
+
+/// A disk that is to be read as it was at a point.
+struct Planned {
+    disk: Assignment,
+    /// The pass that led to the point.
     pass: u64,
     journal: Journal,
-    target: &Target,
-    path: &Path,
-    progress: &impl Fn(u64),
-) -> Result<u64, Error> {
-    let failed = |source| Error::Journal { machine: machine.clone(), disk: disk.name.clone(), source };
+    target: Target,
+}
+
+/// All disks of the machine, if the point has them and they can be read.
+fn plan(
+    retention: &Path,
+    store: &Store,
+    log: &mut Log,
+    machine: &Name,
+    point: &Point,
+) -> Result<Vec<Planned>, Error> {
+    let protection = store.load(machine)?;
+    // Points that were committed since it was read are in the protection.
+    log.refresh()?;
+    let mut plan = Vec::new();
+    for disk in protection.disks {
+        let Some(at) = point.volumes_of(machine).find(|at| at.is_on(&disk.name, &disk.id)) else {
+            let text =
+                format!("point {} has no disk {} ({}) of machine {machine}", point.id, disk.name, disk.id);
+            return Err(Error::Refused(text));
+        };
+        let journal = Journal::read(retention, machine, &disk, log)?;
+        let failed = |source| Error::Journal { machine: machine.clone(), disk: disk.name.clone(), source };
+        journal.reaches(at.pass).map_err(failed)?;
+        let target = Target::attached(&disk.id)?;
+        // Whoever has a released disk may write to it; while that is being taken back, nobody does.
+        if let (Some(released), None) = (log.released(machine), log.begun(machine))
+            && let Some(place) = written_to(released, &disk.name, &journal, &target)?
+        {
+            return Err(Error::Written { machine: machine.clone(), disk: disk.name.clone(), place });
+        }
+        plan.push(Planned { pass: at.pass, disk, journal, target });
+    }
+    Ok(plan)
+}
+
+fn write(machine: &Name, one: Planned, path: &Path, progress: &impl Fn(u64)) -> Result<u64, Error> {
     let named = |op| {
         let path = path.display().to_string();
         move |error: io::Error| IoError::new(op, path, error)
     };
     let image = File::create_new(path).map_err(named("create"))?;
-    image.set_len(target.size()).map_err(named("set the length of"))?;
+    let size = one.target.size();
+    image.set_len(size).map_err(named("set the length of"))?;
+    let mut written = 0;
+    read(machine, one, size, |at, bytes| {
+        written += write_sparse(&image, bytes, at).map_err(named("write"))?;
+        progress(bytes.len() as u64);
+        Ok(())
+    })?;
+    image.sync_all().map_err(named("flush"))?;
+    Ok(written)
+}
+
+/// Reads the first `size` bytes as they were at the point.
+fn read(
+    machine: &Name,
+    one: Planned,
+    size: u64,
+    mut each: impl FnMut(u64, &[u8]) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let Planned { disk, pass, journal, target } = one;
+    let failed = |source| Error::Journal { machine: machine.clone(), disk: disk.name.clone(), source };
     let Journal { shelf, mut history, standing } = journal;
     let mut view = View::after(&history, pass, &shelf).map_err(failed)?;
-    let (mut written, mut at) = (0, 0);
-    while let Some(part) = Extent::new(at, (target.size() - at).min(CHUNK)) {
+    let (mut at, end) = (0, size.min(target.size()));
+    while let Some(part) = Extent::new(at, (target.size() - at).min(CHUNK)).filter(|part| part.offset() < end)
+    {
         let mut bytes = target.read(part)?;
         if !history.is_current(&shelf).map_err(failed)? {
             history = recover(&shelf, &|lineage| standing.is_ours(lineage), &|extent| target.read(extent))
@@ -134,12 +210,10 @@ fn write(
             view = View::after(&history, pass, &shelf).map_err(failed)?;
         }
         view.overlay(at, &mut bytes).map_err(failed)?;
-        written += write_sparse(&image, &bytes, at).map_err(named("write"))?;
-        progress(part.len());
+        each(at, &bytes[..bytes.len().min((end - at) as usize)])?;
         at = part.end();
     }
-    image.sync_all().map_err(named("flush"))?;
-    Ok(written)
+    Ok(())
 }
 
 /// Writes what is not zeros.

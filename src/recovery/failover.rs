@@ -114,7 +114,7 @@ fn only<'a>(
     let [first, _, ..] = called.as_slice() else { return Ok(called.first().copied()) };
     let count = called.len();
     let text = format!(
-        "{count} points of machine {machine} are called {name}, or have an id that begins so, the oldest of them {} of {}; give          the id of one, see `mt-agent points {machine}`",
+        "{count} points of machine {machine} are called {name}, or have an id that begins so, the oldest of them {} of {}; give the id of one, see `mt-agent points {machine}`",
         first.id,
         crate::units::rfc3339(first.time)
     );

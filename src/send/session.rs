@@ -36,6 +36,9 @@ pub(super) struct Opening {
     pub(super) disk: Name,
     pub(super) source: Arc<Source>,
     pub(super) compression: Compression,
+    /// Whether it may have another size, or be another disk, than what was sent before.
+    pub(super) resized: bool,
+    pub(super) another: bool,
     pub(super) group: Option<Name>,
     /// All disks of the point.
     pub(super) disks: Vec<Name>,
@@ -73,6 +76,7 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
         false => Compression::Off,
     };
     job.progress.waiting.store(false, Ordering::Relaxed);
+    job.progress.target.store(reply.volume_size, Ordering::Relaxed);
     let Progress { read, zero, same, sent, done, differs, .. } = &*job.progress;
     for counter in [read, zero, same, sent, done, differs] {
         counter.store(0, Ordering::Relaxed);
@@ -210,6 +214,9 @@ pub(super) async fn open<S: AsyncRead + AsyncWrite + Unpin>(
         disk: opening.disk.clone(),
         size: opening.source.size().0,
         sector: opening.source.sector(),
+        source: opening.source.id(),
+        resized: opening.resized,
+        another: opening.another,
         compression: opening.compression.encodings(),
         group: opening.group.clone(),
         disks: opening.group.as_ref().map_or_else(Vec::new, |_| opening.disks.clone()),

@@ -20,6 +20,7 @@ use super::limit::Limiter;
 use super::{Compression, Progress};
 use crate::digest::Digest;
 use crate::disk::discover::{Sysroot, roles, views};
+use crate::disk::id::DiskId;
 use crate::error::IoError;
 use crate::storage::Geometry;
 use crate::storage::ahead::{Ahead, CHUNK, Part};
@@ -152,6 +153,12 @@ impl Source {
             metadata.ctime(),
             metadata.ctime_nsec()
         ))
+    }
+
+    /// The identity of the disk, or of the one that it is a partition of, if it has one. An image has none, and a loop
+    /// device, which only shows one, has none either.
+    pub(super) fn id(&self) -> Option<DiskId> {
+        views::identity(&Sysroot::default(), &self.file)
     }
 
     /// The device numbers of all that shows the source here.

@@ -212,6 +212,8 @@ async fn pass(mut client: DuplexStream, job: &Job) -> Result<Done, Error> {
         disk: "root".parse().unwrap(),
         source: job.source.clone(),
         compression: job.compression,
+        resized: false,
+        another: false,
         group: None,
         disks: job.point.disks.clone(),
     };

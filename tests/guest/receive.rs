@@ -212,6 +212,18 @@ fn disks_that_cannot_be_read() {
         }
         rig.send(&[("d0", &lun.node())], &[]).ok();
         array.arrived(0, &source);
+
+        // The source is known by its identity: another disk under its name is not sent by mistake.
+        assert_eq!(rig.service.recorded(MACHINE, "d0")["source"]["id"], array.id(9).as_str());
+        let copy = Loop::attach(&rig.random("copy", 16 * MIB), 512);
+        let other = array.target.attach(8, &Store::block(copy.node(), &Identity::vmware(8)));
+        settle();
+        let refused = rig.send(&[("d0", &other.node())], &[]);
+        refused.fails(3, &[&array.id(9), &array.id(8), "send it once with --another-disk"]);
+        array.arrived(0, &source);
+        rig.send(&[("d0", &other.node())], &["--another-disk"]).ok();
+        array.arrived(0, copy.backing());
+        other.delete();
     });
 }
 

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use mt_agent::disk::id::DiskId;
 use mt_agent::name::Name;
 use mt_agent::net::frame::{Encoding, HEADER_LEN, Header, Kind};
 use mt_agent::net::message::{
@@ -32,6 +33,10 @@ pub struct Client {
     pub compare: Option<u32>,
     /// The disk that was opened last, or `d0`.
     pub disk: Name,
+    /// The identity of its source.
+    pub source: Option<DiskId>,
+    /// Whether the source may be another one than before: it is of any size in most tests.
+    pub another: bool,
 }
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -68,6 +73,8 @@ impl Client {
             kind: PassKind::Initial,
             compare: None,
             disk: "d0".parse().unwrap(),
+            source: None,
+            another: true,
         }
     }
 
@@ -87,6 +94,9 @@ impl Client {
                 disk: disk.parse().unwrap(),
                 size,
                 sector: 512,
+                source: self.source.clone(),
+                resized: self.another,
+                another: self.another,
                 compression,
                 group: None,
                 disks: Vec::new(),

@@ -65,6 +65,8 @@ impl Job {
             limit: None,
             scope: Scope::Differences,
             whole_disk: what.whole_disk,
+            resized: false,
+            another: false,
             hints: BTreeMap::new(),
         };
         Ok(Job {
@@ -297,16 +299,16 @@ impl Outcome {
         })
     }
 
-    /// What comparing found for each disk: its name and size, how much differs and where, and what failed.
+    /// What comparing found for each disk: how much differs and where, and what failed.
     pub(in crate::cli) fn compared(
         &self,
-    ) -> impl Iterator<Item = ((&Name, ByteLen, u64, Vec<Extent>), Option<String>)> {
+    ) -> impl Iterator<Item = (&Prepared, u64, Vec<Extent>, Option<String>)> {
         self.disks.iter().zip(&self.ends).map(|(disk, end)| {
             let differs = disk.progress.differs.load(Ordering::Relaxed);
             // A list is whole whoever panicked beside it.
             let ranges = disk.progress.differences.lock().unwrap_or_else(PoisonError::into_inner).clone();
             let error = end.result.as_ref().err().map(|error| chain(error));
-            ((&disk.name, disk.source.size(), differs, ranges), error)
+            (disk, differs, ranges, error)
         })
     }
 

@@ -4,8 +4,10 @@
 use std::fs::{self, File};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
+use super::identity::Transport;
 use super::sysfs::Sysroot;
 use super::{exclusive, identity};
+use crate::disk::id::DiskId;
 
 /// The device numbers of all that shows the whole of an open file or block device: itself, and the loop devices over
 /// the same file.
@@ -24,6 +26,22 @@ pub fn receiver_into(sysroot: &Sysroot, file: &File) -> Option<String> {
         devnos.extend(over(sysroot, disk));
     }
     exclusive::written_by_agent(sysroot, &devnos)
+}
+
+/// The identity of an open disk, or of the disk of an open partition, if it has one; not of a loop device.
+pub fn identity(sysroot: &Sysroot, file: &File) -> Option<DiskId> {
+    let meta = file.metadata().ok().filter(|meta| meta.file_type().is_block_device())?;
+    let devno = exclusive::number(meta.rdev());
+    let devno = whole_disk(sysroot, &devno).unwrap_or(devno);
+    let target = fs::read_link(sysroot.path(format!("sys/dev/block/{devno}"))).ok()?;
+    let name = target.file_name()?.to_str()?;
+    let found = match Transport::of(name) {
+        Some(Transport::Loop) => return None,
+        Some(transport) => identity::discover(sysroot, name, &devno, transport),
+        // A multipath map is the disk of its paths; no other map is a disk.
+        None => identity::of_map(sysroot, name),
+    };
+    found.id.map(|(id, _)| id)
 }
 
 /// A device, and the loop devices over the same file where it is one itself.

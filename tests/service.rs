@@ -162,6 +162,7 @@ fn a_user_of_its_own_serves_what_root_administers() {
     // Root goes back, which writes records and before-images, and takes it back; and the service goes on with all of it.
     config(&rig, &["failover", MACHINE, "--to", &oldest]).ok();
     assert_equal(&first, rig.targets[0].backing());
+    assert_eq!(foreign(&state), Vec::<PathBuf>::new());
     rig.send(&[("d0", &source)], &[]).fails(3, &["was failed over"]);
     config(&rig, &["failover", MACHINE, "--undo"]).ok();
     assert_equal(&source, rig.targets[0].backing());
@@ -254,8 +255,8 @@ fn systemd_hears_when_it_is_ready_how_it_goes_and_when_it_stops() {
     assert!(lines.iter().filter(|line| *line == "WATCHDOG=1").count() > 2, "{lines:?}");
 }
 
-#[test]
-fn the_watchdog_is_fed_while_every_disk_with_work_gets_on_with_it() {
+#[tokio::test(flavor = "multi_thread")]
+async fn the_watchdog_is_fed_while_every_disk_with_work_gets_on_with_it() {
     require_root!();
     let dir = directory();
     let under = Loop::create(&dir.path().join("under.img"), 64 * MIB);
@@ -271,10 +272,16 @@ fn the_watchdog_is_fed_while_every_disk_with_work_gets_on_with_it() {
     rig.mounts = vec![Box::new(mount), Box::new(under)];
     let fed = |since: Instant| heard.lines(since).iter().filter(|line| *line == "WATCHDOG=1").count();
 
-    // Nothing to do, for longer than a disk may stand still.
+    // A disk that did something and has nothing to do since, for longer than it may stand still.
+    let (mut client, _) = Client::begun(&rig, "d0", 24 * MIB).await;
+    client.data(0, 0, &[7; 4096]).await;
+    wait_for("a write", || (rig.service.volume(MACHINE, "d0").written_bytes == Some(4096)).then_some(()));
+    tokio::time::sleep(Duration::from_secs(3)).await;
     let idle = Instant::now();
-    std::thread::sleep(Duration::from_secs(4));
-    assert!(fed(idle) > 3, "{}", fed(idle));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(fed(idle) > 1, "{}", fed(idle));
+    drop(client);
+    rig.wait_until_closed("d0");
     // A pass that is slow and gets on, for as long.
     let source = rig.random("source.img", 24 * MIB);
     let slow = Instant::now();
@@ -405,9 +412,10 @@ fn a_socket_that_is_handed_over_is_used_and_outlives_the_service() {
         ]);
         command.args(["--listen", "127.0.0.1:0", "--state-dir"]).arg(rig.path("other"));
         command.arg("--control-socket").arg(rig.path("other.sock"));
-        let output = command.env("PORT", rig.service.address().port().to_string()).output().unwrap();
-        let log = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(1), "{log}");
+        command.env("PORT", rig.service.address().port().to_string());
+        let mut refused = rig.spawn(command);
+        let (status, log) = (refused.wait_within(support::PATIENCE), refused.stderr());
+        assert_eq!(status.code(), Some(1), "{log}");
         assert!(log.contains("the socket that systemd hands over"), "{log}");
         assert!(log.contains(said) || log.contains("non-socket"), "{log}");
     }

@@ -3,6 +3,7 @@
 
 pub mod aligned;
 pub mod clock;
+pub mod inherited;
 pub mod ioctl;
 pub mod ring;
 pub mod wake;

@@ -55,6 +55,7 @@ impl Directory {
             other => other,
         };
         let file = file.map_err(|error| IoError::new("create", &*named, error))?;
+        durable::hand_over(&file, &path)?;
         // One flush for all of it: each is a commit of the file system's own journal.
         let made = i64::try_from(len)
             .map_err(io::Error::other)

@@ -260,11 +260,24 @@ impl Script<'_> {
         let shelf = self.disk().shelf();
         let session = Session::open(self.disk(), Some(Writer::new(LINEAGE, pass, SEGMENT)));
         let view = View::after(&journal(self.disk()).unwrap(), *to, &shelf).unwrap();
+        let mut places = Vec::new();
         view.each(|at, bytes| {
             session.write(at, bytes);
+            places.push(at as usize + bytes.len() - 1);
             Ok::<(), recover::Error>(())
         })
         .unwrap();
+        // It is told from a disk that has one bit of it otherwise.
+        let is_on = |disk: &[u8]| {
+            let part = |extent: Extent| disk[extent.offset() as usize..extent.end() as usize].to_vec();
+            view.is_on(|extent| Ok::<_, recover::Error>(part(extent))).unwrap()
+        };
+        assert!(is_on(then));
+        for place in places {
+            let mut other = then.to_vec();
+            other[place] ^= 1;
+            assert!(!is_on(&other), "the byte at {place} is not looked at");
+        }
         session.flush().unwrap();
         session.volume.close();
         let newest = std::mem::replace(&mut self.model, then.to_vec());

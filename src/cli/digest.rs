@@ -97,7 +97,8 @@ fn of_point(args: &Args, what: &str, machine: &Name, to: &To) -> Result<Vec<Valu
     Ok(values)
 }
 
-fn bar(size: u64) -> ProgressBar {
+/// On a terminal, how much of so many bytes was read.
+pub(super) fn bar(size: u64) -> ProgressBar {
     let bar = match std::io::stderr().is_terminal() {
         true => ProgressBar::new(size),
         false => ProgressBar::hidden(),

@@ -3,10 +3,8 @@
 //! `--json` prints one object: `schema_version` (1), `machine`, `point`, and `images`, of each `disk`, `path`, `size` and
 //! `written_bytes` (the rest are holes).
 
-use std::io::IsTerminal;
 use std::path::PathBuf;
 
-use indicatif::{ProgressBar, ProgressStyle};
 use mt_agent::name::Name;
 use mt_agent::points::Log;
 use mt_agent::protection::Store;
@@ -16,7 +14,7 @@ use mt_agent::units::ByteLen;
 use serde_json::json;
 
 use super::places::Places;
-use super::{Failure, failover, print};
+use super::{Failure, digest, failover, print};
 
 const SCHEMA_VERSION: u32 = 1;
 
@@ -55,12 +53,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         );
     }
     let total: u64 = store.load(&machine)?.disks.iter().map(|disk| disk.size.0).sum();
-    let bar = match std::io::stderr().is_terminal() {
-        true => ProgressBar::new(total),
-        false => ProgressBar::hidden(),
-    };
-    let style = "{bar:30} {bytes:>11} of {total_bytes:11} {binary_bytes_per_sec:>12}  {eta}";
-    bar.set_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()));
+    let bar = digest::bar(total);
     let images = export(retention, &store, &mut log, &machine, &point, &args.dir, |bytes| bar.inc(bytes));
     bar.finish_and_clear();
     let images = images?;

@@ -10,13 +10,14 @@ pub mod metrics;
 mod receive;
 mod retention;
 pub mod status;
+mod systemd;
 
 use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -24,10 +25,12 @@ use sd_notify::NotifyState;
 use tokio::io::BufReader;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{Notify, Semaphore, watch};
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 use tokio_rustls::TlsAcceptor;
+use tracing::Instrument;
+use tracing::field::{Empty, display};
 
 use crate::durable;
 use crate::error::{IoError, chain};
@@ -40,11 +43,13 @@ use crate::points::{Begun, Log};
 use crate::protection::{State, Store};
 use crate::recovery::failover::{How, To, fail_over, undo};
 use crate::storage::device;
+use crate::sys::inherited;
 use commit::Coordinator;
-use config::Config;
+use config::{Config, KEYS};
 use control::Control;
 use receive::Receiver;
 use status::{Board, Live, Service};
+use systemd::{Pulses, tell};
 
 /// Why the service does not start, or ended.
 #[derive(Debug, thiserror::Error)]
@@ -90,38 +95,38 @@ const STRANGERS: usize = 64;
 /// How often it is looked for points to let go.
 const KEEP: Duration = Duration::from_secs(5);
 
-/// How long connections get to say goodbye when the service stops.
+/// How long everything together gets to end when the service stops, which is to take 10 seconds at most: connections say
+/// goodbye, and what is being recorded is recorded.
 const DRAIN: Duration = Duration::from_secs(8);
 
-/// Runs the service until SIGTERM or SIGINT.
-pub fn serve(config: Config) -> Result<(), Error> {
+/// Reads the configuration again, as for this run of the program.
+pub type Reread = Box<dyn Fn() -> Result<Config, config::Error> + Send + Sync>;
+
+/// Runs the service until SIGTERM or SIGINT; at a SIGHUP it takes on what `reread` gives.
+pub fn serve(config: Config, reread: Reread) -> Result<(), Error> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_name("net")
         .build()
         .map_err(|error| IoError::new("start", "the runtime", error))?;
-    let result = runtime.block_on(run(config));
+    let result = runtime.block_on(run(config, reread));
     // A thread that waits for a disk that hangs must not hold up the exit.
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
 }
 
-async fn run(config: Config) -> Result<(), Error> {
+async fn run(config: Config, reread: Reread) -> Result<(), Error> {
+    let config = Arc::new(config);
     let directory = &config.state_dir;
     durable::private_dir(directory)?;
     let _instance = lock::Instance::acquire(directory)?;
     let identity = tls::server::Identity::load_or_create(directory)?;
     let acceptor = TlsAcceptor::from(identity.server_config()?);
     let engine = device::probe(config.engine)?;
-    let listener = config.bind().map_err(|error| match error.source.kind() {
-        io::ErrorKind::AddrInUse => Error::Taken(error),
-        _ => error.into(),
-    })?;
-    let listener = TcpListener::from_std(listener)
-        .map_err(|error| IoError::new("listen at", config.listen.to_string(), error))?;
+    let listener = listener(&config)?;
     let listen = listener
         .local_addr()
-        .map_err(|error| IoError::new("ask for the address of", config.listen.to_string(), error))?;
+        .map_err(|error| IoError::new("ask for the address of", "the data port", error))?;
     let store = Store::open(&config.retention_dir);
     let coordinator = Arc::new(Coordinator::new(points(&config, &store)?));
     let live = Live::default();
@@ -131,17 +136,19 @@ async fn run(config: Config) -> Result<(), Error> {
     let control = Control::bind(&config.control_socket)?;
     let (end, ending) = watch::channel(Ending::default());
     let mut asked_to_stop = ending.clone();
+    let (pulses, told) = (Arc::<Pulses>::default(), board.clone());
     let control = tokio::spawn(control.serve(board, end.clone(), async move {
         // An error means that the sender is gone, and with it the service.
         asked_to_stop.wait_for(|ending| ending.service).await.ok();
     }));
+    let (current, configured) = watch::channel(config.clone());
     let keeper = {
-        let (config, store, live) = (config.clone(), store.clone(), live.clone());
+        let (configured, store, live) = (configured.clone(), store.clone(), live.clone());
         let (coordinator, mut ending) = (coordinator.clone(), ending.clone());
         tokio::spawn(async move {
             // The look reads directories and small files: off the runtime, and never two at once.
             while timeout(KEEP, ending.wait_for(|ending| ending.service)).await.is_err() {
-                let (config, store) = (config.clone(), store.clone());
+                let (config, store) = (configured.borrow().clone(), store.clone());
                 let (coordinator, live) = (coordinator.clone(), live.clone());
                 let look = move || retention::run(&config, &store, &coordinator, &live);
                 if tokio::task::spawn_blocking(look).await.is_err() {
@@ -161,25 +168,36 @@ async fn run(config: Config) -> Result<(), Error> {
     let front = Front {
         acceptor,
         strangers: Arc::default(),
-        places: Arc::new(Semaphore::new(config.max_sessions as usize)),
-        patience: Patience { idle: config.idle_timeout, ..Patience::default() },
+        places: Arc::default(),
+        configured: configured.clone(),
         service,
         ending,
-        host: Arc::new(Receiver { config, identity, tokens, store, live, coordinator }),
+        host: Arc::new(Receiver {
+            config: configured,
+            identity,
+            tokens,
+            store,
+            live,
+            coordinator,
+            pulses: pulses.clone(),
+        }),
     };
-    tell_systemd(&[NotifyState::Ready, NotifyState::Status(&format!("listening at {listen}"))]);
-    let result = front.accept(listener).await;
-    tell_systemd(&[NotifyState::Stopping]);
+    tell(&[NotifyState::Ready]);
+    let teller = tokio::spawn(systemd::keep_told(told, pulses));
+    let result = front.accept(listener, &current, &Arc::new(reread)).await;
+    teller.abort();
+    tell(&[NotifyState::Stopping, NotifyState::Status("stopping")]);
     end.send_modify(|ending| ending.service = true);
     let mut sessions = result?;
-    let drained = timeout(DRAIN, async { while sessions.join_next().await.is_some() {} }).await;
+    let deadline = Instant::now() + DRAIN;
+    let drained = timeout_at(deadline, async { while sessions.join_next().await.is_some() {} }).await;
     if drained.is_err() {
         tracing::warn!(sessions = sessions.len(), "connections did not end in time and are cut");
         sessions.shutdown().await;
     }
     // It ends by itself when the service stops.
-    timeout(DRAIN, keeper).await.ok();
-    match timeout(DRAIN, control).await {
+    timeout_at(deadline, keeper).await.ok();
+    match timeout_at(deadline, control).await {
         Ok(Ok(served)) => served?,
         Ok(Err(_)) | Err(_) => tracing::warn!("the control socket did not end in time"),
     }
@@ -223,7 +241,9 @@ fn go_on(config: &Config, store: &Store) {
     let begun: Vec<Begun> = points.all_begun().cloned().collect();
     for begun in begun {
         let (machine, engine) = (&begun.machine, config.engine);
-        tracing::info!(%machine, "{begun} was interrupted, and goes on");
+        let span = tracing::error_span!("failover", %machine, point = begun.point.map(display));
+        let _entered = span.enter();
+        tracing::info!("{begun} was interrupted, and goes on");
         let done = match begun.point {
             Some(point) => {
                 let how = How { fuzzy: true, dry_run: false, engine };
@@ -232,7 +252,7 @@ fn go_on(config: &Config, store: &Store) {
             None => undo(retention, store, &mut points, machine, engine),
         };
         match done {
-            Ok(_) => tracing::info!(%machine, "{begun} is done"),
+            Ok(_) => tracing::info!("{begun} is done"),
             Err(error) => log(&error, &format!("{begun} could not go on; call it again")),
         }
     }
@@ -248,11 +268,62 @@ fn on_root(directory: &Path) -> Result<bool, IoError> {
     Ok(device(directory)? == device(Path::new("/"))?)
 }
 
-/// Where there is no systemd, nobody listens: that is no error.
-fn tell_systemd(states: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(states) {
-        tracing::warn!(%error, "systemd could not be notified");
+/// The data port: that which systemd hands over, or the configured one.
+fn listener(config: &Config) -> Result<TcpListener, Error> {
+    let failed = |error| IoError::new("use", "the socket that systemd hands over", error);
+    let listener = match inherited::listener().map_err(failed)? {
+        Some(listener) => {
+            tracing::info!("the data port is the socket that systemd hands over; `listen` says nothing");
+            listener.set_nonblocking(true).map_err(failed)?;
+            listener
+        }
+        None => config.bind().map_err(|error| match error.source.kind() {
+            io::ErrorKind::AddrInUse => Error::Taken(error),
+            _ => error.into(),
+        })?,
+    };
+    Ok(TcpListener::from_std(listener)
+        .map_err(|error| IoError::new("listen at", config.listen.to_string(), error))?)
+}
+
+/// Reads the configuration again and takes on what a running service can. A configuration with a mistake changes nothing.
+async fn reload(current: &watch::Sender<Arc<Config>>, reread: &Arc<Reread>) {
+    match NotifyState::monotonic_usec_now() {
+        Ok(now) => tell(&[NotifyState::Reloading, now]),
+        Err(error) => tracing::warn!(%error, "systemd could not be told of the reload"),
     }
+    let again = reread.clone();
+    match tokio::task::spawn_blocking(move || again()).await {
+        Ok(Ok(wanted)) => {
+            let before = current.borrow().clone();
+            let mut config = Config::clone(&before);
+            let (mut taken, mut left) = (Vec::new(), Vec::new());
+            for key in KEYS.iter().filter(|key| (key.show)(&before) != (key.show)(&wanted)) {
+                if key.reloads {
+                    (key.copy)(&mut config, &wanted);
+                    taken.push(format!("{} = {}", key.name, (key.show)(&wanted)));
+                } else {
+                    left.push(key.name);
+                }
+            }
+            current.send_replace(Arc::new(config));
+            tracing::info!(changed = taken.join(", "), "the configuration was read again");
+            if !left.is_empty() {
+                tracing::warn!(
+                    keys = left.join(", "),
+                    "these keys were changed too, which only a restart of the service takes on"
+                );
+            }
+        }
+        Ok(Err(error)) => {
+            tracing::error!(
+                error = chain(&error),
+                "the configuration stays what it was, since it has mistakes now"
+            );
+        }
+        Err(_) => tracing::error!("the configuration could not be read again"),
+    }
+    tell(&[NotifyState::Ready]);
 }
 
 /// Takes connections.
@@ -260,8 +331,8 @@ fn tell_systemd(states: &[NotifyState<'_>]) {
 struct Front {
     acceptor: TlsAcceptor,
     strangers: Arc<Strangers>,
-    places: Arc<Semaphore>,
-    patience: Patience,
+    places: Arc<AtomicU32>,
+    configured: watch::Receiver<Arc<Config>>,
     service: Arc<Service>,
     ending: watch::Receiver<Ending>,
     host: Arc<Receiver>,
@@ -269,7 +340,12 @@ struct Front {
 
 impl Front {
     /// Until a signal; returns the sessions that still run.
-    async fn accept(&self, listener: TcpListener) -> Result<JoinSet<()>, Error> {
+    async fn accept(
+        &self,
+        listener: TcpListener,
+        current: &watch::Sender<Arc<Config>>,
+        reread: &Arc<Reread>,
+    ) -> Result<JoinSet<()>, Error> {
         let failed = |error| IoError::new("wait for", "signals", error);
         let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
@@ -282,16 +358,18 @@ impl Front {
                 Some(_) = sessions.join_next() => continue,
                 _ = terminate.recv() => return Ok(sessions),
                 _ = interrupt.recv() => return Ok(sessions),
-                // Other services read their configuration again then. Dying of it would break passes off.
                 Some(()) = hangup.recv() => {
-                    tracing::warn!("SIGHUP does nothing: restart the service for another configuration");
+                    reload(current, reread).await;
                     continue;
                 }
             };
             match accepted {
                 Ok((stream, peer)) => {
                     let (front, stranger) = (self.clone(), Stranger::admit(&self.strangers));
-                    sessions.spawn(async move { front.talk(stream, peer, stranger).await });
+                    // Whatever is logged in it says of whom it is, as far as that is known, whatever the level.
+                    let span =
+                        tracing::error_span!("session", %peer, machine = Empty, disk = Empty, point = Empty);
+                    sessions.spawn(async move { front.talk(stream, peer, stranger).await }.instrument(span));
                 }
                 Err(error) => {
                     // Out of descriptors, or the peer was gone already: the next try may do.
@@ -311,7 +389,7 @@ impl Front {
             () = crowded_out.notified() => Err(SessionError::CrowdedOut),
         };
         match result {
-            Ok(()) => tracing::debug!(%peer, "connection ended"),
+            Ok(()) => tracing::debug!("connection ended"),
             Err(error) => {
                 if error.is_refusal() {
                     self.service.refused_total.fetch_add(1, Ordering::Relaxed);
@@ -319,7 +397,7 @@ impl Front {
                 if error.is_bad_frame() {
                     self.service.bad_frames_total.fetch_add(1, Ordering::Relaxed);
                 }
-                tracing::warn!(%peer, error = chain(&error), "connection ended");
+                tracing::warn!(error = chain(&error), "connection ended");
             }
         }
         self.service.sessions.fetch_sub(1, Ordering::Relaxed);
@@ -333,7 +411,11 @@ impl Front {
     ) -> Result<(), SessionError> {
         keepalive::set(&stream).map_err(HandshakeError::Io)?;
         let buffered = BufReader::with_capacity(READ_BUFFER, stream);
-        let handshake = timeout(self.patience.handshake, self.acceptor.accept(buffered));
+        let (most, patience) = {
+            let config = self.configured.borrow();
+            (config.max_sessions, Patience { idle: config.idle_timeout, ..Patience::default() })
+        };
+        let handshake = timeout(patience.handshake, self.acceptor.accept(buffered));
         let mut ending = self.ending.clone();
         let stream = tokio::select! {
             stream = handshake => stream.map_err(|_| SessionError::Slow)?.map_err(HandshakeError::from)?,
@@ -341,16 +423,19 @@ impl Front {
             _ = ending.wait_for(|ending| ending.service) => return Ok(()),
         };
         let machine = tls::machine_of(stream.get_ref().1.peer_certificates())?;
+        if let Some(machine) = &machine {
+            tracing::Span::current().record("machine", display(machine));
+        }
         // Whoever showed a certificate of ours counts as a session; who did not may only enrol, and goes on
         // counting as a stranger, as does who is turned away.
         let _place = match machine {
             None => (Some(stranger), None),
-            Some(_) => match self.places.clone().try_acquire_owned() {
-                Ok(place) => {
+            Some(_) => match Place::take(&self.places, most) {
+                Some(place) => {
                     drop(stranger);
                     (None, Some(place))
                 }
-                Err(_) => {
+                None => {
                     let text = "`max_sessions` connections are open on the master target";
                     session::turn_away(stream, message::Error::new(Code::Busy, text)).await;
                     return Err(SessionError::Full);
@@ -358,7 +443,24 @@ impl Front {
             },
         };
         let (host, ending) = (self.host.clone(), self.ending.clone());
-        Ok(session::serve(stream, peer, machine, host, self.patience, ending).await?)
+        Ok(session::serve(stream, peer, machine, host, patience, ending).await?)
+    }
+}
+
+/// A place as a session, until this is dropped: there are as many as the configuration says when one is asked for.
+struct Place(Arc<AtomicU32>);
+
+impl Place {
+    fn take(taken: &Arc<AtomicU32>, most: u32) -> Option<Place> {
+        let more = |taken| (taken < most).then_some(taken + 1);
+        taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
+        Some(Place(taken.clone()))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

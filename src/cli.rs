@@ -9,6 +9,7 @@ macro_rules! note {
 }
 
 mod check;
+mod config;
 mod digest;
 mod discover_disks;
 mod enroll;
@@ -92,6 +93,8 @@ enum Command {
     Failover(failover::Args),
     Export(export::Args),
     Check(check::Args),
+    #[command(subcommand)]
+    Config(config::Command),
     Digest(digest::Args),
     Serve(serve::Args),
     Send(send::Args),
@@ -114,6 +117,7 @@ pub fn run() -> ExitCode {
         Command::Failover(args) => failover::run(args),
         Command::Export(args) => export::run(args),
         Command::Check(args) => check::run(args),
+        Command::Config(command) => config::run(&command),
         Command::Digest(args) => digest::run(args),
         Command::Serve(args) => serve::run(args),
         Command::Send(args) => send::run(args),

@@ -1,11 +1,15 @@
 //! Small files of state: replaced whole or not at all, and on stable storage before anyone relies on them.
+//!
+//! The service runs as a user of its own, and root's commands work on the same files. So what root makes in a directory
+//! of somebody else's is given to them ([`hand_over`]), before anything is in it.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
+use nix::unistd::geteuid;
 
 use crate::error::IoError;
 
@@ -44,6 +48,7 @@ pub fn create(path: &Path, bytes: &[u8], mode: u32) -> Result<(), IoError> {
         .mode(mode)
         .open(path)
         .map_err(failed("create", path))?;
+    hand_over(&file, path)?;
     file.write_all(bytes).map_err(failed("write", path))?;
     file.sync_all().map_err(failed("flush", path))
 }
@@ -82,6 +87,16 @@ pub fn private_dir(path: &Path) -> Result<(), IoError> {
             made => made.map_err(failed("create", path))?,
         }
     }
+    if geteuid().is_root() {
+        let open =
+            OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open(path);
+        match open {
+            Ok(directory) => hand_over(&directory, path)?,
+            // A link that the administrator made, to a directory that is theirs.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ELOOP | libc::ENOTDIR)) => {}
+            Err(error) => return Err(failed("open", path)(error)),
+        }
+    }
     // Also where it exists: whoever made it may have crashed before its name was on stable storage.
     sync_parent(path)
 }
@@ -99,14 +114,46 @@ pub fn sync_dir(path: &Path) -> Result<(), IoError> {
 /// # Errors
 /// Where the lock file cannot be created or locked.
 pub fn lock(path: &Path) -> Result<Flock<File>, IoError> {
+    let file = lock_file(path)?;
+    Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| failed("lock", path)(errno.into()))
+}
+
+/// Opens the file `path`, which is there to be locked, or makes it.
+///
+/// # Errors
+/// Also where it is a link: it would be somebody else's file.
+pub fn lock_file(path: &Path) -> Result<File, IoError> {
     let file = OpenOptions::new()
+        .read(true)
         .write(true)
         .create(true)
         .truncate(false)
         .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
         .open(path)
         .map_err(failed("open", path))?;
-    Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| failed("lock", path)(errno.into()))
+    hand_over(&file, path)?;
+    Ok(file)
+}
+
+/// Gives what root has just made at `path`, or had made when it crashed, to whoever the directory belongs to.
+///
+/// Only what root owns, and what has no other name: the owner of the directory could have put a link there to a file that
+/// is not theirs.
+///
+/// # Errors
+/// Where the owner cannot be looked at or changed.
+pub fn hand_over(made: &File, path: &Path) -> Result<(), IoError> {
+    if !geteuid().is_root() {
+        return Ok(());
+    }
+    let above = path.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let directory = fs::metadata(above).map_err(failed("look at", above))?;
+    let own = made.metadata().map_err(failed("look at", path))?;
+    if directory.uid() == 0 || own.uid() != 0 || (own.is_file() && own.nlink() != 1) {
+        return Ok(());
+    }
+    fchown(made, Some(directory.uid()), Some(directory.gid())).map_err(failed("hand over", path))
 }
 
 /// The whole file, which must not be longer than `limit` bytes.

@@ -4,7 +4,7 @@
 //!
 //! - [`units`], [`name`], [`pass`], [`bytes`], [`checksum`], [`digest`], [`error`]: plain values that everyone may use.
 //! - [`durable`]: small files that are replaced whole or not at all.
-//! - [`sys`]: the only room with `unsafe` code: ioctls, aligned memory, the io_uring.
+//! - [`sys`]: the only room with `unsafe` code: ioctls, aligned memory, the io_uring, inherited sockets.
 //! - [`storage`]: what a device looks like to the code above it, and the fault-injecting backend of the tests.
 //! - [`journal`]: what a disk held before a pass overwrote it.
 //! - [`layout`]: what lies on a disk, and which of its bytes are used; it only reads.

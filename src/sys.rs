@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 pub mod aligned;
+pub mod inherited;
 pub mod ioctl;
 pub mod ring;
 pub mod wake;

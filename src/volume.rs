@@ -13,13 +13,15 @@
 
 pub mod counters;
 mod delta;
+pub mod pulse;
 mod worker;
 
 use std::fmt;
-use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 
+use self::pulse::Pulse;
 use crate::error::IoError;
 use crate::journal::Writer;
 use crate::storage::{Storage, Waker};
@@ -85,6 +87,7 @@ pub struct Volume {
     commands: Option<Sender<Command>>,
     waker: Waker,
     thread: Option<JoinHandle<()>>,
+    pulse: Weak<Pulse>,
     size: u64,
     arena: Arena,
 }
@@ -101,12 +104,22 @@ impl Volume {
     ) -> Result<Volume, IoError> {
         let (commands, queue) = channel();
         let waker = storage.waker();
-        let worker = worker::Worker::new(storage, size, queue, events)?;
+        // The thread alone keeps it: where that has ended, nothing can stand still.
+        let pulse = Arc::new(Pulse::new());
+        let watched = Arc::downgrade(&pulse);
+        let worker = worker::Worker::new(storage, size, queue, events, pulse)?;
+        // What it logs is of the machine and the disk that it works for.
+        let span = tracing::Span::current();
         let thread = std::thread::Builder::new()
             .name(name.chars().take(15).collect())
-            .spawn(move || worker.run())
+            .spawn(move || span.in_scope(|| worker.run()))
             .map_err(|error| IoError::new("start thread for", name, error))?;
-        Ok(Volume { commands: Some(commands), waker, thread: Some(thread), size, arena })
+        Ok(Volume { commands: Some(commands), waker, thread: Some(thread), pulse: watched, size, arena })
+    }
+
+    /// How the thread gets on, until it has ended.
+    pub fn pulse(&self) -> Weak<Pulse> {
+        self.pulse.clone()
     }
 
     /// Where the buffers for [`write`](Self::write) come from.

@@ -1090,7 +1090,7 @@ fn a_hangup_does_not_end_the_service() {
     let source = rig.random("source.img", 16 * MIB);
     let send = rig.start_into_pass(&[("d0", &source)], &["--bwlimit", "16M", "--compression", "off"]);
     rig.service.process().signal(Signal::SIGHUP);
-    rig.service.wait_for_log("SIGHUP does nothing");
+    rig.service.wait_for_log("the configuration was read again");
     send.finish().ok();
     assert_equal(&source, rig.targets[0].backing());
 }

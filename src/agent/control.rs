@@ -34,8 +34,9 @@ use crate::error::IoError;
 use crate::name::Name;
 use crate::net::session::Ending;
 
-/// The longest path of a Unix socket, in bytes: `sun_path` of unix(7) has 108 with the zero at its end.
-const LONGEST_PATH: usize = 107;
+/// The longest path that the control socket may have, in bytes: `sun_path` of unix(7) has 108 with the zero at its end,
+/// and the socket is made under a name that is longer by `.new`.
+pub(super) const LONGEST_PATH: usize = 103;
 
 /// For how long nothing is received for a machine whose sessions were ended: whoever asked for it has to get hold of its
 /// disks until then, before a sender that tries again does.
@@ -81,7 +82,7 @@ impl Control {
         let mut fresh = name.to_owned();
         fresh.push(".new");
         let fresh = directory.join(fresh);
-        if fresh.as_os_str().len() > LONGEST_PATH {
+        if path.as_os_str().len() > LONGEST_PATH {
             return Err(config("it is too long"));
         }
         DirBuilder::new()

@@ -1,13 +1,13 @@
 //! One service a state directory.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
+use crate::durable;
 use crate::error::IoError;
 
 /// The right to be the service of a state directory, for as long as it lives.
@@ -43,9 +43,7 @@ impl Instance {
     pub fn acquire(state_dir: &Path) -> Result<Instance, Error> {
         let path = state_dir.join("instance.lock");
         let failed = |op, error| IoError::new(op, path.display().to_string(), error);
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(false).mode(0o640);
-        let mut file = options.open(&path).map_err(|error| failed("open", error))?;
+        let mut file = durable::lock_file(&path)?;
         let mut lock = loop {
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 Ok(lock) => break lock,

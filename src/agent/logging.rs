@@ -4,6 +4,7 @@ use std::os::fd::AsFd;
 use std::str::FromStr;
 
 use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::reload;
 use tracing_subscriber::util::{SubscriberInitExt, TryInitError};
 use tracing_subscriber::{EnvFilter, Layer, Registry};
 
@@ -11,6 +12,9 @@ use crate::error::IoError;
 
 /// The variable that holds a filter where no `--log-level` is given.
 pub const FILTER_VARIABLE: &str = "MT_AGENT_LOG";
+
+/// What is logged unless somebody says otherwise.
+pub const DEFAULT_LEVEL: &str = "info";
 
 /// How log lines are written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -60,13 +64,38 @@ pub enum Error {
     Started(#[from] TryInitError),
 }
 
+/// What is logged, while it is.
+#[derive(Debug)]
+pub struct Level {
+    filter: reload::Handle<EnvFilter, Registry>,
+    /// Whether it was given for this run of the program, and is not the configuration's to change.
+    fixed: bool,
+}
+
+impl Level {
+    /// Another configuration holds.
+    pub fn configured(&self, level: &str) -> Result<(), Error> {
+        if !self.fixed {
+            // It fails only where nothing is logged any more, as the program ends.
+            self.filter.reload(parse(level)?).ok();
+        }
+        Ok(())
+    }
+}
+
+/// Reads a filter of log lines.
+pub(super) fn parse(given: &str) -> Result<EnvFilter, Error> {
+    EnvFilter::builder().parse(given).map_err(|_| Error::Config { given: given.to_owned() })
+}
+
 /// Starts logging for the process: once, before anything is logged.
 ///
-/// `format` wins over what the surroundings suggest, and `level` over [`FILTER_VARIABLE`]; without both, `info`.
-pub fn init(format: Option<Format>, level: Option<&str>) -> Result<(), Error> {
+/// `format` wins over what the surroundings suggest; `level` over [`FILTER_VARIABLE`], and that over what is configured.
+pub fn init(format: Option<Format>, level: Option<&str>, configured: &str) -> Result<Level, Error> {
     let variable = std::env::var(FILTER_VARIABLE).ok().filter(|value| !value.is_empty());
-    let given = level.map(str::to_owned).or(variable).unwrap_or_else(|| "info".to_owned());
-    let filter = EnvFilter::builder().parse(&given).map_err(|_| Error::Config { given })?;
+    let given = level.map(str::to_owned).or(variable);
+    let fixed = given.is_some();
+    let (filter, handle) = reload::Layer::new(parse(given.as_deref().unwrap_or(configured))?);
     let format = format.unwrap_or_else(|| {
         let stream = std::env::var("JOURNAL_STREAM").ok();
         if stream.is_some_and(|stream| is_stream(&stream, std::io::stderr())) {
@@ -85,11 +114,13 @@ pub fn init(format: Option<Format>, level: Option<&str>) -> Result<(), Error> {
         Format::Journald => Box::new(
             tracing_journald::layer()
                 .map_err(|error| IoError::new("connect to", "the journal", error))?
-                .with_syslog_identifier("mt-agent".to_owned()),
+                .with_syslog_identifier("mt-agent".to_owned())
+                // `journalctl MT_AGENT_MACHINE=web01`; and nothing of ours is taken for a field of somebody else's.
+                .with_field_prefix(Some("MT_AGENT".to_owned())),
         ),
     };
     tracing_subscriber::registry().with(layer.with_filter(filter)).try_init()?;
-    Ok(())
+    Ok(Level { filter: handle, fixed })
 }
 
 /// Whether `fd` is the stream to the journal that systemd names as `device:inode` (systemd.exec(5), JOURNAL_STREAM).
@@ -118,7 +149,7 @@ mod tests {
 
     #[test]
     fn a_filter_that_means_nothing_is_named() {
-        let error = init(Some(Format::Text), Some("mt_agent=loud")).unwrap_err().to_string();
+        let error = init(Some(Format::Text), Some("mt_agent=loud"), "info").unwrap_err().to_string();
         assert!(error.contains("mt_agent=loud") && error.contains("debug"), "{error}");
     }
 }

@@ -3,13 +3,16 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 
 use time::OffsetDateTime;
+use tokio::sync::watch;
 
 use super::commit::{self, Coordinator, Ticket};
 use super::config::Config;
 use super::status::{Live, Shown};
+use super::systemd::Pulses;
 use crate::disk::device::{self, OpenDisk, Refusal, TargetOptions, open_target};
 use crate::disk::discover::Options;
 use crate::disk::id::DiskId;
@@ -40,12 +43,14 @@ const DEPTH: usize = 32;
 /// The service, as a session sees it.
 #[derive(Debug)]
 pub(super) struct Receiver {
-    pub(super) config: Config,
+    /// As it is when a session opens its disk.
+    pub(super) config: watch::Receiver<Arc<Config>>,
     pub(super) identity: tls::server::Identity,
     pub(super) tokens: TokenStore,
     pub(super) store: Store,
     pub(super) live: Live,
     pub(super) coordinator: Arc<Coordinator>,
+    pub(super) pulses: Arc<Pulses>,
 }
 
 impl Host for Receiver {
@@ -55,6 +60,7 @@ impl Host for Receiver {
     }
 
     fn open(&self, machine: &Name, open: &Open, events: Events) -> Result<Opened, message::Error> {
+        let config = self.config.borrow().clone();
         // First the hold: from here on nobody takes the disk away from the machine.
         let hold = Arc::new(self.store.hold(machine).map_err(|error| refuse(&error))?);
         let protection = self.store.load(machine).map_err(|error| refuse(&error))?;
@@ -62,29 +68,29 @@ impl Host for Receiver {
             let error = protection::Error::NoDisk { machine: machine.clone(), disk: open.disk.clone() };
             return Err(refuse(&error));
         };
-        if assignment.id.backing_file().is_some() && !self.config.allow_loop {
+        if assignment.id.backing_file().is_some() && !config.allow_loop {
             let text = format!("{} is a loop device, and `allow_loop` is not set", assignment.id);
             return Err(message::Error::new(Code::Refused, text));
         }
         let discovery = Options {
             assigned: self.assigned()?,
-            retention: Some(self.config.retention_dir.clone()),
+            retention: Some(config.retention_dir.clone()),
             ..Options::default()
         };
         let machine_name = Some(machine.to_string());
         let options = TargetOptions { discovery, machine: machine_name, at_least: ByteLen(open.size) };
         let disk = open_target(&assignment.id, &options).map_err(|error| not_opened(&error))?;
         for note in &disk.notes {
-            tracing::warn!(%machine, disk = %open.disk, id = %disk.id, note);
+            tracing::warn!(id = %disk.id, note);
         }
         still_as_assigned(&disk, assignment)?;
         let failed = |error: IoError| message::Error::new(Code::Internal, chain(&error));
-        let arena = usize::try_from(self.config.window.0)
+        let arena = usize::try_from(config.window.0)
             .map_err(io::Error::other)
             .and_then(Arena::new)
             .map_err(|error| failed(IoError::new("map", "a window", error)))?;
         let geometry = Geometry { size: disk.size.0, block: disk.logical_block };
-        let choice = self.config.engine;
+        let choice = config.engine;
         let name = disk.id.to_string();
         let again =
             disk.file.try_clone().map_err(|error| failed(IoError::new("duplicate", &*name, error)))?;
@@ -96,10 +102,10 @@ impl Host for Receiver {
         let (storage, engine) =
             Device::new(disk.file, name, geometry, choice, DEPTH, &arena).map_err(failed)?;
         tracing::info!(
-            %machine, disk = %open.disk, id = %disk.id, node = %disk.node.display(), engine = %engine,
+            id = %disk.id, node = %disk.node.display(), engine = %engine,
             size = %disk.size, source = %ByteLen(open.size), "volume opened"
         );
-        let journal = self.journal(machine, assignment)?;
+        let journal = self.journal(&config.retention_dir, machine, assignment)?;
         if open.group.is_some() && journal.standing.newest().is_none() {
             // It takes long, and overwrites in place: the others of the group are not to wait for it, nor to fail with it.
             let text = format!(
@@ -112,6 +118,7 @@ impl Host for Receiver {
         let counters = Arc::new(Counters::new(open.size, engine));
         let volume =
             Volume::start(open.disk.as_str(), Box::new(storage), open.size, arena, events).map_err(failed)?;
+        self.pulses.watch(volume.pulse());
         let mut ledger = Ledger {
             _hold: hold.clone(),
             store: self.store.clone(),
@@ -150,7 +157,7 @@ impl Host for Receiver {
             volume,
             device_size: disk.size.0,
             block: disk.logical_block,
-            window: self.config.window.0,
+            window: config.window.0,
             counters,
             passes: Box::new(ledger),
             hold: Box::new(hold),
@@ -160,12 +167,16 @@ impl Host for Receiver {
 
 impl Receiver {
     /// Reads the journal of a disk and removes what nobody needs any more.
-    fn journal(&self, machine: &Name, disk: &Assignment) -> Result<Journal, message::Error> {
+    fn journal(
+        &self,
+        retention: &Path,
+        machine: &Name,
+        disk: &Assignment,
+    ) -> Result<Journal, message::Error> {
         let failed = |error: &dyn std::error::Error| {
-            tracing::error!(%machine, disk = %disk.name, error = chain(error), "the journal cannot be used");
+            tracing::error!(error = chain(error), "the journal cannot be used");
             message::Error::new(Code::Internal, chain(error))
         };
-        let retention = &self.config.retention_dir;
         Directory::create_all(recovery::place(retention, machine, &disk.name))
             .map_err(|error| failed(&error))?;
         let read = self.coordinator.read(|log| {
@@ -208,7 +219,9 @@ impl Receiver {
                 Ok(protection) => {
                     assigned.extend(protection.disks.into_iter().map(|disk| (disk.id, machine.to_string())));
                 }
-                Err(error) => tracing::warn!(%machine, error = chain(&error), "passed over a protection"),
+                Err(error) => {
+                    tracing::warn!(of = %machine, error = chain(&error), "passed over a protection")
+                }
             }
         }
         Ok(assigned)
@@ -293,7 +306,7 @@ impl Passes for Ledger {
             bytes: 0,
         });
         let kind = if writer.is_some() { "delta" } else { "initial" };
-        tracing::info!(machine = %self.machine, disk = %self.disk, %pass, kind, "pass began");
+        tracing::info!(%pass, kind, "pass began");
         Ok(Begun { writer, stage })
     }
 
@@ -311,13 +324,13 @@ impl Passes for Ledger {
         self.store
             .commit_pass(&self.machine, &self.disk, pass, self.size, commit.point_in_time)
             .map_err(|error| refuse(&error))?;
-        tracing::info!(machine = %self.machine, disk = %self.disk, %pass, bytes = commit.bytes, "pass committed");
+        tracing::info!(%pass, bytes = commit.bytes, "pass committed");
         Ok(())
     }
 
     fn fault(&mut self, fault: &Fault) -> Result<(), message::Error> {
         let reason = chain(&*fault.0);
-        tracing::error!(machine = %self.machine, disk = %self.disk, reason, "volume faulted");
+        tracing::error!(reason, "volume faulted");
         self.counters.fault(reason.clone());
         match self.pass {
             Some(pass) => {
@@ -333,7 +346,7 @@ impl Passes for Ledger {
 fn still_as_assigned(disk: &OpenDisk, assignment: &Assignment) -> Result<(), message::Error> {
     let again = "take it away on the master target with `mt-agent protect remove` and assign it again";
     let refused = |text: String| {
-        tracing::warn!(disk = %assignment.name, id = %disk.id, text, "target refused");
+        tracing::warn!(id = %disk.id, text, "target refused");
         Err(message::Error::new(Code::Refused, text))
     };
     if disk.size < assignment.size || disk.logical_block != assignment.logical_sector {
@@ -345,7 +358,7 @@ fn still_as_assigned(disk: &OpenDisk, assignment: &Assignment) -> Result<(), mes
     }
     if disk.size > assignment.size {
         tracing::warn!(
-            disk = %assignment.name, id = %disk.id, assigned = %assignment.size, size = %disk.size,
+            id = %disk.id, assigned = %assignment.size, size = %disk.size,
             "the target disk has grown since it was assigned"
         );
     }

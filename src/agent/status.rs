@@ -25,7 +25,7 @@
 //! }
 //! ```
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -39,6 +39,7 @@ use crate::error::chain;
 use crate::name::Name;
 use crate::protection::{self, Assignment, State, Store};
 use crate::storage::device::Engine;
+use crate::units::ByteLen;
 use crate::volume::counters::{Counters, Phase};
 
 /// The version of [`Report`]'s shape.
@@ -364,6 +365,37 @@ impl Board {
             });
             smoothed.sample(now);
         }
+    }
+
+    /// How it goes, in one line. Reads no file.
+    pub fn line(&self) -> String {
+        let open = self.live.open();
+        let at_work: Vec<_> = open
+            .iter()
+            .filter(|(_, counters)| matches!(counters.phase(), Phase::Receiving | Phase::Committing))
+            .collect();
+        let mut line = format!("listening at {}", self.service.listen);
+        if at_work.is_empty() {
+            return line;
+        }
+        let machines: BTreeSet<&Name> = at_work.iter().map(|((machine, _), _)| machine).collect();
+        let sum =
+            |figure: fn(&Counters) -> u64| at_work.iter().map(|(_, counters)| figure(counters)).sum::<u64>();
+        let (done, total) = (sum(Counters::done), sum(Counters::total));
+        let rate: f64 = at_work.iter().filter_map(|(key, counters)| self.rate(key, counters)).sum();
+        line += &format!(
+            "; receiving {} disks of {} machines: {}% of {}, {}/s",
+            at_work.len(),
+            machines.len(),
+            u128::from(done) * 100 / u128::from(total.max(1)),
+            ByteLen(total),
+            ByteLen(rate as u64)
+        );
+        let paused = at_work.iter().filter(|(_, counters)| counters.is_paused()).count();
+        if paused > 0 {
+            line += &format!("; {paused} wait for room on the retention file system");
+        }
+        line
     }
 
     /// The report of this moment. Reads the protections' files: to be called where that may block.

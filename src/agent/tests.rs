@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use time::OffsetDateTime;
 use tokio::sync::oneshot;
 
-use super::config::{Config, Error as ConfigError};
+use super::config::{Config, Error as ConfigError, KEYS, Mistake, Place, Sourced, commented};
 use super::control::{Control, Error as ControlError};
 use super::status::{Board, Live, Report, SCHEMA_VERSION, Service};
 use crate::name::Name;
@@ -53,9 +53,11 @@ fn wrong(text: &str) -> (usize, String) {
     let error = Config::load(Some(&file)).unwrap_err();
     let text = error.to_string();
     match error {
-        ConfigError::Config { line, what, .. } => {
-            assert!(text.starts_with(&format!("{}:{line}: ", file.display())), "{text}");
-            (line, what)
+        ConfigError::Mistakes { mut mistakes, .. } => {
+            assert_eq!(mistakes.len(), 1, "{text}");
+            let Mistake { place, what } = mistakes.remove(0);
+            assert!(text.starts_with(&format!("{}:{}: ", file.display(), place.line)), "{text}");
+            (place.line, what)
         }
         ConfigError::Io(error) => panic!("{error}"),
     }
@@ -65,7 +67,7 @@ fn wrong(text: &str) -> (usize, String) {
 fn without_files_there_are_defaults() {
     let dir = tempfile::tempdir().unwrap();
     let nothing = dir.path().join("nothing");
-    let config = Config::load_from(&nothing, &nothing).unwrap();
+    let config = Sourced::load_from(&nothing, &nothing).unwrap().config;
     assert_eq!(config, Config::default());
     assert_eq!(config.listen, "[::]:9443".parse().unwrap());
     assert_eq!(config.retention_dir, Path::new("/var/lib/mt-agent/retention"));
@@ -90,7 +92,10 @@ fn later_files_win_key_by_key() {
     }
     fs::write(snippets.join("30-c.toml.rpmsave"), "nonsense").unwrap();
     fs::write(snippets.join(".40-d.toml"), "nonsense").unwrap();
-    let config = Config::load_from(&main, &snippets).unwrap();
+    let sourced = Sourced::load_from(&main, &snippets).unwrap();
+    assert_eq!(sourced.set["window"], Place { file: snippets.join("20-b.toml"), line: 1 });
+    assert_eq!((sourced.files.len(), sourced.set.contains_key("listen")), (33, false));
+    let config = sourced.config;
     assert_eq!(config.window.0, 32 << 20);
     assert_eq!((config.engine, config.allow_loop, config.max_sessions), (EngineChoice::IoUring, true, 59));
     assert_eq!(
@@ -184,8 +189,124 @@ fn a_wrong_value_is_named_with_its_line_and_what_would_be_right() {
         assert!((2..=3).contains(&line) && said.contains(what), "{text}: line {line}: {said}");
         assert!(!said.contains('\n'), "{said}");
     }
-    // The first one in the file, not in the alphabet.
-    assert_eq!(wrong("window = 1\nallow_loop = 1").0, 1);
+}
+
+#[test]
+fn all_mistakes_of_all_files_are_told_at_once_in_their_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let (main, snippets) = (dir.path().join("mt-agent.toml"), dir.path().join("conf.d"));
+    fs::create_dir(&snippets).unwrap();
+    // Not in the alphabet's order, and with lines in between that are no TOML at all.
+    let text =
+        "window = 1\nlisten = [::]:9443\nallow_loop = 1\nretention_age = \"1h\"\nidle = \"60s\"\nx y = 1\n";
+    fs::write(&main, text).unwrap();
+    fs::write(snippets.join("b.toml"), "max_sessions = 0").unwrap();
+    fs::write(snippets.join("a.toml"), "engine = \"x\"\n\nwindow = \"4M\"\nlog_level = \"mt_agent=loud\"")
+        .unwrap();
+    fs::write(snippets.join("c.toml"), b"# \xff").unwrap();
+    let Err(ConfigError::Mistakes { files, mistakes }) = Sourced::load_from(&main, &snippets) else {
+        panic!("it is not sound")
+    };
+    assert_eq!(files.len(), 4);
+    let places: Vec<(String, usize)> = mistakes
+        .iter()
+        .map(|mistake| {
+            (mistake.place.file.file_name().unwrap().to_str().unwrap().to_owned(), mistake.place.line)
+        })
+        .collect();
+    let wanted = [
+        ("mt-agent.toml", 1),
+        ("mt-agent.toml", 2),
+        ("mt-agent.toml", 3),
+        ("mt-agent.toml", 5),
+        ("mt-agent.toml", 6),
+        ("a.toml", 1),
+        ("a.toml", 4),
+        ("b.toml", 1),
+        ("c.toml", 1),
+    ];
+    let wanted: Vec<(String, usize)> = wanted.map(|(file, line)| (file.to_owned(), line)).to_vec();
+    assert_eq!(places, wanted, "{mistakes:#?}");
+    assert!(mistakes[3].what.contains("did you mean `idle_timeout`"), "{mistakes:#?}");
+}
+
+#[test]
+fn what_cannot_hold_together_is_named_where_it_was_set() {
+    for (text, line, what) in [
+        ("retention_dir = \"/var/lib/mt-agent\"", 1, "must not travel with the recovery points"),
+        ("retention_dir = \"/\"", 1, "must not travel"),
+        ("state_dir = \"/a\"\nretention_dir = \"/a/tls\"", 2, "keeps its tls"),
+        ("state_dir = \"/a/tokens\"\nretention_dir = \"/a\"", 2, "must not travel"),
+        ("window = \"4M\"\ncontrol_socket = \"/var/lib/mt-agent\"", 2, "is a directory, that of `state_dir`"),
+        ("state_dir = \"/run/mt-agent/control.sock/x\"", 1, "is a directory, that of `state_dir`"),
+        ("retention_thinning = true\nretention_age = \"1h\"", 1, "nothing is left to be thinned"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("mt-agent.toml");
+        fs::write(&file, text).unwrap();
+        let Err(ConfigError::Mistakes { mistakes, .. }) = Sourced::load(Some(&file)) else {
+            panic!("{text}: it is not sound")
+        };
+        let said = &mistakes[0];
+        assert!(said.place.line == line && said.what.contains(what), "{text}: {mistakes:?}");
+    }
+    // Below one another, the other way about, is how it is by default.
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("mt-agent.toml");
+    fs::write(&file, "state_dir = \"/a\"\nretention_dir = \"/a/tlsx\"\nretention_thinning = true").unwrap();
+    Sourced::load(Some(&file)).unwrap();
+}
+
+#[test]
+fn the_file_that_is_shipped_is_the_table_of_keys_and_its_values_are_the_defaults() {
+    let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging/mt-agent.toml");
+    if std::env::var_os("MT_AGENT_WRITE_DEFAULTS").is_some() {
+        fs::write(&shipped, commented()).unwrap();
+    }
+    let text = fs::read_to_string(&shipped).unwrap();
+    assert!(
+        text == commented(),
+        "write it anew: MT_AGENT_WRITE_DEFAULTS=1 cargo test --lib the_file_that_is_shipped"
+    );
+    assert!(text.lines().all(|line| line.is_empty() || line.starts_with('#')));
+    assert!(text.lines().all(|line| line.chars().count() <= 120));
+    // Text after a `#` and a space explains, and what follows a `#` at once is a key.
+    let key = |line: &str| line.strip_prefix('#').filter(|line| !line.starts_with(' ')).map(str::to_owned);
+    let keys: Vec<String> = text.lines().filter_map(key).collect();
+    assert_eq!(keys.len(), KEYS.len());
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("mt-agent.toml");
+    fs::write(&file, keys.join("\n")).unwrap();
+    let sourced = Sourced::load(Some(&file)).unwrap();
+    assert_eq!((sourced.config, sourced.set.len()), (Config::default(), KEYS.len()));
+    // As it is shipped, it sets nothing.
+    assert_eq!(Sourced::load(Some(&shipped)).unwrap().set.len(), 0);
+}
+
+#[test]
+fn what_is_shown_is_read_as_the_same_value() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("mt-agent.toml");
+    let text = "listen = \"192.0.2.7:1\"\nstate_dir = \"/a \\\"b\"\ncontrol_socket = \"/x\"\nengine = \"threads\"\n\
+        window = 2097153\nmax_sessions = 0x10\nallow_loop = true\nidle_timeout = \"90s\"\nretention_age = \"36h\"\n\
+        retention_size = 1073741825\nretention_free = \"3K\"\nretention_thinning = true\n\
+        allow_root_retention = true\nlog_level = \"mt_agent::net=debug,info\"\nretention_dir = \"/r\"\n";
+    fs::write(&file, text).unwrap();
+    let config = Sourced::load(Some(&file)).unwrap().config;
+    let shown: String = KEYS.iter().map(|key| format!("{} = {}\n", key.name, (key.show)(&config))).collect();
+    fs::write(&file, shown).unwrap();
+    assert_eq!(Sourced::load(Some(&file)).unwrap().config, config);
+    for key in &KEYS {
+        assert_ne!((key.show)(&config), (key.show)(&Config::default()), "{} tells nothing here", key.name);
+        let mut copy = Config::default();
+        (key.copy)(&mut copy, &config);
+        let differ: Vec<&str> = KEYS
+            .iter()
+            .filter(|other| (other.show)(&copy) != (other.show)(&Config::default()))
+            .map(|other| other.name)
+            .collect();
+        assert_eq!(differ, [key.name]);
+    }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use mt_agent::agent::config::Config;
+use mt_agent::agent::config::{self, Config};
 
 use super::Failure;
 
@@ -25,7 +25,12 @@ pub struct Places {
 impl Places {
     /// The configuration, with what was given on the command line in its place.
     pub fn load(&self) -> Result<Config, Failure> {
-        let mut config = Config::load(self.config.as_deref()).map_err(Failure::failed)?;
+        self.read().map_err(Failure::failed)
+    }
+
+    /// The same, for who can go on without.
+    pub fn read(&self) -> Result<Config, config::Error> {
+        let mut config = Config::load(self.config.as_deref())?;
         if let Some(state_dir) = &self.state_dir {
             config.state_dir.clone_from(state_dir);
             config.retention_dir = state_dir.join("retention");

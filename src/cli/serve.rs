@@ -3,7 +3,9 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use mt_agent::agent::config::{self, Config};
 use mt_agent::agent::{self, logging};
+use mt_agent::error::chain;
 use mt_agent::storage::device::EngineChoice;
 
 use super::places::Places;
@@ -37,15 +39,30 @@ pub struct Args {
     places: Places,
 }
 
+impl Args {
+    fn read(&self) -> Result<Config, config::Error> {
+        let mut config = self.places.read()?;
+        config.listen = self.listen.unwrap_or(config.listen);
+        config.control_socket = self.control_socket.clone().unwrap_or(config.control_socket);
+        config.engine = self.engine.unwrap_or(config.engine);
+        config.allow_loop |= self.allow_loop;
+        config.allow_root_retention |= self.allow_root_retention;
+        Ok(config)
+    }
+}
+
 pub fn run(args: Args) -> Result<(), Failure> {
-    let mut config = args.places.load()?;
-    config.listen = args.listen.unwrap_or(config.listen);
-    config.control_socket = args.control_socket.unwrap_or(config.control_socket);
-    config.engine = args.engine.unwrap_or(config.engine);
-    config.allow_loop |= args.allow_loop;
-    config.allow_root_retention |= args.allow_root_retention;
-    logging::init(args.log_format, args.log_level.as_deref()).map_err(log_failure)?;
-    agent::serve(config).map_err(|error| match error {
+    let config = args.read().map_err(Failure::failed)?;
+    let level = logging::init(args.log_format, args.log_level.as_deref(), &config.log_level);
+    let level = level.map_err(log_failure)?;
+    let reread = Box::new(move || {
+        let config = args.read()?;
+        if let Err(error) = level.configured(&config.log_level) {
+            tracing::error!(error = chain(&error), "the log goes on as before");
+        }
+        Ok(config)
+    });
+    agent::serve(config, reread).map_err(|error| match error {
         agent::Error::Taken(_) => Failure::refused(error),
         agent::Error::Lock(agent::lock::Error::Refused { .. }) => Failure::refused(error),
         agent::Error::Control(agent::control::Error::Refused(_)) => Failure::refused(error),

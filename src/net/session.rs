@@ -245,7 +245,9 @@ async fn stopped(ending: &mut watch::Receiver<Ending>, machine: Option<&Name>) -
 
 /// Runs what may block off the runtime.
 async fn off_runtime<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Error> {
-    tokio::task::spawn_blocking(work)
+    // What it logs is of the same machine and disk.
+    let span = tracing::Span::current();
+    tokio::task::spawn_blocking(move || span.in_scope(work))
         .await
         .map_err(|_| message::Error::new(Code::Internal, "a task of the agent failed; see its log").into())
 }
@@ -288,6 +290,7 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
         return Ok(wire::write_message(&mut *writer.lock().await, 0, &reply).await?);
     };
     let open: Open = within(patience.handshake, wire::read_message_body(reader, &header)).await?;
+    tracing::Span::current().record("disk", tracing::field::display(&open.disk));
     let source_size = open.size;
     if source_size == 0 {
         return Err(protocol("a source of 0 bytes"));

@@ -1,9 +1,8 @@
 //! The files of the protections: read as they are, changed one at a time, durable before anyone is told.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -549,15 +548,12 @@ fn now() -> OffsetDateTime {
 
 /// Opens, or creates, a file and takes an advisory lock of it.
 fn lock(path: &Path, how: FlockArg) -> Result<Flock<File>, IoError> {
-    let failed = |op, error: io::Error| IoError::new(op, path.display().to_string(), error);
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).create(true).truncate(false).mode(0o600);
-    let mut file = options.open(path).map_err(|error| failed("open", error))?;
+    let mut file = durable::lock_file(path)?;
     loop {
         match Flock::lock(file, how) {
             Ok(lock) => return Ok(lock),
             Err((same, Errno::EINTR)) => file = same,
-            Err((_, errno)) => return Err(failed("lock", errno.into())),
+            Err((_, errno)) => return Err(IoError::new("lock", path.display().to_string(), errno)),
         }
     }
 }

@@ -54,6 +54,7 @@ impl Directory {
             other => other,
         };
         let file = file.map_err(|error| IoError::new("create", &*named, error))?;
+        durable::hand_over(&file, &path)?;
         let reserved = i64::try_from(len)
             .map_err(io::Error::other)
             .and_then(|len| Ok(fallocate(&file, FallocateFlags::empty(), 0, len)?))

@@ -302,11 +302,13 @@ impl Worker {
                         (self.events)(Event::Paused);
                         paused = true;
                     }
+                    self.pulse.rest();
                     match self.queue.recv_timeout(RETRY) {
                         Ok(command) => self.waiting.push_back(command),
                         Err(RecvTimeoutError::Timeout) => {}
                         Err(RecvTimeoutError::Disconnected) => return Err(Stop::Closed),
                     }
+                    self.pulse.beat();
                 }
                 Err(error) => return Err(error.into()),
             }

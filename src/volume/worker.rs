@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
 
 use super::delta::Delta;
+use super::pulse::Pulse;
 use super::{Command, Event, Events, Fault};
 use crate::error::IoError;
 use crate::storage::{Action, Completion, Place, Request, Storage};
@@ -35,6 +36,7 @@ pub(super) struct Worker {
     scratch: Arena,
     /// Where the pass saves what it overwrites, if it does.
     pub(super) delta: Option<Delta>,
+    pub(super) pulse: Arc<Pulse>,
 }
 
 /// A write or zero request under way, and the blocks that it touches.
@@ -78,6 +80,7 @@ impl Worker {
         size: u64,
         queue: Receiver<Command>,
         events: Events,
+        pulse: Arc<Pulse>,
     ) -> Result<Worker, IoError> {
         let scratch = Arena::new(MERGE).map_err(|error| IoError::new("map", "memory", error))?;
         Ok(Worker {
@@ -94,6 +97,7 @@ impl Worker {
             begun: 0,
             scratch,
             delta: None,
+            pulse,
         })
     }
 
@@ -124,6 +128,7 @@ impl Worker {
             if self.has_room()
                 && let Some(command) = self.waiting.pop_front()
             {
+                self.pulse.beat();
                 match self.delta.take() {
                     None => self.start(command)?,
                     Some(mut delta) => {
@@ -275,7 +280,14 @@ impl Worker {
     /// Waits for something to happen, and reports what completed.
     pub(super) fn step(&mut self) -> Result<(), IoError> {
         let mut completions = std::mem::take(&mut self.completions);
+        if self.in_flight.is_empty() && self.begun == 0 {
+            self.pulse.rest();
+        }
         self.storage.wait(&mut completions)?;
+        // Being woken by a command that nothing can be done with yet is not getting on.
+        if !completions.is_empty() {
+            self.pulse.beat();
+        }
         let (mut frames, mut sum) = (0, Done::default());
         for Completion { tag, result, buffer } in completions.drain(..) {
             result?;

@@ -36,7 +36,8 @@ pub(in crate::cli) struct Job {
 impl Job {
     /// A job that sends what differs of these disks.
     pub(in crate::cli) fn new(what: &What) -> Result<Job, Failure> {
-        logging::init(Some(logging::Format::Text), Some(&what.log_level)).map_err(log_failure)?;
+        logging::init(Some(logging::Format::Text), Some(&what.log_level), logging::DEFAULT_LEVEL)
+            .map_err(log_failure)?;
         for (index, (name, path)) in what.disks.iter().enumerate() {
             for (other, source) in &what.disks[..index] {
                 if name == other {

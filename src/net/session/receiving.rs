@@ -346,6 +346,7 @@ impl Receiving {
                         `verify`";
             return Err(message::Error::new(Code::UnsupportedFeature, text).into());
         }
+        tracing::Span::current().record("point", tracing::field::display(begin.point));
         let (id, kind) = (begin.pass, begin.kind);
         if let Some(unit) = begin.compare
             && (!unit.is_power_of_two() || !DIGEST_UNITS.contains(&unit.into()))

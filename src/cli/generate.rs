@@ -10,18 +10,21 @@ use std::path::{Path, PathBuf};
 use clap::CommandFactory;
 use clap_complete::Shell;
 use clap_mangen::Man;
-use clap_mangen::roff::{Roff, bold, roman};
+use clap_mangen::roff::{Roff, bold, italic, roman};
+use mt_agent::agent::config::{Config, DEFAULT_FILE, DEFAULT_SNIPPETS, KEYS};
 use mt_agent::error::IoError;
 use time::OffsetDateTime;
 use time::macros::format_description;
 
 use super::{Cli, Failure};
 
+const SOURCE: &str = concat!("mt-agent ", env!("CARGO_PKG_VERSION"));
+
 /// Write the man pages and the completions for bash, zsh and fish
 #[derive(clap::Args)]
 #[command(hide = true)]
 pub struct Args {
-    /// Where the directories man1, bash, zsh and fish are made
+    /// Where the directories man1, man5, bash, zsh and fish are made
     dir: PathBuf,
 }
 
@@ -39,7 +42,9 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     }
     let mut command = Cli::command().disable_help_subcommand(true);
     command.build();
-    manual(&args.dir.join("man1"), &command, None, &date()?)
+    let date = date()?;
+    manual(&args.dir.join("man1"), &command, None, &date)?;
+    write(&args.dir.join("man5"), "mt-agent.toml.5", configuration(&date).to_roff().as_bytes())
 }
 
 /// The page of a command, and those of its subcommands. What `--help` does not show has none.
@@ -55,7 +60,7 @@ fn page(command: &clap::Command, name: &str, above: Option<&str>, date: &str) ->
     let man = Man::new(command.clone())
         .title(name.to_uppercase())
         .date(date)
-        .source(concat!("mt-agent ", env!("CARGO_PKG_VERSION")))
+        .source(SOURCE)
         .manual("mt-agent");
     let mut page = Vec::new();
     man.render_title(&mut page)?;
@@ -81,6 +86,38 @@ fn page(command: &clap::Command, name: &str, above: Option<&str>, date: &str) ->
     roff.text([roman(format!("{above}mt-agent.toml(5)"))]);
     roff.to_writer(&mut page)?;
     Ok(page)
+}
+
+/// The page of the configuration, from the table that reads it.
+fn configuration(date: &str) -> Roff {
+    let default = Config::default();
+    let mut page = Roff::new();
+    page.control("TH", ["MT-AGENT.TOML", "5", date, SOURCE, "mt-agent"]);
+    page.control("SH", ["NAME"]).text([roman("mt-agent.toml - the configuration of a master target")]);
+    page.control("SH", ["SYNOPSIS"]).text([roman(DEFAULT_FILE)]);
+    page.control("br", []).text([roman(format!("{DEFAULT_SNIPPETS}/*.toml"))]);
+    page.control("SH", ["DESCRIPTION"]).text([roman(
+        "What the service and the commands of a master target go by, in TOML. The files of the directory are read \
+         after the main one, in the order of their names. A key that several files set has the value of the last \
+         one, and a key that none sets its default. All of these files may be missing.",
+    )]);
+    page.control("PP", []).text([
+        bold("mt-agent config check"),
+        roman(" finds mistakes without starting anything, and "),
+        bold("mt-agent config show --effective"),
+        roman(" tells what holds and which file says so."),
+    ]);
+    page.control("SH", ["KEYS"]);
+    for key in &KEYS {
+        let value = (key.show)(&default).to_string();
+        page.control("TP", []).text([bold(key.name), roman(" = "), italic(value)]);
+        page.text([roman(key.about.replace('\n', " "))]);
+        if key.reloads {
+            page.text([roman("A reload takes it on.")]);
+        }
+    }
+    page.control("SH", ["SEE ALSO"]).text([roman("mt-agent-serve(1), mt-agent-config(1)")]);
+    page
 }
 
 /// The day that the pages tell: that of the source where the build says so, as package builders do, else today.

@@ -57,7 +57,11 @@ fn pages_and_completions_are_sound() {
             .env("MANWIDTH", "200")
             .output()
             .unwrap();
-        assert!(out.status.success() && out.stderr.is_empty(), "{page}: {}", String::from_utf8_lossy(&out.stderr));
+        assert!(
+            out.status.success() && out.stderr.is_empty(),
+            "{page}: {}",
+            String::from_utf8_lossy(&out.stderr)
+        );
         String::from_utf8(out.stdout).unwrap()
     };
     if has("man") {
@@ -85,7 +89,9 @@ fn pages_and_completions_are_sound() {
             support::tool("mandoc", &["-T", "lint", "-W", "warning", page]);
         }
     }
-    for (shell, script) in [("bash", "bash/mt-agent"), ("zsh", "zsh/_mt-agent"), ("fish", "fish/mt-agent.fish")] {
+    for (shell, script) in
+        [("bash", "bash/mt-agent"), ("zsh", "zsh/_mt-agent"), ("fish", "fish/mt-agent.fish")]
+    {
         if has(shell) {
             support::tool(shell, &["-n", &path(script)]);
         }

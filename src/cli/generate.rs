@@ -57,11 +57,8 @@ fn manual(dir: &Path, command: &clap::Command, above: Option<&str>, date: &str) 
 }
 
 fn page(command: &clap::Command, name: &str, above: Option<&str>, date: &str) -> io::Result<Vec<u8>> {
-    let man = Man::new(command.clone())
-        .title(name.to_uppercase())
-        .date(date)
-        .source(SOURCE)
-        .manual("mt-agent");
+    let man =
+        Man::new(command.clone()).title(name.to_uppercase()).date(date).source(SOURCE).manual("mt-agent");
     let mut page = Vec::new();
     man.render_title(&mut page)?;
     man.render_name_section(&mut page)?;

@@ -3,6 +3,7 @@
 mod support;
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Command;
 
@@ -15,7 +16,7 @@ fn units_are_what_systemd_reads() {
     }
     let dir = tempfile::tempdir().unwrap();
     let units = Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging");
-    for name in ["mt-agent-send@.service"] {
+    for name in ["mt-agent-send@.service", "mt-agent.service"] {
         let unit = fs::read_to_string(units.join(name)).unwrap();
         // The binary is not installed here.
         let here = unit.replace("/usr/bin/mt-agent", env!("CARGO_BIN_EXE_mt-agent"));
@@ -28,7 +29,9 @@ fn units_are_what_systemd_reads() {
         assert!(checked.status.success() && ours.is_empty(), "{name}: {said}");
 
         let start = unit.lines().find_map(|line| line.strip_prefix("ExecStart=/usr/bin/mt-agent ")).unwrap();
-        let help = Command::new(env!("CARGO_BIN_EXE_mt-agent")).args(["send", "--help"]).output().unwrap();
+        let command = start.split_whitespace().next().unwrap();
+        let help = Command::new(env!("CARGO_BIN_EXE_mt-agent")).args([command, "--help"]).output().unwrap();
+        assert!(help.status.success(), "{start}");
         let help = String::from_utf8_lossy(&help.stdout).into_owned();
         for option in start.split_whitespace().filter(|word| word.starts_with("--")) {
             assert!(help.contains(option), "{option}");
@@ -105,4 +108,52 @@ fn has(program: &str) -> bool {
         support::skipped("pages_and_completions_are_sound", &format!("{program} is not installed"));
     }
     found
+}
+
+/// What the service may do is what it needs: systemd's own figure of how exposed it is, of 10 at most.
+#[test]
+fn the_service_is_no_more_exposed_than_its_unit_argues_for() {
+    let test = "the_service_is_no_more_exposed_than_its_unit_argues_for";
+    let unit = Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging/mt-agent.service");
+    let mut analyze = Command::new("systemd-analyze");
+    let Ok(output) = analyze.args(["security", "--no-pager", "--offline=true"]).arg(&unit).output() else {
+        return support::skipped(test, "there is no systemd-analyze");
+    };
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let Some((_, level)) = said.split_once("exposure level for mt-agent.service: ") else {
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        return support::skipped(test, &format!("systemd-analyze has no --offline: {said}"));
+    };
+    let level: f64 = level.split_whitespace().next().unwrap().parse().unwrap();
+    assert!(level <= 1.5, "{said}");
+    let text = fs::read_to_string(&unit).unwrap();
+    assert!(text.contains("\nCapabilityBoundingSet=\n") && text.contains("\nUser=mt-agent\n"), "{text}");
+}
+
+/// The user is made, and root's commands find directories that are the user's.
+#[test]
+fn the_user_and_the_directories_are_made_as_systemd_makes_them() {
+    require_root!();
+    let test = "the_user_and_the_directories_are_made_as_systemd_makes_them";
+    let packaging = Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging");
+    let dir = tempfile::tempdir().unwrap();
+    let root = format!("--root={}", dir.path().display());
+    fs::create_dir_all(dir.path().join("etc")).unwrap();
+    for (tool, args, file) in [
+        ("systemd-sysusers", &[][..], "mt-agent.sysusers"),
+        ("systemd-tmpfiles", &["--create"], "mt-agent.tmpfiles"),
+    ] {
+        let Ok(output) = Command::new(tool).arg(&root).args(args).arg(packaging.join(file)).output() else {
+            return support::skipped(test, &format!("there is no {tool}"));
+        };
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success() && !said.contains(file), "{tool}: {said}");
+    }
+    let users = fs::read_to_string(dir.path().join("etc/passwd")).unwrap();
+    let user = users.lines().find(|line| line.starts_with("mt-agent:")).expect("a user");
+    let [uid, gid] = [2, 3].map(|at| user.split(':').nth(at).unwrap().parse::<u32>().unwrap());
+    for (path, mode) in [("var/lib/mt-agent", 0o700), ("run/mt-agent", 0o755)] {
+        let metadata = fs::metadata(dir.path().join(path)).unwrap();
+        assert_eq!((metadata.uid(), metadata.gid(), metadata.mode() & 0o7777), (uid, gid, mode), "{path}");
+    }
 }

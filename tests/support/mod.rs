@@ -405,21 +405,33 @@ pub struct Service {
     dir: PathBuf,
     address: SocketAddr,
     args: Vec<String>,
-    forbid_io_uring: bool,
+    surroundings: Surroundings,
+}
+
+/// What a service is started in.
+#[derive(Default)]
+pub struct Surroundings {
+    pub forbid_io_uring: bool,
+    /// A command that runs the one that follows it, in the same process.
+    pub through: Vec<String>,
+    pub variables: Vec<(&'static str, String)>,
+    /// Instead of the binary where it was built, which not every user may reach.
+    pub binary: Option<PathBuf>,
 }
 
 impl Service {
     /// Starts the service in `dir`, which may have one's state already, on a free port.
     pub fn start(dir: &Path, args: &[&str]) -> Service {
-        Service::start_with(dir, args, false)
+        Service::start_in(dir, args, Surroundings::default())
     }
 
     /// The same, where a seccomp filter forbids io_uring.
     pub fn start_without_io_uring(dir: &Path, args: &[&str]) -> Service {
-        Service::start_with(dir, args, true)
+        Service::start_in(dir, args, Surroundings { forbid_io_uring: true, ..Surroundings::default() })
     }
 
-    fn start_with(dir: &Path, args: &[&str], forbid_io_uring: bool) -> Service {
+    /// The same, in these surroundings.
+    pub fn start_in(dir: &Path, args: &[&str], surroundings: Surroundings) -> Service {
         let (state, socket) = (dir.join("state"), dir.join("control.sock"));
         let config = format!(
             "allow_loop = true\nlisten = \"127.0.0.1:0\"\nstate_dir = {state:?}\ncontrol_socket = {socket:?}\n"
@@ -427,16 +439,26 @@ impl Service {
         fs::write(dir.join("mt-agent.toml"), config).unwrap();
         let args = args.iter().map(|arg| (*arg).to_owned()).collect();
         let address = SocketAddr::from(([127, 0, 0, 1], 0));
-        let mut service = Service { process: None, dir: dir.to_owned(), address, args, forbid_io_uring };
+        let mut service = Service { process: None, dir: dir.to_owned(), address, args, surroundings };
         service.spawn();
         service
     }
 
     /// Starts the process anew, after it was killed or ended, and waits until it answers.
     pub fn spawn(&mut self) {
-        let mut command = mt_agent();
+        let Surroundings { forbid_io_uring, through, variables, binary } = &self.surroundings;
+        let binary = binary.clone().unwrap_or_else(|| env!("CARGO_BIN_EXE_mt-agent").into());
+        let mut command = match through.split_first() {
+            None => Command::new(binary),
+            Some((first, rest)) => {
+                let mut command = Command::new(first);
+                command.args(rest).arg(binary);
+                command
+            }
+        };
+        command.envs(variables.iter().map(|(name, value)| (name, value)));
         command.arg("serve").args(["--config", &self.config()]).args(&self.args);
-        if self.forbid_io_uring {
+        if *forbid_io_uring {
             seccomp::forbid_io_uring(&mut command);
         }
         self.process = None;

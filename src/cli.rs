@@ -15,6 +15,7 @@ mod discover_disks;
 mod enroll;
 mod export;
 mod failover;
+mod generate;
 mod hold_frozen;
 mod inspect;
 mod places;
@@ -100,6 +101,7 @@ enum Command {
     Verify(verify::Args),
     Status(status::Args),
     HoldFrozen(hold_frozen::Args),
+    Generate(generate::Args),
 }
 
 /// Parses the command line, runs the subcommand and reports how it ended.
@@ -122,6 +124,7 @@ pub fn run() -> ExitCode {
         Command::Verify(args) => verify::run(args),
         Command::Status(args) => status::run(args),
         Command::HoldFrozen(args) => hold_frozen::run(&args),
+        Command::Generate(args) => generate::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -39,6 +39,77 @@ fn units_are_what_systemd_reads() {
     }
 }
 
+/// The man pages and the completions are what their readers read: no warning of either formatter, no error of any
+/// shell, and each command and each key is told of.
+#[test]
+fn pages_and_completions_are_sound() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    support::tool(env!("CARGO_BIN_EXE_mt-agent"), &["generate", dir.path().to_str().unwrap()]);
+
+    let mut pages: Vec<_> = ["man1", "man5"]
+        .iter()
+        .flat_map(|section| fs::read_dir(dir.path().join(section)).unwrap())
+        .map(|page| page.unwrap().path().to_str().unwrap().to_owned())
+        .collect();
+    pages.sort();
+    let shown = |page: &str| {
+        let out = Command::new("man")
+            .args(["-l", "--warnings", page])
+            .env("LC_ALL", "C.UTF-8")
+            .env("MANWIDTH", "200")
+            .output()
+            .unwrap();
+        assert!(
+            out.status.success() && out.stderr.is_empty(),
+            "{page}: {}",
+            String::from_utf8_lossy(&out.stderr)
+        );
+        String::from_utf8(out.stdout).unwrap()
+    };
+    if has("man") {
+        let texts: Vec<String> = pages.iter().map(|page| shown(page)).collect();
+        let said = texts.join("\n");
+        for key in &mt_agent::agent::config::KEYS {
+            assert!(said.contains(&format!("{} = ", key.name)), "{}", key.name);
+        }
+        // Each page that another one refers to is there.
+        for name in said.split_whitespace().filter_map(|word| word.split_once("(1)").map(|(name, _)| name)) {
+            if name.starts_with("mt-agent") {
+                assert!(pages.contains(&path(&format!("man1/{name}.1"))), "{name}(1)");
+            }
+        }
+        let help = Command::new(env!("CARGO_BIN_EXE_mt-agent")).arg("--help").output().unwrap();
+        let help = String::from_utf8(help.stdout).unwrap();
+        let commands = help.split("Commands:").nth(1).unwrap().split("\n\n").next().unwrap();
+        let commands = commands.lines().filter_map(|line| line.strip_prefix("  ")?.split(' ').next());
+        for command in commands.filter(|command| !command.is_empty() && *command != "help") {
+            assert!(pages.contains(&path(&format!("man1/mt-agent-{command}.1"))), "{command}");
+        }
+    }
+    if has("mandoc") {
+        for page in &pages {
+            support::tool("mandoc", &["-T", "lint", "-W", "warning", page]);
+        }
+    }
+    for (shell, script) in
+        [("bash", "bash/mt-agent"), ("zsh", "zsh/_mt-agent"), ("fish", "fish/mt-agent.fish")]
+    {
+        if has(shell) {
+            support::tool(shell, &["-n", &path(script)]);
+        }
+    }
+}
+
+/// Whether a program is installed; where it is not, that is said.
+fn has(program: &str) -> bool {
+    let found = Command::new(program).arg("--version").output().is_ok();
+    if !found {
+        support::skipped("pages_and_completions_are_sound", &format!("{program} is not installed"));
+    }
+    found
+}
+
 /// What the service may do is what it needs: systemd's own figure of how exposed it is, of 10 at most.
 #[test]
 fn the_service_is_no_more_exposed_than_its_unit_argues_for() {

@@ -21,6 +21,7 @@ mod points;
 mod protect;
 mod send;
 mod serve;
+mod setup;
 mod status;
 mod table;
 mod token;
@@ -93,6 +94,8 @@ enum Command {
     Check(check::Args),
     Digest(digest::Args),
     Serve(serve::Args),
+    #[command(subcommand)]
+    Setup(setup::Command),
     Send(send::Args),
     Verify(verify::Args),
     Status(status::Args),
@@ -114,6 +117,7 @@ pub fn run() -> ExitCode {
         Command::Check(args) => check::run(args),
         Command::Digest(args) => digest::run(args),
         Command::Serve(args) => serve::run(args),
+        Command::Setup(command) => setup::run(command),
         Command::Send(args) => send::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Status(args) => status::run(args),

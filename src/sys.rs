@@ -5,3 +5,4 @@ pub mod aligned;
 pub mod ioctl;
 pub mod ring;
 pub mod wake;
+pub mod xattr;

@@ -25,7 +25,11 @@ pub struct Places {
 impl Places {
     /// The configuration, with what was given on the command line in its place.
     pub fn load(&self) -> Result<Config, Failure> {
-        let mut config = Config::load(self.config.as_deref()).map_err(Failure::failed)?;
+        Ok(self.over(Config::load(self.config.as_deref()).map_err(Failure::failed)?))
+    }
+
+    /// A configuration, with what was given on the command line in its place.
+    pub fn over(&self, mut config: Config) -> Config {
         if let Some(state_dir) = &self.state_dir {
             config.state_dir.clone_from(state_dir);
             config.retention_dir = state_dir.join("retention");
@@ -33,6 +37,6 @@ impl Places {
         if let Some(retention) = &self.retention {
             config.retention_dir.clone_from(retention);
         }
-        Ok(config)
+        config
     }
 }

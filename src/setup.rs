@@ -16,7 +16,8 @@
 //! To write another change: a file `setup/<change>.rs` with a `const CHANGE: Change`, and a line in [`CHANGES`]. A file
 //! that others own too is marked [`File::shared`]; its new content is made from the one that is there, so that making it
 //! again changes nothing. Where writing would do harm, [`Error::Refused`] is returned: then nothing of the change is
-//! touched, and what was applied before stays. A file that a change does not want any more becomes what it was before it.
+//! touched, and what was applied before stays. A file that a change does not want any more becomes what it was before it: so
+//! a change must want the same after it was applied as before.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -26,13 +27,20 @@ use serde::{Deserialize, Serialize};
 use crate::error::IoError;
 use crate::protection;
 
+mod crash;
 pub mod host;
 mod io_uring;
 mod kernel_modules;
+mod limits;
 pub mod machine;
+mod network;
+mod packages;
 pub mod record;
+mod retention;
+mod snapshots;
 #[cfg(test)]
 mod tests;
+mod time;
 pub mod tree;
 mod udev;
 
@@ -40,7 +48,18 @@ pub use host::{Host, Places, Wishes};
 pub use machine::{Applied, Checked, Outcomes, Planned, Reverted, Setup, Status};
 
 /// All changes, in the order in which they are applied.
-pub const CHANGES: &[Change] = &[udev::CHANGE, kernel_modules::CHANGE, io_uring::CHANGE];
+pub const CHANGES: &[Change] = &[
+    packages::CHANGE,
+    udev::CHANGE,
+    io_uring::CHANGE,
+    kernel_modules::CHANGE,
+    network::CHANGE,
+    crash::CHANGE,
+    retention::CHANGE,
+    time::CHANGE,
+    limits::CHANGE,
+    snapshots::CHANGE,
+];
 
 /// One change to a host.
 #[derive(Clone, Copy)]

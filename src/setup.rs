@@ -36,6 +36,7 @@ pub mod machine;
 mod network;
 mod packages;
 pub mod record;
+pub mod report;
 mod retention;
 mod snapshots;
 #[cfg(test)]
@@ -45,7 +46,8 @@ pub mod tree;
 mod udev;
 
 pub use host::{Host, Places, Wishes};
-pub use machine::{Applied, Checked, Outcomes, Planned, Reverted, Setup, Status};
+pub use machine::Setup;
+pub use report::{Applied, Checked, Outcomes, Planned, Reverted, Status};
 
 /// All changes, in the order in which they are applied.
 pub const CHANGES: &[Change] = &[

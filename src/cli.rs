@@ -23,6 +23,7 @@ mod points;
 mod protect;
 mod send;
 mod serve;
+mod setup;
 mod status;
 mod table;
 mod token;
@@ -97,6 +98,8 @@ enum Command {
     Config(config::Command),
     Digest(digest::Args),
     Serve(serve::Args),
+    #[command(subcommand)]
+    Setup(setup::Command),
     Send(send::Args),
     Verify(verify::Args),
     Status(status::Args),
@@ -120,6 +123,7 @@ pub fn run() -> ExitCode {
         Command::Config(command) => config::run(&command),
         Command::Digest(args) => digest::run(args),
         Command::Serve(args) => serve::run(args),
+        Command::Setup(command) => setup::run(command),
         Command::Send(args) => send::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Status(args) => status::run(args),

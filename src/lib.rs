@@ -10,6 +10,7 @@
 //! - [`layout`]: what lies on a disk, and which of its bytes are used; it only reads.
 //! - [`disk`]: identity and discovery of SCSI disks; it never writes.
 //! - [`protection`]: which target disk belongs to which disk of which machine.
+//! - [`setup`]: the changes that make a host a master target.
 //! - [`points`]: the recovery points: their log, and which of them are let go.
 //! - [`volume`]: one target disk and the thread that owns the order of its writes and flushes.
 //! - [`recovery`]: brings disks to a point, exports and checks points.
@@ -35,6 +36,7 @@ pub mod points;
 pub mod protection;
 pub mod recovery;
 pub mod send;
+pub mod setup;
 pub mod storage;
 pub mod sys;
 pub mod units;

@@ -7,3 +7,4 @@ pub mod inherited;
 pub mod ioctl;
 pub mod ring;
 pub mod wake;
+pub mod xattr;

@@ -30,7 +30,11 @@ impl Places {
 
     /// The same, for who can go on without.
     pub fn read(&self) -> Result<Config, config::Error> {
-        let mut config = Config::load(self.config.as_deref())?;
+        Ok(self.over(Config::load(self.config.as_deref())?))
+    }
+
+    /// A configuration, with what was given on the command line in its place.
+    pub fn over(&self, mut config: Config) -> Config {
         if let Some(state_dir) = &self.state_dir {
             config.state_dir.clone_from(state_dir);
             config.retention_dir = state_dir.join("retention");
@@ -38,6 +42,6 @@ impl Places {
         if let Some(retention) = &self.retention {
             config.retention_dir.clone_from(retention);
         }
-        Ok(config)
+        config
     }
 }

@@ -1,0 +1,558 @@
+//! Checks, plans, applies and reverts any change, by what it says that it wants.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use similar::TextDiff;
+use time::OffsetDateTime;
+
+use super::record::{FileRecord, Record, Records, State};
+use super::report::{Applied, AppliedStatus, Checked, Outcomes, Planned, PlannedCall, Reverted, Status};
+use super::tree::{self, Entry, Owner};
+use super::{CHANGES, Call, Change, Content, Error, File, Host, Level, Wanted, moment};
+use crate::error::{IoError, chain};
+
+/// A host, and the records of what was done to it.
+#[derive(Debug)]
+pub struct Setup {
+    host: Host,
+    records: Records,
+}
+
+/// A file as it is and as it shall be.
+struct Target {
+    path: PathBuf,
+    now: Entry,
+    now_bytes: Vec<u8>,
+    want: Entry,
+    want_bytes: Vec<u8>,
+    differs: bool,
+    /// Whether it is changed since it was written.
+    edited: bool,
+    /// Why it must not be touched.
+    problem: Option<String>,
+}
+
+/// A change and the host, looked at.
+struct Look {
+    wanted: Wanted,
+    record: Option<Record>,
+    targets: Vec<Target>,
+    disks: usize,
+}
+
+impl Look {
+    fn files_due(&self) -> bool {
+        self.targets.iter().any(|target| target.differs)
+            || self.record.as_ref().is_some_and(|record| record.state != State::Applied)
+    }
+
+    fn refused(&self) -> Option<String> {
+        let problems: Vec<&str> =
+            self.targets.iter().filter_map(|target| target.problem.as_deref()).collect();
+        (!problems.is_empty()).then(|| problems.join("\n"))
+    }
+}
+
+impl Setup {
+    /// Nothing is read or written yet.
+    ///
+    /// # Errors
+    /// Where the links in the path of the state cannot be followed.
+    pub fn open(host: Host) -> Result<Setup, Error> {
+        let state = host.root.real(&host.places.state_dir)?;
+        let records = Records::open(host.root.at(&state).join("setup"));
+        Ok(Setup { host, records })
+    }
+
+    /// The host.
+    pub fn host(&self) -> &Host {
+        &self.host
+    }
+
+    fn look(&self, change: &Change) -> Result<Look, Error> {
+        let record = self.records.load(change.name)?;
+        let disks = if change.follows_disks { self.host.assigned()?.len() } else { 0 };
+        if let Some(record) = &record
+            && record.disks > 0
+            && !self.host.has_protections()
+        {
+            return Err(Error::Refused(format!(
+                "{} was applied for {} assigned disks, and {} holds no protections now: mount the retention file system",
+                change.name,
+                record.disks,
+                self.host.places.retention_dir.display()
+            )));
+        }
+        let wanted = (change.wanted)(&self.host)?;
+        let mut targets = Vec::new();
+        for file in &wanted.files {
+            targets.push(self.target(change, file, record.as_ref())?);
+        }
+        // What it wanted once and does not any more.
+        for file in record.iter().flat_map(|record| &record.files) {
+            if !targets.iter().any(|target| target.path == file.path) {
+                targets.push(self.unwanted(change, file)?);
+            }
+        }
+        Ok(Look { wanted, record, targets, disks })
+    }
+
+    fn target(&self, change: &Change, file: &File, record: Option<&Record>) -> Result<Target, Error> {
+        let root = &self.host.root;
+        let path = match file.content {
+            Content::Bytes(_) => root.real(&file.path)?,
+            Content::Link(_) => root.real_parent(&file.path)?,
+        };
+        let (now, now_bytes) = Entry::read(root, &path)?;
+        let recorded = record.and_then(|record| record.files.iter().find(|file| file.path == path));
+        // One that was removed since comes back as it was.
+        let kept = match (&now, recorded) {
+            (Entry::Absent, Some(FileRecord { before, .. })) => before,
+            _ => &now,
+        };
+        let (want, want_bytes) = match &file.content {
+            Content::Link(target) => (Entry::Link { target: target.clone() }, Vec::new()),
+            Content::Bytes(bytes) => {
+                let (owner, xattrs) = match kept {
+                    Entry::File { owner, xattrs, .. } => (*owner, xattrs.clone()),
+                    Entry::Absent | Entry::Link { .. } => (new_owner(), Default::default()),
+                };
+                (Entry::File { sha256: tree::digest(bytes), owner, xattrs }, bytes.clone())
+            }
+        };
+        let differs = match (&now, &want) {
+            (Entry::File { sha256: now, .. }, Entry::File { sha256: want, .. }) => now != want,
+            _ => now != want,
+        };
+        let edited = now != Entry::Absent && recorded.is_some_and(|recorded| !recorded.knows(&now));
+        let problem = (differs && edited && !file.shared).then(|| {
+            format!(
+                "{} was changed since `setup apply` wrote it; look what is in it, move it away, and run `mt-agent setup \
+                 apply --only {}` again",
+                path.display(),
+                change.name
+            )
+        });
+        let now_bytes = now_bytes.unwrap_or_default();
+        Ok(Target { path, now, now_bytes, want, want_bytes, differs, edited, problem })
+    }
+
+    fn unwanted(&self, change: &Change, file: &FileRecord) -> Result<Target, Error> {
+        let (now, now_bytes) = Entry::read(&self.host.root, &file.path)?;
+        let want_bytes = self.original(change, file)?;
+        let differs = !now.is_like(&file.before);
+        let problem =
+            (differs && (file.edited || !file.knows(&now))).then(|| self.changed_since(change, file));
+        Ok(Target {
+            path: file.path.clone(),
+            now,
+            now_bytes: now_bytes.unwrap_or_default(),
+            want: file.before.clone(),
+            want_bytes,
+            differs,
+            edited: false,
+            problem,
+        })
+    }
+
+    /// The content that a file had before.
+    fn original(&self, change: &Change, file: &FileRecord) -> Result<Vec<u8>, Error> {
+        match &file.before {
+            Entry::File { sha256, .. } => self.records.kept(change.name, sha256),
+            Entry::Absent | Entry::Link { .. } => Ok(Vec::new()),
+        }
+    }
+
+    fn changed_since(&self, change: &Change, file: &FileRecord) -> String {
+        let path = file.path.display();
+        let (before, put) = match &file.before {
+            Entry::Absent => ("there was none before".to_owned(), "remove it".to_owned()),
+            Entry::Link { target } => {
+                (format!("before it was a link to {}", target.display()), "make it so again".to_owned())
+            }
+            Entry::File { sha256, .. } => {
+                let kept = self.records.original(change.name, sha256);
+                (format!("what it was before is kept in {}", kept.display()), "copy that back".to_owned())
+            }
+        };
+        format!(
+            "{path} was changed since `setup apply` wrote it, and is left alone: {before}; {put} by hand, then run this again"
+        )
+    }
+
+    /// Whether each change is in place.
+    pub fn check(&self, changes: &[&Change]) -> Vec<Checked> {
+        changes.iter().map(|change| self.check_one(change)).collect()
+    }
+
+    fn check_one(&self, change: &Change) -> Checked {
+        let mut found = Wanted::default();
+        let apply = format!("mt-agent setup apply --only {}", change.name);
+        match self.look(change) {
+            Err(error) => {
+                let fix =
+                    if error.is_refusal() { String::new() } else { "mend that, then check again".to_owned() };
+                found.find(Level::Fail, chain(&error), fix);
+            }
+            Ok(look) => {
+                for target in &look.targets {
+                    if let Some(problem) = &target.problem {
+                        found.find(Level::Fail, problem.clone(), String::new());
+                    } else if target.differs {
+                        let path = target.path.display();
+                        let what = match (&target.now, &target.want) {
+                            (Entry::Absent, _) => format!("{path} is not there"),
+                            (_, Entry::Absent) => format!("{path} is not wanted any more"),
+                            _ => format!("{path} does not say what it must"),
+                        };
+                        found.find(Level::Fail, what, apply.clone());
+                    }
+                }
+                if let Some(record) = &look.record {
+                    match record.state {
+                        State::Applying => {
+                            found.find(Level::Fail, "applying it was interrupted", apply.clone())
+                        }
+                        State::Reverting => found.find(
+                            Level::Fail,
+                            "taking it back was interrupted",
+                            format!("mt-agent setup revert --only {}", change.name),
+                        ),
+                        State::Applied if self.reboot_due(record) => {
+                            found.find(Level::Warn, "all of it is in effect only after a reboot", "reboot");
+                        }
+                        State::Applied => {}
+                    }
+                }
+                let due = look.wanted.prepare.iter().map(|call| (call.why.clone(), call.to_string()));
+                due.for_each(|(why, call)| {
+                    found.find(Level::Fail, format!("to be done: {why} (`{call}`)"), apply.clone())
+                });
+                if !look.wanted.files.is_empty() && !look.files_due() {
+                    let paths: Vec<String> =
+                        look.wanted.files.iter().map(|file| file.path.display().to_string()).collect();
+                    found.find(Level::Pass, format!("{} is in place", paths.join(", ")), String::new());
+                }
+                found.findings.extend(look.wanted.findings);
+                found.evidence = look.wanted.evidence;
+            }
+        }
+        if found.findings.is_empty() {
+            found.find(Level::Pass, "nothing is needed here", String::new());
+        }
+        let level = found.findings.iter().map(|finding| finding.level).max().unwrap_or(Level::Pass);
+        let Change { name, about, .. } = *change;
+        Checked { name, about, level, findings: found.findings, evidence: found.evidence }
+    }
+
+    /// What applying the changes would do. Nothing is written.
+    pub fn plan(&self, changes: &[&Change]) -> Vec<Planned> {
+        changes.iter().map(|change| self.plan_one(change)).collect()
+    }
+
+    fn plan_one(&self, change: &Change) -> Planned {
+        let Change { name, about, .. } = *change;
+        let mut planned = Planned {
+            name,
+            about,
+            prepare: Vec::new(),
+            diff: String::new(),
+            calls: Vec::new(),
+            refused: None,
+            findings: Vec::new(),
+            evidence: Vec::new(),
+        };
+        let look = match self.look(change) {
+            Ok(look) => look,
+            Err(error) => {
+                planned.refused = Some(chain(&error));
+                return planned;
+            }
+        };
+        planned.refused = look.refused();
+        planned.diff = look.targets.iter().filter(|target| target.differs).map(diff).collect();
+        planned.prepare = look.wanted.prepare.iter().map(PlannedCall::of).collect();
+        if look.files_due() {
+            planned.calls = look.wanted.calls.iter().map(PlannedCall::of).collect();
+        }
+        planned.findings = look.wanted.findings;
+        planned.evidence = look.wanted.evidence;
+        planned
+    }
+
+    /// Makes the changes, each on its own: one that fails does not keep the others from being made.
+    ///
+    /// # Errors
+    /// Only where no change can be made at all; what became of each is in the list.
+    pub fn apply(&self, changes: &[&'static Change]) -> Result<Outcomes<Applied>, Error> {
+        let _alone = self.records.lock()?;
+        Ok(changes.iter().map(|change| (change.name, self.apply_one(change))).collect())
+    }
+
+    /// Makes those changes again that depend on which disks are assigned, as far as they were made. Where none was,
+    /// nothing is written.
+    ///
+    /// # Errors
+    /// Those of [`Setup::apply`].
+    pub fn follow_disks(&self) -> Result<Outcomes<Applied>, Error> {
+        let follows = CHANGES.iter().filter(|change| change.follows_disks);
+        // One whose record cannot be read was made once, and says so when it is applied.
+        let made = follows.filter(|change| !matches!(self.records.load(change.name), Ok(None)));
+        let made: Vec<&Change> = made.collect();
+        if made.is_empty() { Ok(Vec::new()) } else { self.apply(&made) }
+    }
+
+    pub(super) fn apply_one(&self, change: &Change) -> Result<Applied, Error> {
+        let root = &self.host.root;
+        let mut look = self.look(change)?;
+        if let Some(refused) = look.refused() {
+            return Err(Error::Refused(refused));
+        }
+        let mut applied =
+            Applied { findings: std::mem::take(&mut look.wanted.findings), ..Applied::default() };
+        if self.host.is_live() {
+            applied.calls = self.call(&look.wanted.prepare)?;
+        } else {
+            applied.left = look.wanted.prepare.iter().map(Call::to_string).collect();
+        }
+        if !look.files_due() {
+            if look.record.is_some() {
+                // The last run may have been interrupted just before it did that.
+                self.records.sweep(change.name, look.record.as_ref())?;
+            }
+            return Ok(applied);
+        }
+        let mut record = look.record.take().unwrap_or_else(Record::begun);
+        for target in look.targets.iter().filter(|target| target.differs) {
+            let known = record.files.iter_mut().find(|file| file.path == target.path);
+            if let Some(file) = known {
+                file.writing = Some(target.want.clone());
+                file.edited |= target.edited;
+                continue;
+            }
+            if let Entry::File { .. } = target.now {
+                self.records.keep(change.name, &target.now_bytes)?;
+            }
+            record.files.push(FileRecord {
+                path: target.path.clone(),
+                before: target.now.clone(),
+                written: None,
+                writing: Some(target.want.clone()),
+                edited: false,
+            });
+            for dir in tree::missing_dirs(root, &target.path) {
+                if !record.dirs.contains(&dir) {
+                    record.dirs.push(dir);
+                }
+            }
+        }
+        record.state = State::Applying;
+        record.version = env!("CARGO_PKG_VERSION").to_owned();
+        record.time = OffsetDateTime::now_utc();
+        record.boot = self.host.boot();
+        record.reboot = look.wanted.reboot;
+        record.disks = look.disks;
+        record.calls.clone_from(&look.wanted.calls);
+        self.records.save(change.name, &record)?;
+
+        for target in &look.targets {
+            // An interrupted revert may have left something beside a file that is as it shall be.
+            tree::clear(root, &target.path)?;
+        }
+        for target in look.targets.iter().filter(|target| target.differs) {
+            if target.want != Entry::Absent {
+                for dir in tree::missing_dirs(root, &target.path) {
+                    tree::make_dir(root, &dir)?;
+                    self.label(&dir)?;
+                }
+            }
+            tree::put(root, &target.path, &target.want, &target.want_bytes)?;
+            if target.now == Entry::Absent {
+                self.label(&target.path)?;
+            }
+            moment()?;
+            applied.files.push(target.path.clone());
+        }
+        applied.calls.extend(self.call(&look.wanted.calls)?);
+        moment()?;
+
+        // What it wanted once, and is what it was, is not its concern any more.
+        record.files.retain(|file| look.wanted_path(file, root));
+        for file in &mut record.files {
+            if let Some(written) = file.writing.take() {
+                file.written = Some(written);
+            }
+        }
+        record.state = State::Applied;
+        if record.files.is_empty() {
+            self.records.save(change.name, &record)?;
+            record.dirs.iter().rev().try_for_each(|dir| tree::remove_dir(root, dir))?;
+            self.records.remove(change.name)?;
+        } else {
+            self.records.save(change.name, &record)?;
+            self.records.sweep(change.name, Some(&record))?;
+        }
+        applied.reboot = look.wanted.reboot && self.host.is_live();
+        Ok(applied)
+    }
+
+    /// Takes the changes back, the last one first.
+    ///
+    /// # Errors
+    /// Only where nothing can be taken back at all; what became of each is in the list.
+    pub fn revert(&self, changes: &[&'static Change]) -> Result<Outcomes<Reverted>, Error> {
+        if changes.iter().all(|change| matches!(self.records.load(change.name), Ok(None))) {
+            return Ok(changes.iter().rev().map(|change| (change.name, Ok(Reverted::default()))).collect());
+        }
+        let _alone = self.records.lock()?;
+        Ok(changes.iter().rev().map(|change| (change.name, self.revert_one(change))).collect())
+    }
+
+    pub(super) fn revert_one(&self, change: &Change) -> Result<Reverted, Error> {
+        let root = &self.host.root;
+        let Some(mut record) = self.records.load(change.name)? else {
+            self.records.sweep(change.name, None)?;
+            return Ok(Reverted::default());
+        };
+        let (mut back, mut problems) = (Vec::new(), Vec::new());
+        for file in &record.files {
+            let (now, _) = Entry::read(root, &file.path)?;
+            if now.is_like(&file.before) {
+                continue;
+            }
+            if file.edited || !file.knows(&now) {
+                problems.push(self.changed_since(change, file));
+            }
+            // Read before anything is touched.
+            back.push((file.path.clone(), file.before.clone(), self.original(change, file)?));
+        }
+        if !problems.is_empty() {
+            return Err(Error::Refused(problems.join("\n")));
+        }
+        record.state = State::Reverting;
+        self.records.save(change.name, &record)?;
+        for file in &record.files {
+            tree::clear(root, &file.path)?;
+        }
+        let mut files = Vec::new();
+        for (path, before, content) in back {
+            tree::put(root, &path, &before, &content)?;
+            moment()?;
+            files.push(path);
+        }
+        record.dirs.iter().rev().try_for_each(|dir| tree::remove_dir(root, dir))?;
+        let calls = self.call(&record.calls)?;
+        self.records.remove(change.name)?;
+        let reboot = record.reboot && self.host.is_live();
+        Ok(Reverted { applied: true, files, calls, reboot })
+    }
+
+    /// What was applied when.
+    ///
+    /// # Errors
+    /// Where a record or a file cannot be read.
+    pub fn status(&self, changes: &[&Change]) -> Result<Vec<Status>, Error> {
+        changes.iter().map(|change| self.status_one(change)).collect()
+    }
+
+    fn status_one(&self, change: &Change) -> Result<Status, Error> {
+        let Some(record) = self.records.load(change.name)? else {
+            return Ok(Status { name: change.name, applied: None });
+        };
+        let reboot_due = self.reboot_due(&record);
+        let mut edited = Vec::new();
+        for file in &record.files {
+            let (now, _) = Entry::read(&self.host.root, &file.path)?;
+            if file.edited || !file.knows(&now) {
+                edited.push(file.path.clone());
+            }
+        }
+        let files = record.files.into_iter().map(|file| file.path).collect();
+        let Record { state, version, time, .. } = record;
+        Ok(Status {
+            name: change.name,
+            applied: Some(AppliedStatus { state, version, time, reboot_due, files, edited }),
+        })
+    }
+
+    fn reboot_due(&self, record: &Record) -> bool {
+        record.reboot && self.host.is_live() && record.boot == self.host.boot()
+    }
+
+    /// The host of a tree reads all of its files when it boots.
+    fn call(&self, calls: &[Call]) -> Result<Vec<String>, Error> {
+        let mut made = Vec::new();
+        for call in calls.iter().filter(|_| self.host.is_live()) {
+            if call.only_if.as_ref().is_none_or(|path| self.host.root.exists(path)) {
+                run(call)?;
+                made.push(call.to_string());
+            }
+        }
+        Ok(made)
+    }
+
+    /// Gives what was made anew the label that the host's policy has for its place. In the tree of another host that is
+    /// done when it boots for the first time.
+    fn label(&self, real: &Path) -> Result<(), Error> {
+        if self.host.is_live()
+            && self.host.root.exists("/sys/fs/selinux/enforce")
+            && self.host.program("restorecon")
+        {
+            let path = real.to_string_lossy();
+            run(&Call::new("restorecon", &["-F", &path], "to give it the label of its place"))?;
+        }
+        Ok(())
+    }
+}
+
+impl Look {
+    /// Whether the file is one of those that are wanted now.
+    fn wanted_path(&self, file: &FileRecord, root: &tree::Root) -> bool {
+        self.wanted.files.iter().any(|wanted| {
+            let real = match wanted.content {
+                Content::Bytes(_) => root.real(&wanted.path),
+                Content::Link(_) => root.real_parent(&wanted.path),
+            };
+            real.is_ok_and(|real| real == file.path)
+        })
+    }
+}
+
+/// A new file is its writer's, and for all to read.
+fn new_owner() -> Owner {
+    Owner { uid: nix::unistd::geteuid().as_raw(), gid: nix::unistd::getegid().as_raw(), mode: 0o644 }
+}
+
+/// As `diff -u` shows it.
+fn diff(target: &Target) -> String {
+    let text = |entry: &Entry, bytes: &[u8]| match entry {
+        Entry::Absent => String::new(),
+        Entry::Link { target } => format!("(link to {})\n", target.display()),
+        Entry::File { .. } => String::from_utf8_lossy(bytes).into_owned(),
+    };
+    let name = |entry: &Entry| match entry {
+        Entry::Absent => "/dev/null".to_owned(),
+        _ => target.path.display().to_string(),
+    };
+    let (old, new) = (text(&target.now, &target.now_bytes), text(&target.want, &target.want_bytes));
+    let (from, to) = (name(&target.now), name(&target.want));
+    TextDiff::from_lines(&old, &new).unified_diff().header(&from, &to).to_string()
+}
+
+fn run(call: &Call) -> Result<(), Error> {
+    let failed = |why: String| Error::Call { call: Box::new(call.clone()), why };
+    let output = Command::new(&call.program)
+        .args(&call.args)
+        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+        .env("LC_ALL", "C")
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|error| failed(chain(&IoError::new("run", &call.program, error))))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    let said = said.lines().map(str::trim).rfind(|line| !line.is_empty()).unwrap_or("it said nothing");
+    Err(failed(format!("{}: {said}", output.status)))
+}

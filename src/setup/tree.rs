@@ -1,0 +1,460 @@
+//! A host's root directory, and the files in it: read, and replaced whole with all that belongs to them.
+//!
+//! The root may be a directory of another system, whose symbolic links are meant inside of it: each path is followed
+//! here, part by part, and never leaves the root.
+
+use std::collections::BTreeMap;
+use std::ffi::{CString, OsString};
+use std::fs::{self, File, OpenOptions, Permissions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
+use std::path::{Component, Path, PathBuf};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::{Error, moment};
+use crate::durable;
+use crate::error::IoError;
+use crate::sys::xattr;
+
+/// The longest file that is read: a configuration.
+pub const MAX_LEN: u64 = 4 << 20;
+/// The kernel's own limit of links that it follows.
+const MAX_LINKS: usize = 40;
+
+fn failed<'a>(op: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> Error + 'a {
+    move |source| Error::Io(IoError::new(op, path.display().to_string(), source))
+}
+
+/// The root directory of a host.
+#[derive(Clone, Debug)]
+pub struct Root {
+    path: PathBuf,
+}
+
+impl Root {
+    /// The host whose root directory is `path`; `/` is this one.
+    ///
+    /// # Errors
+    /// Where that is no directory.
+    pub fn open(path: &Path) -> Result<Root, Error> {
+        let path = path.canonicalize().map_err(failed("open", path))?;
+        if path.is_dir() {
+            Ok(Root { path })
+        } else {
+            Err(failed("open", &path)(io::ErrorKind::NotADirectory.into()))
+        }
+    }
+
+    /// Whether this is the machine itself.
+    pub fn is_live(&self) -> bool {
+        self.path == Path::new("/")
+    }
+
+    /// Where a path of the host, whose links were followed, is on this machine.
+    pub fn at(&self, real: &Path) -> PathBuf {
+        self.path.join(real.strip_prefix("/").unwrap_or(real))
+    }
+
+    /// Follows the links in `path`. What does not exist is as it is written.
+    ///
+    /// # Errors
+    /// Where the links go round in a circle, or a directory cannot be looked into.
+    pub fn real(&self, path: &Path) -> Result<PathBuf, Error> {
+        self.follow(path, true)
+    }
+
+    /// As [`Root::real`], but what the path itself names is not followed.
+    ///
+    /// # Errors
+    /// Those of [`Root::real`].
+    pub fn real_parent(&self, path: &Path) -> Result<PathBuf, Error> {
+        self.follow(path, false)
+    }
+
+    fn follow(&self, path: &Path, last: bool) -> Result<PathBuf, Error> {
+        let parts = |path: &Path| {
+            let named = path.components().filter_map(|part| match part {
+                Component::Normal(name) => Some(name.to_owned()),
+                Component::ParentDir => Some(OsString::from("..")),
+                Component::RootDir | Component::CurDir | Component::Prefix(_) => None,
+            });
+            named.collect::<Vec<OsString>>().into_iter().rev()
+        };
+        let mut left: Vec<OsString> = parts(path).collect();
+        let mut real = PathBuf::from("/");
+        let mut links = 0;
+        while let Some(part) = left.pop() {
+            if part == ".." {
+                // The root has itself above it.
+                real.pop();
+                continue;
+            }
+            let next = real.join(&part);
+            let here = self.at(&next);
+            match fs::symlink_metadata(&here) {
+                Ok(meta) if meta.is_symlink() && (last || !left.is_empty()) => {
+                    links += 1;
+                    if links > MAX_LINKS {
+                        return Err(failed("follow", &here)(io::Error::from_raw_os_error(libc::ELOOP)));
+                    }
+                    let target = fs::read_link(&here).map_err(failed("follow", &here))?;
+                    if target.is_absolute() {
+                        real = PathBuf::from("/");
+                    }
+                    left.extend(parts(&target));
+                }
+                Ok(_) => real = next,
+                Err(error) if is_missing(&error) => real = next,
+                Err(error) => return Err(failed("look at", &here)(error)),
+            }
+        }
+        Ok(real)
+    }
+
+    /// The whole file, or `None` where there is none.
+    ///
+    /// # Errors
+    /// Where it is no regular file, is longer than [`MAX_LEN`], or cannot be read.
+    pub fn read(&self, path: impl AsRef<Path>) -> Result<Option<Vec<u8>>, Error> {
+        let path = self.at(&self.real(path.as_ref())?);
+        match open(&path) {
+            Ok((mut file, _)) => content(&path, &mut file).map(Some),
+            Err(Error::Io(error)) if is_missing(&error.source) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// As [`Root::read`], as text: what is no UTF-8 is replaced.
+    ///
+    /// # Errors
+    /// Those of [`Root::read`].
+    pub fn text(&self, path: impl AsRef<Path>) -> Result<Option<String>, Error> {
+        Ok(self.read(path)?.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()))
+    }
+
+    /// The value in a file of sysfs or procfs, without the white space around it.
+    pub fn value(&self, path: impl AsRef<Path>) -> Option<String> {
+        let path = self.at(&self.real(path.as_ref()).ok()?);
+        let mut bytes = Vec::new();
+        let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).ok()?;
+        file.take(64 << 10).read_to_end(&mut bytes).ok()?;
+        Some(String::from_utf8_lossy(&bytes).trim().to_owned()).filter(|value| !value.is_empty())
+    }
+
+    /// Whether there is anything.
+    pub fn exists(&self, path: impl AsRef<Path>) -> bool {
+        self.real(path.as_ref()).is_ok_and(|real| self.at(&real).exists())
+    }
+
+    /// What a link points to, as it is written.
+    pub fn link(&self, path: impl AsRef<Path>) -> Option<PathBuf> {
+        fs::read_link(self.at(&self.real_parent(path.as_ref()).ok()?)).ok()
+    }
+
+    /// The names in a directory, sorted; none where there is no such directory.
+    pub fn names(&self, path: impl AsRef<Path>) -> Vec<String> {
+        let Ok(real) = self.real(path.as_ref()) else { return Vec::new() };
+        let entries = fs::read_dir(self.at(&real)).into_iter().flatten();
+        let mut names: Vec<String> =
+            entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();
+        names.sort();
+        names
+    }
+}
+
+fn is_missing(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+}
+
+/// Opens a regular file, for reading. A pipe is not waited for.
+fn open(path: &Path) -> Result<(File, fs::Metadata), Error> {
+    let flags = libc::O_NONBLOCK | libc::O_NOFOLLOW;
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(failed("open", path))?;
+    let meta = file.metadata().map_err(failed("look at", path))?;
+    if meta.is_file() {
+        Ok((file, meta))
+    } else {
+        Err(Error::Refused(format!("{} is no regular file; move it away", path.display())))
+    }
+}
+
+fn content(path: &Path, file: &mut File) -> Result<Vec<u8>, Error> {
+    let mut bytes = Vec::new();
+    file.take(MAX_LEN + 1).read_to_end(&mut bytes).map_err(failed("read", path))?;
+    if bytes.len() as u64 > MAX_LEN {
+        return Err(failed("read", path)(io::ErrorKind::FileTooLarge.into()));
+    }
+    Ok(bytes)
+}
+
+/// SHA-256 in hexadecimal digits.
+pub fn digest(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// What there is at a path, but for a file's content.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Entry {
+    /// Nothing.
+    Absent,
+    /// A regular file.
+    File {
+        /// Of its content.
+        sha256: String,
+        /// Whose it is, and what they may.
+        owner: Owner,
+        /// The extended attributes, in base64: SELinux's label, access lists.
+        xattrs: BTreeMap<String, String>,
+    },
+    /// A symbolic link.
+    Link {
+        /// What it points to.
+        target: PathBuf,
+    },
+}
+
+/// Whose a file is, and what they may.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Owner {
+    /// The user.
+    pub uid: u32,
+    /// The group.
+    pub gid: u32,
+    /// The permissions.
+    pub mode: u32,
+}
+
+/// Attributes that are true of one content, or one inode, only: the integrity measurements.
+const BOUND: [&str; 2] = ["security.ima", "security.evm"];
+
+impl Entry {
+    /// What there is at a path whose parents were followed, and the content of a file.
+    ///
+    /// # Errors
+    /// Where it is neither file nor link, or cannot be read.
+    pub fn read(root: &Root, real: &Path) -> Result<(Entry, Option<Vec<u8>>), Error> {
+        let path = root.at(real);
+        match fs::symlink_metadata(&path) {
+            Err(error) if is_missing(&error) => return Ok((Entry::Absent, None)),
+            Err(error) => return Err(failed("look at", &path)(error)),
+            Ok(meta) if meta.is_symlink() => {
+                let target = fs::read_link(&path).map_err(failed("follow", &path))?;
+                return Ok((Entry::Link { target }, None));
+            }
+            Ok(_) => {}
+        }
+        let (mut file, meta) = open(&path)?;
+        let bytes = content(&path, &mut file)?;
+        let owner = Owner { uid: meta.uid(), gid: meta.gid(), mode: meta.permissions().mode() & 0o7777 };
+        let mut xattrs = BTreeMap::new();
+        for name in xattr::list(&file).map_err(failed("list the attributes of", &path))? {
+            let value = xattr::get(&file, &name).map_err(failed("read an attribute of", &path))?;
+            let name = name.to_string_lossy().into_owned();
+            if !BOUND.contains(&name.as_str()) {
+                xattrs.insert(name, STANDARD.encode(value));
+            }
+        }
+        Ok((Entry::File { sha256: digest(&bytes), owner, xattrs }, Some(bytes)))
+    }
+
+    /// Whether it is the same but for the attributes: that a label was put right is no edit.
+    pub fn is_like(&self, other: &Entry) -> bool {
+        match (self, other) {
+            (
+                Entry::File { sha256, owner, .. },
+                Entry::File { sha256: other_sha256, owner: other_owner, .. },
+            ) => (sha256, owner) == (other_sha256, other_owner),
+            _ => self == other,
+        }
+    }
+}
+
+/// The name under which the next content of a file is prepared. It is the same each time, so that what an interruption
+/// leaves is found again; it begins with a dot and has an ending of its own, so that no directory of snippets takes it
+/// for one.
+fn beside(path: &Path) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!(".{name}.mt-agent-new"))
+}
+
+/// Removes what an interrupted [`put`] left beside a path.
+///
+/// # Errors
+/// Where it is there and cannot be removed.
+pub fn clear(root: &Root, real: &Path) -> Result<(), Error> {
+    let temporary = beside(&root.at(real));
+    match fs::remove_file(&temporary) {
+        Err(error) if is_missing(&error) => Ok(()),
+        removed => removed.map_err(failed("remove", &temporary)),
+    }
+}
+
+/// Makes a path be `entry`, with this content where that is a file: whole or not at all, and durable on return.
+///
+/// # Errors
+/// The step that failed. Then the path is what it was, or (where only the last flush failed) what it shall be.
+pub fn put(root: &Root, real: &Path, entry: &Entry, content: &[u8]) -> Result<(), Error> {
+    let path = root.at(real);
+    let temporary = beside(&path);
+    clear(root, real)?;
+    match entry {
+        Entry::Absent => {
+            return match fs::remove_file(&path) {
+                Err(error) if is_missing(&error) => Ok(()),
+                removed => {
+                    removed.map_err(failed("remove", &path))?;
+                    moment()?;
+                    sync_parent(&path)
+                }
+            };
+        }
+        Entry::Link { target } => symlink(target, &temporary).map_err(failed("create", &temporary))?,
+        Entry::File { owner, xattrs, .. } => {
+            let mut file = OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(&temporary)
+                .map_err(failed("create", &temporary))?;
+            moment()?;
+            file.write_all(content).map_err(failed("write", &temporary))?;
+            moment()?;
+            let meta = file.metadata().map_err(failed("look at", &temporary))?;
+            if (meta.uid(), meta.gid()) != (owner.uid, owner.gid) {
+                std::os::unix::fs::fchown(&file, Some(owner.uid), Some(owner.gid))
+                    .map_err(failed("give away", &temporary))?;
+            }
+            // After the owner, whose change may take bits away.
+            file.set_permissions(Permissions::from_mode(owner.mode)).map_err(failed("chmod", &temporary))?;
+            for (name, value) in xattrs {
+                let damaged =
+                    || Error::Refused(format!("the record of {} is damaged: its attributes", real.display()));
+                let value = STANDARD.decode(value).map_err(|_| damaged())?;
+                let name = CString::new(name.as_str()).map_err(|_| damaged())?;
+                // One that it was born with, as the label of its directory, is not set for nothing: that may be forbidden.
+                if xattr::get(&file, &name).ok().as_ref() != Some(&value) {
+                    xattr::set(&file, &name, &value).map_err(failed("set an attribute of", &temporary))?;
+                }
+            }
+            moment()?;
+            file.sync_all().map_err(failed("flush", &temporary))?;
+        }
+    }
+    moment()?;
+    fs::rename(&temporary, &path).map_err(failed("replace", &path))?;
+    moment()?;
+    sync_parent(&path)
+}
+
+fn sync_parent(path: &Path) -> Result<(), Error> {
+    Ok(path.parent().map_or(Ok(()), durable::sync_dir)?)
+}
+
+/// The directories above `real` that are not there, the uppermost first.
+pub fn missing_dirs(root: &Root, real: &Path) -> Vec<PathBuf> {
+    let missing = real.ancestors().skip(1).take_while(|dir| !root.at(dir).exists());
+    let mut missing: Vec<PathBuf> = missing.map(Path::to_owned).collect();
+    missing.reverse();
+    missing
+}
+
+/// Makes a directory, which may be there.
+///
+/// # Errors
+/// Where it cannot be made or flushed.
+pub fn make_dir(root: &Root, real: &Path) -> Result<(), Error> {
+    let path = root.at(real);
+    match fs::create_dir(&path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => {}
+        made => {
+            made.map_err(failed("create", &path))?;
+            // Whatever the umask is: others read what lies in it.
+            fs::set_permissions(&path, Permissions::from_mode(0o755)).map_err(failed("chmod", &path))?;
+        }
+    }
+    moment()?;
+    sync_parent(&path)
+}
+
+/// Removes a directory unless someone put something into it.
+///
+/// # Errors
+/// Where it is empty and cannot be removed.
+pub fn remove_dir(root: &Root, real: &Path) -> Result<(), Error> {
+    let path = root.at(real);
+    match fs::remove_dir(&path) {
+        Err(error) if is_missing(&error) || error.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
+        removed => {
+            removed.map_err(failed("remove", &path))?;
+            moment()?;
+            sync_parent(&path)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_are_followed_inside_the_root() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join("etc/real")).unwrap();
+        fs::write(dir.path().join("etc/real/a"), "inside").unwrap();
+        symlink("/etc/real", dir.path().join("etc/absolute")).unwrap();
+        symlink("../../../../etc/real/a", dir.path().join("etc/above")).unwrap();
+        symlink("round", dir.path().join("etc/round")).unwrap();
+        let root = Root::open(dir.path()).unwrap();
+        assert!(!root.is_live());
+        assert_eq!(root.text("/etc/absolute/a").unwrap().unwrap(), "inside");
+        assert_eq!(root.text("/etc/above").unwrap().unwrap(), "inside");
+        assert_eq!(root.real(Path::new("/etc/absolute/new/b")).unwrap(), Path::new("/etc/real/new/b"));
+        assert_eq!(root.real_parent(Path::new("/etc/above")).unwrap(), Path::new("/etc/above"));
+        assert!(root.real(Path::new("/etc/round")).is_err());
+        assert_eq!(root.read("/etc/none/x").unwrap(), None);
+        assert_eq!(root.read("/etc/real/a/x").unwrap(), None);
+        assert!(matches!(root.read("/etc/real"), Err(Error::Refused(_))));
+    }
+
+    #[test]
+    fn a_file_that_is_no_configuration_is_not_read() {
+        let dir = tempfile::tempdir().unwrap();
+        File::create(dir.path().join("long")).unwrap().set_len(MAX_LEN + 1).unwrap();
+        nix::unistd::mkfifo(&dir.path().join("pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let root = Root::open(dir.path()).unwrap();
+        assert!(root.read("/long").is_err());
+        assert!(matches!(root.read("/pipe"), Err(Error::Refused(_))));
+        assert!(matches!(Entry::read(&root, Path::new("/pipe")), Err(Error::Refused(_))));
+    }
+
+    #[test]
+    fn a_file_takes_owner_permissions_and_attributes_with_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::open(dir.path()).unwrap();
+        let path = dir.path().join("f");
+        fs::write(&path, "old").unwrap();
+        fs::set_permissions(&path, Permissions::from_mode(0o4751)).unwrap();
+        let is_root = nix::unistd::geteuid().is_root();
+        if is_root {
+            std::os::unix::fs::chown(&path, Some(1234), Some(4321)).unwrap();
+            fs::set_permissions(&path, Permissions::from_mode(0o4751)).unwrap();
+            xattr::set(&File::open(&path).unwrap(), c"trusted.mt-agent", b"\0label").unwrap();
+        }
+        let (entry, content) = Entry::read(&root, Path::new("/f")).unwrap();
+        assert_eq!(content.as_deref(), Some(&b"old"[..]));
+        put(&root, Path::new("/g"), &entry, b"old").unwrap();
+        assert_eq!(Entry::read(&root, Path::new("/g")).unwrap().0, entry);
+        let Entry::File { owner, xattrs, .. } = &entry else { panic!("{entry:?}") };
+        assert_eq!(owner.mode, 0o4751);
+        assert!(
+            !is_root || (owner.uid == 1234 && owner.gid == 4321 && xattrs.contains_key("trusted.mt-agent"))
+        );
+        assert_eq!(root.names("/"), ["f", "g"]);
+    }
+}

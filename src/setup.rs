@@ -26,10 +26,16 @@ use serde::{Deserialize, Serialize};
 use crate::error::IoError;
 use crate::protection;
 
+mod automount;
+mod devices;
+mod gpt_auto;
 pub mod host;
 mod io_uring;
 mod kernel_modules;
+mod lvm;
 pub mod machine;
+mod md;
+mod multipath;
 pub mod record;
 #[cfg(test)]
 mod tests;
@@ -40,7 +46,16 @@ pub use host::{Host, Places, Wishes};
 pub use machine::{Applied, Checked, Outcomes, Planned, Reverted, Setup, Status};
 
 /// All changes, in the order in which they are applied.
-pub const CHANGES: &[Change] = &[udev::CHANGE, kernel_modules::CHANGE, io_uring::CHANGE];
+pub const CHANGES: &[Change] = &[
+    udev::CHANGE,
+    lvm::CHANGE,
+    multipath::CHANGE,
+    md::CHANGE,
+    gpt_auto::CHANGE,
+    automount::CHANGE,
+    kernel_modules::CHANGE,
+    io_uring::CHANGE,
+];
 
 /// One change to a host.
 #[derive(Clone, Copy)]

@@ -92,7 +92,9 @@ fn own_volumes(host: &Host, devices: &Devices<'_>, wanted: &mut Wanted) -> Resul
     // Active groups by identifier, each with one of its volumes.
     let mut active: BTreeMap<String, String> = BTreeMap::new();
     for name in &devices.names {
-        active.extend(group_of(devices, name).map(|group| (group, name.clone())));
+        if let Some(group) = group_of(devices, name) {
+            active.entry(group).or_insert_with(|| name.clone());
+        }
     }
     let root = devices.mounted("/").map(|name| devices.below(name)).unwrap_or_default();
     let root: BTreeSet<String> = root.iter().filter_map(|name| group_of(devices, name)).collect();

@@ -397,7 +397,9 @@ fn lvm_takes_a_copy_of_its_own_volume_for_none() {
     for release in [8, 9] {
         let host = Fixture::new(release, true);
         host.assign(&[]);
-        host.tree.write("dev/sdb", volume("cs", VG, PV, &[PV]));
+        for copy in ["dev/sda1", "dev/sdb"] {
+            host.tree.write(copy, volume("cs", VG, PV, &[PV]));
+        }
         host.apply("lvm").unwrap();
         let stays: Vec<String> = host.plan("lvm").evidence;
         assert!(stays[0].contains("stays: physical volume /dev/sda2"), "{stays:?}");

@@ -16,7 +16,8 @@
 //! To write another change: a file `setup/<change>.rs` with a `const CHANGE: Change`, and a line in [`CHANGES`]. A file
 //! that others own too is marked [`File::shared`]; its new content is made from the one that is there, so that making it
 //! again changes nothing. Where writing would do harm, [`Error::Refused`] is returned: then nothing of the change is
-//! touched, and what was applied before stays. A file that a change does not want any more becomes what it was before it.
+//! touched, and what was applied before stays. A file that a change does not want any more becomes what it was before it: so
+//! a change must want the same after it was applied as before.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -27,18 +28,25 @@ use crate::error::IoError;
 use crate::protection;
 
 mod automount;
+mod crash;
 mod devices;
 mod gpt_auto;
 pub mod host;
 mod io_uring;
 mod kernel_modules;
+mod limits;
 mod lvm;
 pub mod machine;
 mod md;
 mod multipath;
+mod network;
+mod packages;
 pub mod record;
+mod retention;
+mod snapshots;
 #[cfg(test)]
 mod tests;
+mod time;
 pub mod tree;
 mod udev;
 
@@ -47,14 +55,21 @@ pub use machine::{Applied, Checked, Outcomes, Planned, Reverted, Setup, Status};
 
 /// All changes, in the order in which they are applied.
 pub const CHANGES: &[Change] = &[
+    packages::CHANGE,
     udev::CHANGE,
     lvm::CHANGE,
     multipath::CHANGE,
     md::CHANGE,
     gpt_auto::CHANGE,
     automount::CHANGE,
-    kernel_modules::CHANGE,
     io_uring::CHANGE,
+    kernel_modules::CHANGE,
+    network::CHANGE,
+    crash::CHANGE,
+    retention::CHANGE,
+    time::CHANGE,
+    limits::CHANGE,
+    snapshots::CHANGE,
 ];
 
 /// One change to a host.

@@ -16,8 +16,8 @@ use serde_json::{Value, json};
 use time::OffsetDateTime;
 
 use super::places::Places;
-use super::table;
 use super::{Failure, print, print_json};
+use super::{setup, table};
 
 /// The version of the JSON that these commands print.
 const SCHEMA_VERSION: u32 = 1;
@@ -167,16 +167,18 @@ fn add(args: &AddArgs) -> Result<(), Failure> {
     } else {
         store.assign(&args.machine, &new)?;
     }
+    let followed = if args.dry_run { Ok(Vec::new()) } else { setup::follow_disks(&config) };
     let file = store.file(&args.machine);
     if args.json {
         let disks: Vec<Value> = planned.iter().map(planned_json).collect();
-        return print_json(&json!({
+        print_json(&json!({
             "schema_version": SCHEMA_VERSION,
             "machine": args.machine,
             "dry_run": args.dry_run,
             "file": file.display().to_string(),
             "disks": disks,
-        }));
+        }))?;
+        return followed.map(drop);
     }
     let mut lines = Vec::new();
     for planned in &planned {
@@ -207,7 +209,9 @@ fn add(args: &AddArgs) -> Result<(), Failure> {
     if args.dry_run {
         lines.push("dry run: nothing was written".to_owned());
     }
-    print(&(lines.join("\n") + "\n"))
+    lines.extend(followed.as_deref().unwrap_or_default().iter().cloned());
+    print(&(lines.join("\n") + "\n"))?;
+    followed.map(drop)
 }
 
 /// The disk as it shows itself now: `/dev/sdb, 10.0 GiB, VMware Virtual disk`.
@@ -423,13 +427,15 @@ fn remove(args: &RemoveArgs) -> Result<(), Failure> {
             store.remove(&args.machine, args.disk.as_ref())?
         }
     };
+    let followed = if args.dry_run { Ok(Vec::new()) } else { setup::follow_disks(&config) };
     if args.json {
-        return print_json(&json!({
+        print_json(&json!({
             "schema_version": SCHEMA_VERSION,
             "machine": args.machine,
             "dry_run": args.dry_run,
             "disks": taken.iter().map(disk_json).collect::<Vec<_>>(),
-        }));
+        }))?;
+        return followed.map(drop);
     }
     let done = if args.dry_run { "would be" } else { "is" };
     let mut text = String::new();
@@ -453,5 +459,7 @@ fn remove(args: &RemoveArgs) -> Result<(), Failure> {
     if args.dry_run {
         text.push_str("dry run: nothing was written\n");
     }
-    print(&text)
+    followed.as_deref().unwrap_or_default().iter().for_each(|line| text.push_str(&format!("{line}\n")));
+    print(&text)?;
+    followed.map(drop)
 }

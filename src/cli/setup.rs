@@ -104,12 +104,7 @@ impl Selection {
                 places.over(Config::load_from(&file, &snippets).map_err(Failure::failed)?)
             }
         };
-        let places = setup::Places {
-            state_dir: config.state_dir,
-            retention_dir: config.retention_dir,
-            port: config.listen.port(),
-        };
-        Ok(Setup::open(Host::open(&self.root, places, wishes)?)?)
+        Ok(Setup::open(Host::open(&self.root, places_of(&config), wishes)?)?)
     }
 
     fn print(&self, changes: Vec<Value>, text: &str) -> Result<(), Failure> {
@@ -133,6 +128,43 @@ impl ApplyArgs {
             install: *install,
         })
     }
+}
+
+fn places_of(config: &Config) -> setup::Places {
+    setup::Places {
+        state_dir: config.state_dir.clone(),
+        retention_dir: config.retention_dir.clone(),
+        port: config.listen.port(),
+    }
+}
+
+/// After disks were assigned or taken away: makes those changes again that depend on it, where they were made. Says what was
+/// done.
+pub fn follow_disks(config: &Config) -> Result<Vec<String>, Failure> {
+    let failed = |what: &str| {
+        Failure::failed(format!(
+            "the disks are assigned as they are listed, but this host does not treat them so yet: {what}; mend that, then run \
+             `mt-agent setup apply`"
+        ))
+    };
+    let host = Host::open("/".as_ref(), places_of(config), Wishes::default());
+    let done = host
+        .and_then(Setup::open)
+        .and_then(|setup| setup.follow_disks())
+        .map_err(|error| failed(&chain(&error)))?;
+    let mut lines = Vec::new();
+    for (name, outcome) in done {
+        let applied = outcome.map_err(|error| failed(&format!("{name}: {}", chain(&error))))?;
+        lines.extend(applied.files.iter().map(|path| format!("setup {name}: wrote {}", path.display())));
+        lines.extend(
+            applied
+                .findings
+                .iter()
+                .filter(|found| found.level > Level::Pass)
+                .map(|found| format!("setup {name}: {}", finding_text(found))),
+        );
+    }
+    Ok(lines)
 }
 
 /// Runs one of them.

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use super::Error;
 use super::tree::Root;
+use super::{Error, File};
 use crate::disk::id::DiskId;
 use crate::name::Name;
 use crate::protection::Store;
@@ -127,6 +127,35 @@ impl Host {
             let mut fields = line.split(':');
             (fields.next() == Some(name)).then(|| fields.nth(1)?.parse().ok()).flatten()
         }))
+    }
+
+    /// The file of a systemd unit.
+    pub fn unit(&self, name: &str) -> Option<PathBuf> {
+        let dirs = ["/etc/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system"];
+        dirs.iter().map(|dir| Path::new(dir).join(name)).find(|path| {
+            self.root.exists(path) && self.root.real(path).is_ok_and(|real| real != Path::new("/dev/null"))
+        })
+    }
+
+    /// Whether a unit must not run: its name is a link to `/dev/null`.
+    pub fn masked(&self, unit: &str) -> bool {
+        self.root
+            .real(&Path::new("/etc/systemd/system").join(unit))
+            .is_ok_and(|real| real == Path::new("/dev/null"))
+    }
+
+    /// Whether a unit is wanted by any target.
+    pub fn enabled(&self, unit: &str) -> bool {
+        let dir = Path::new("/etc/systemd/system");
+        let mut targets = self.root.names(dir).into_iter().filter(|name| name.ends_with(".wants"));
+        !self.masked(unit) && targets.any(|target| self.root.link(dir.join(target).join(unit)).is_some())
+    }
+
+    /// The link by which systemd starts a unit with a target, as `systemctl enable` makes it; as it is, where it is there.
+    pub fn enable(&self, unit: &str, target: &str) -> Option<File> {
+        let path = Path::new("/etc/systemd/system").join(format!("{target}.wants")).join(unit);
+        let to = self.root.link(&path).or_else(|| self.unit(unit))?;
+        Some(File::link(path, to))
     }
 
     /// Whether a program is there.

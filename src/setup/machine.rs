@@ -429,6 +429,10 @@ impl Setup {
             applied.left = look.wanted.prepare.iter().map(Call::to_string).collect();
         }
         if !look.files_due() {
+            if look.record.is_some() {
+                // The last run may have been interrupted just before it did that.
+                self.records.sweep(change.name, look.record.as_ref())?;
+            }
             return Ok(applied);
         }
         let mut record = look.record.take().unwrap_or_else(Record::begun);

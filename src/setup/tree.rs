@@ -150,6 +150,11 @@ impl Root {
         self.real(path.as_ref()).is_ok_and(|real| self.at(&real).exists())
     }
 
+    /// What a link points to, as it is written.
+    pub fn link(&self, path: impl AsRef<Path>) -> Option<PathBuf> {
+        fs::read_link(self.at(&self.real_parent(path.as_ref()).ok()?)).ok()
+    }
+
     /// The names in a directory, sorted; none where there is no such directory.
     pub fn names(&self, path: impl AsRef<Path>) -> Vec<String> {
         let Ok(real) = self.real(path.as_ref()) else { return Vec::new() };

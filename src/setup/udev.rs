@@ -34,7 +34,10 @@ fn wanted(host: &Host) -> Result<Wanted, Error> {
                 matches.push_str(&format!("# {machine}: {name}\n{key}, ENV{{MT_AGENT}}=\"1\"\n"));
                 wanted.evidence(format!("{disk} is known by {key}"));
             }
-            Key::Unneeded => wanted.evidence(format!("{disk} is a loop device: whoever attaches it decides")),
+            Key::Unneeded => {
+                matches.push_str(&format!("# {machine}: {name}, a loop device: whoever attaches it decides\n"));
+                wanted.evidence(format!("{disk} is a loop device: whoever attaches it decides"));
+            }
             Key::Unknown => wanted.find(
                 Level::Warn,
                 format!("{disk} cannot be named in a rule: udev may look into it"),
@@ -47,7 +50,7 @@ fn wanted(host: &Host) -> Result<Wanted, Error> {
     }
     let mut access = String::new();
     if host.group("mt-agent")?.is_some() {
-        access = ", GROUP=\"mt-agent\", MODE=\"0660\"".to_owned();
+        access = "ENV{DEVTYPE}==\"disk\", GROUP=\"mt-agent\", MODE=\"0660\"\n".to_owned();
     } else {
         wanted.find(
             Level::Warn,
@@ -66,8 +69,7 @@ ENV{{UDEV_DISABLE_PERSISTENT_STORAGE_RULES_FLAG}}="1"
 ENV{{SYSTEMD_READY}}="0"
 ENV{{UDISKS_IGNORE}}="1", ENV{{UDISKS_AUTO}}="0"
 ENV{{DM_MULTIPATH_DEVICE_PATH}}="0"
-ENV{{DEVTYPE}}=="disk"{access}
-ENV{{DEVTYPE}}=="disk", TEST=="queue/scheduler", ATTR{{queue/scheduler}}="none"
+{access}ENV{{DEVTYPE}}=="disk", TEST=="queue/scheduler", ATTR{{queue/scheduler}}="none"
 ENV{{DEVTYPE}}=="disk", TEST=="device/timeout", ATTR{{device/timeout}}="{TIMEOUT_SECONDS}"
 LABEL="mt_agent_end"
 "#

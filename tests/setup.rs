@@ -1,0 +1,395 @@
+//! `mt-agent setup` on the trees of hosts, and on this host in a namespace of its own.
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use support::{Loop, MIB, Outcome, run};
+use tempfile::TempDir;
+
+/// The tree of a minimal host of Enterprise Linux, as far as the changes look at it.
+fn host(release: u32) -> TempDir {
+    let dir = support::directory();
+    let kernel = match release {
+        8 => "4.18.0-553.el8_10.x86_64",
+        9 => "5.14.0-503.el9.x86_64",
+        _ => "6.12.0-55.el10.x86_64",
+    };
+    let drivers: &[&str] = match release {
+        8 => &["message/fusion/mptspi", "scsi/vmw_pvscsi", "scsi/virtio_scsi", "scsi/sg"],
+        _ => &["scsi/vmw_pvscsi", "scsi/sg"],
+    };
+    let dep: String = drivers.iter().map(|driver| format!("kernel/drivers/{driver}.ko.xz:\n")).collect();
+    let builtin = if release == 8 { "" } else { "kernel/drivers/scsi/virtio_scsi.ko\n" };
+    let modules = format!("lib/modules/{kernel}");
+    let os = format!(
+        "NAME=\"CentOS Stream\"\nVERSION=\"{release}\"\nID=\"centos\"\nID_LIKE=\"rhel fedora\"\nVERSION_ID=\"{release}\"\n"
+    );
+    let zone = "<?xml version=\"1.0\" encoding=\"utf-8\"?>\n<zone>\n  <short>Public</short>\n  <service name=\"ssh\"/>\n  \
+                <service name=\"cockpit\"/>\n</zone>\n";
+    let unit = |name: &str| {
+        (format!("usr/lib/systemd/system/{name}"), "[Service]\nExecStart=/usr/sbin/x\n".to_owned())
+    };
+    let mut files = vec![
+        ("usr/lib/os-release".to_owned(), os),
+        ("etc/group".to_owned(), "root:x:0:\ndisk:x:6:\nmt-agent:x:985:\n".to_owned()),
+        (
+            "etc/fstab".to_owned(),
+            "/dev/mapper/cs-root / xfs defaults 0 0\n/dev/mapper/cs-swap none swap defaults 0 0\n".to_owned(),
+        ),
+        (
+            "etc/default/grub".to_owned(),
+            "GRUB_CMDLINE_LINUX=\"crashkernel=1G-4G:192M rhgb quiet\"\n".to_owned(),
+        ),
+        ("etc/kdump.conf".to_owned(), "auto_reset_crashkernel yes\npath /var/crash\n".to_owned()),
+        ("etc/selinux/config".to_owned(), "SELINUX=enforcing\nSELINUXTYPE=targeted\n".to_owned()),
+        ("etc/firewalld/firewalld.conf".to_owned(), "# comment\nDefaultZone=public\n".to_owned()),
+        ("usr/lib/firewalld/zones/public.xml".to_owned(), zone.to_owned()),
+        (format!("{modules}/modules.dep"), dep),
+        (format!("{modules}/modules.builtin"), builtin.to_owned()),
+        unit("firewalld.service"),
+        unit("chronyd.service"),
+        unit("kdump.service"),
+        unit("mt-agent.service"),
+    ];
+    let programs = ["mkfs.xfs", "mkfs.ext4", "lvm", "rsync", "kexec", "dnf"];
+    files.extend(programs.iter().map(|program| (format!("usr/sbin/{program}"), String::new())));
+    for (path, text) in files {
+        write(dir.path(), &path, &text);
+    }
+    fs::create_dir_all(dir.path().join("var/lib/mt-agent")).unwrap();
+    fs::create_dir_all(dir.path().join("var/crash")).unwrap();
+    fs::create_dir_all(dir.path().join("etc/systemd/system/multi-user.target.wants")).unwrap();
+    symlink("../usr/lib/os-release", dir.path().join("etc/os-release")).unwrap();
+    dir
+}
+
+fn write(root: &Path, path: &str, text: &str) {
+    let path = root.join(path);
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    fs::write(path, text).unwrap();
+}
+
+fn assign(root: &Path, machine: &str, disks: &[(&str, &str)]) {
+    let mut text =
+        format!("schema_version = 1\nmachine = \"{machine}\"\ncreated = \"2026-03-01T10:00:00Z\"\n");
+    for (name, id) in disks {
+        text.push_str(&format!(
+            "\n[[disk]]\nname = \"{name}\"\nid = \"{id}\"\nsize = 10737418240\nlogical_sector = 512\noverwrite = false\n\
+             assigned_at = \"2026-03-01T10:00:00Z\"\nstate = \"empty\"\n"
+        ));
+    }
+    write(root, &format!("var/lib/mt-agent/retention/machines/{machine}.toml"), &text);
+}
+
+type Snapshot = BTreeMap<PathBuf, (u32, u32, u32, Vec<u8>)>;
+
+/// All but the records, with owner, permissions and content.
+fn snapshot(root: &Path) -> Snapshot {
+    let mut all = Snapshot::new();
+    let mut dirs = vec![root.to_owned()];
+    while let Some(dir) = dirs.pop() {
+        for entry in fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            let short = path.strip_prefix(root).unwrap().to_owned();
+            if short == Path::new("var/lib/mt-agent/setup") {
+                continue;
+            }
+            let meta = fs::symlink_metadata(&path).unwrap();
+            let content = if meta.is_symlink() {
+                fs::read_link(&path).unwrap().into_os_string().into_encoded_bytes()
+            } else if meta.is_file() {
+                fs::read(&path).unwrap()
+            } else {
+                dirs.push(path);
+                Vec::new()
+            };
+            all.insert(short, (meta.mode(), meta.uid(), meta.gid(), content));
+        }
+    }
+    all
+}
+
+fn setup(root: &Path, command: &str, more: &[&str]) -> Outcome {
+    let mut args = vec!["setup", command, "--root", root.to_str().unwrap()];
+    args.extend(more);
+    run(&args)
+}
+
+/// Each release, with and without an administrator's own files where ours would be.
+#[test]
+fn a_host_is_set_up_once_and_taken_back_whole() {
+    for release in [8, 9, 10] {
+        for edited in [false, true] {
+            let dir = host(release);
+            let root = dir.path();
+            if edited {
+                write(
+                    root,
+                    "etc/firewalld/zones/public.xml",
+                    "<zone>\n  <!-- mine -->\n  <port protocol=\"tcp\" port=\"8080\"/>\n</zone>\n",
+                );
+                write(root, "etc/udev/rules.d/59-mt-agent.rules", "# mine\n");
+                fs::set_permissions(
+                    root.join("etc/udev/rules.d/59-mt-agent.rules"),
+                    fs::Permissions::from_mode(0o600),
+                )
+                .unwrap();
+                symlink(
+                    "/lib/systemd/system/chronyd.service",
+                    root.join("etc/systemd/system/multi-user.target.wants/chronyd.service"),
+                )
+                .unwrap();
+            }
+            assign(root, "web01", &[("root", "naa.6000c2939d1a4b6f0e8c2d7a5b1f3e90")]);
+            let start = snapshot(root);
+            for looks in ["check", "plan", "status"] {
+                setup(root, looks, &[]);
+                assert_eq!(snapshot(root), start, "{looks} wrote something");
+                assert!(!root.join("var/lib/mt-agent/setup").exists(), "{looks} wrote something");
+            }
+            setup(root, "apply", &["--skip", "retention"]).ok();
+            let applied = snapshot(root);
+            assert_ne!(applied, start);
+            let rules = fs::read_to_string(root.join("etc/udev/rules.d/59-mt-agent.rules")).unwrap();
+            assert!(
+                rules.contains("ATTRS{wwid}==\"naa.6000c2939d1a4b6f0e8c2d7a5b1f3e90\", ENV{MT_AGENT}=\"1\""),
+                "{rules}"
+            );
+            assert_eq!(root.join("etc/sysctl.d/60-mt-agent-io-uring.conf").exists(), release > 8);
+            let zone = fs::read_to_string(root.join("etc/firewalld/zones/public.xml")).unwrap();
+            assert!(zone.contains("<service name=\"mt-agent\"/>"), "{zone}");
+            assert_eq!(zone.contains("<!-- mine -->"), edited);
+
+            let again = setup(root, "apply", &["--skip", "retention"]).ok();
+            assert!(!again.stdout.contains("wrote"), "{}", again.stdout);
+            assert_eq!(snapshot(root), applied, "EL {release}");
+            let checked = setup(root, "check", &["--skip", "retention", "--json"]).ok().json();
+            for change in checked["changes"].as_array().unwrap() {
+                assert_ne!(change["level"], "fail", "{change}");
+            }
+            let status = setup(root, "status", &["--json"]).ok().json();
+            let udev =
+                status["changes"].as_array().unwrap().iter().find(|change| change["name"] == "udev").unwrap();
+            assert_eq!(udev["applied"]["state"], "applied");
+            assert_eq!(udev["applied"]["version"], env!("CARGO_PKG_VERSION"));
+            setup(root, "revert", &[]).ok();
+            assert_eq!(snapshot(root), start, "EL {release}");
+        }
+    }
+}
+
+#[test]
+fn a_plan_is_what_is_applied() {
+    let dir = host(9);
+    let root = dir.path();
+    assign(root, "web01", &[("root", "naa.6000c2939d1a4b6f0e8c2d7a5b1f3e90"), ("old", "t10.ATA_X_1")]);
+    let plan = setup(root, "plan", &["--only", "udev,io-uring,network,time,limits,crash"]).ok();
+    let expected = include_str!("fixtures/setup-plan-el9.txt");
+    if plan.stdout != expected {
+        // So that a change on purpose is a copy.
+        let kept = Path::new(env!("CARGO_TARGET_TMPDIR")).join("setup-plan-el9.txt");
+        fs::write(&kept, &plan.stdout).unwrap();
+        assert_eq!(plan.stdout, expected, "the plan is in {}", kept.display());
+    }
+    setup(root, "apply", &["--skip", "retention"]).ok();
+    let plan = setup(root, "plan", &["--only", "udev,io-uring,network,time,limits,crash"]).ok();
+    assert!(!plan.stdout.contains("+++") && !plan.stdout.contains("call:"), "{}", plan.stdout);
+}
+
+#[test]
+fn what_cannot_be_done_is_said_and_ends_with_3() {
+    let dir = host(9);
+    let root = dir.path();
+    setup(root, "check", &[]).fails(3, &["retention", "udev"]);
+    setup(root, "apply", &["--only", "retention"]).fails(3, &["not as it must be: retention"]);
+    setup(
+        root,
+        "apply",
+        &["--only", "retention", "--retention-disk", "naa.6000c2939d1a4b6f0e8c2d7a5b1f3e90"],
+    )
+    .fails(3, &["refused"]);
+    setup(root, "apply", &["--only", "no-such"]).fails(2, &["io-uring"]);
+    // Someone edited a file since.
+    setup(root, "apply", &["--only", "udev"]).ok();
+    let rules = root.join("etc/udev/rules.d/59-mt-agent.rules");
+    fs::write(&rules, "# mine\n").unwrap();
+    let before = snapshot(root);
+    let refused = setup(root, "revert", &["--only", "udev"]).fails(3, &["refused: udev"]);
+    assert!(refused.stdout.contains("was changed since"), "{}", refused.stdout);
+    setup(root, "apply", &["--only", "udev"]).fails(3, &["refused: udev"]);
+    assert_eq!(snapshot(root), before);
+    let status = setup(root, "status", &[]).ok();
+    assert!(
+        status.stdout.contains("/etc/udev/rules.d/59-mt-agent.rules was changed since"),
+        "{}",
+        status.stdout
+    );
+    // Without a group there is nobody to give io_uring to.
+    write(root, "etc/group", "root:x:0:\n");
+    let refused = setup(root, "apply", &["--only", "io-uring"]).fails(3, &["refused: io-uring"]);
+    assert!(refused.stdout.contains("install the RPM"), "{}", refused.stdout);
+}
+
+#[test]
+fn rules_for_assigned_disks_do_not_go_with_a_retention_that_is_not_mounted() {
+    let dir = host(10);
+    let root = dir.path();
+    assign(root, "web01", &[("root", "naa.6000c2939d1a4b6f0e8c2d7a5b1f3e90")]);
+    setup(root, "apply", &["--only", "udev"]).ok();
+    let applied = snapshot(root);
+    let retention = root.join("var/lib/mt-agent/retention");
+    fs::rename(&retention, root.join("unmounted")).unwrap();
+    let refused = setup(root, "apply", &["--only", "udev"]).fails(3, &["refused: udev"]);
+    assert!(refused.stdout.contains("mount the retention file system"), "{}", refused.stdout);
+    fs::rename(root.join("unmounted"), &retention).unwrap();
+    assert_eq!(snapshot(root), applied);
+    // One that cannot be read is no reason to forget the disks of all.
+    assign(root, "db01", &[("root", "naa.6000c2939d1a4b6f0e8c2d7a5b1f3e91")]);
+    write(root, "var/lib/mt-agent/retention/machines/web01.toml", "damaged");
+    setup(root, "apply", &["--only", "udev"]).fails(1, &["failed: udev"]);
+    assert_eq!(
+        fs::read(root.join("etc/udev/rules.d/59-mt-agent.rules")).unwrap(),
+        applied[Path::new("etc/udev/rules.d/59-mt-agent.rules")].3
+    );
+}
+
+/// Runs the program on this host, but with another `/etc`, and as if neither systemd nor udev ran.
+fn on_this_host(etc: &Path, args: &[&str]) -> Outcome {
+    let script = "mount --bind \"$0\" /etc; for d in /run/systemd /run/udev; do if [ -d $d ]; then mount -t tmpfs none $d; fi; done; \
+                  exec \"$@\"";
+    let output = Command::new("unshare")
+        .args(["--mount", "--propagation", "private", "sh", "-ec", script])
+        .arg(etc)
+        .arg(env!("CARGO_BIN_EXE_mt-agent"))
+        .args(args)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    Outcome {
+        code: output.status.code(),
+        signal: None,
+        stdout: String::from_utf8(output.stdout).unwrap(),
+        stderr: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+#[test]
+fn the_rules_follow_the_assignments_where_they_were_applied() {
+    require_root!();
+    let dir = support::directory();
+    let (etc, state) = (dir.path().join("etc"), dir.path().join("state"));
+    support::tool("cp", &["-a", "/etc", etc.to_str().unwrap()]);
+    fs::create_dir(&state).unwrap();
+    let config = dir.path().join("mt-agent.toml");
+    fs::write(&config, format!("state_dir = {state:?}\nallow_loop = true\n")).unwrap();
+    let disk = Loop::create(&dir.path().join("disk"), 8 * MIB);
+    let agent = |args: &[&str]| {
+        let mut args = args.to_vec();
+        args.extend(["--config", config.to_str().unwrap()]);
+        on_this_host(&etc, &args)
+    };
+    let rules = etc.join("udev/rules.d/59-mt-agent.rules");
+    // Not applied: nothing is written.
+    let assigned = format!("root={}", disk.id());
+    agent(&["protect", "add", "web01", "--disk", &assigned]).ok();
+    agent(&["protect", "remove", "web01"]).ok();
+    assert!(!rules.exists() && !state.join("setup").exists());
+    agent(&["setup", "apply", "--only", "udev"]).ok();
+    assert!(fs::read_to_string(&rules).unwrap().contains("# No disk is assigned."));
+    agent(&["protect", "add", "web01", "--disk", &assigned, "--dry-run"]).ok();
+    assert!(fs::read_to_string(&rules).unwrap().contains("# No disk is assigned."));
+    let added = agent(&["protect", "add", "web01", "--disk", &assigned]).ok();
+    assert!(
+        added.stdout.contains("setup udev: wrote /etc/udev/rules.d/59-mt-agent.rules"),
+        "{}",
+        added.stdout
+    );
+    assert!(fs::read_to_string(&rules).unwrap().contains("# web01: root, a loop device"));
+    // Someone else's edits are not overwritten, and that is a failure: the disks are not treated as they must be.
+    let ours = fs::read_to_string(&rules).unwrap();
+    fs::write(&rules, "# mine\n").unwrap();
+    agent(&["protect", "remove", "web01"]).fails(1, &["was changed since", "mt-agent setup apply"]);
+    assert_eq!(fs::read_to_string(&rules).unwrap(), "# mine\n");
+    fs::write(&rules, ours).unwrap();
+    agent(&["setup", "apply", "--only", "udev"]).ok();
+    assert!(fs::read_to_string(&rules).unwrap().contains("# No disk is assigned."));
+    agent(&["setup", "revert", "--only", "udev"]).ok();
+    assert!(!rules.exists());
+}
+
+#[test]
+fn a_retention_disk_is_made_once_and_never_over_data() {
+    require_root!();
+    let dir = support::directory();
+    let (etc, state) = (dir.path().join("etc"), dir.path().join("state"));
+    support::tool("cp", &["-a", "/etc", etc.to_str().unwrap()]);
+    let config = dir.path().join("mt-agent.toml");
+    fs::write(&config, format!("state_dir = {state:?}\nallow_loop = true\n")).unwrap();
+    let disk = Loop::create(&dir.path().join("disk"), 400 * MIB);
+    let agent = |more: &[&str]| {
+        let mut args = vec!["setup", "apply", "--only", "retention", "--config", config.to_str().unwrap()];
+        args.extend(more);
+        on_this_host(&etc, &args)
+    };
+    let id = disk.id();
+    let made = agent(&["--retention-disk", &id]).ok();
+    assert!(made.stdout.contains("called mkfs."), "{}", made.stdout);
+    let node = disk.node().to_str().unwrap();
+    let uuid = support::tool("blkid", &["-p", "-o", "value", "-s", "UUID", node]);
+    assert_eq!(support::tool("blkid", &["-p", "-o", "value", "-s", "LABEL", node]), "mt-retention");
+    let kind = support::tool("blkid", &["-p", "-o", "value", "-s", "TYPE", node]);
+    let name = support::tool(
+        "systemd-escape",
+        &["--path", "--suffix=mount", state.join("retention").to_str().unwrap()],
+    );
+    let unit = etc.join("systemd/system").join(&name);
+    let text = fs::read_to_string(&unit).unwrap();
+    for line in [
+        format!("What=/dev/disk/by-uuid/{uuid}"),
+        format!("Where={}", state.join("retention").display()),
+        format!("Type={kind}"),
+    ] {
+        assert!(text.lines().any(|have| have == line), "{line} is missing in {text}");
+    }
+    assert!(etc.join("systemd/system/local-fs.target.wants").join(&name).is_symlink());
+    // It is taken as it is from then on, also with --overwrite, and without being named.
+    let head = || fs::read(disk.backing()).unwrap();
+    let before = head();
+    for more in [&["--retention-disk", &id][..], &["--retention-disk", &id, "--overwrite"], &[]] {
+        let again = agent(more).ok();
+        assert_eq!(again.stdout, "retention: nothing to do\n");
+    }
+    assert!(head() == before, "the disk was written to");
+    // Another host takes it over.
+    fs::remove_dir_all(state.join("setup")).unwrap();
+    fs::remove_file(&unit).unwrap();
+    let adopted = agent(&["--retention-disk", &id]).ok();
+    assert!(!adopted.stdout.contains("called") && head() == before, "{}", adopted.stdout);
+    assert_eq!(fs::read_to_string(&unit).unwrap(), text);
+    on_this_host(&etc, &["setup", "revert", "--config", config.to_str().unwrap()]).ok();
+    assert!(!unit.exists());
+    // Anything else on it is in the way.
+    fs::remove_dir_all(state.join("setup")).ok();
+    support::tool("mkfs.ext4", &["-q", "-F", node]);
+    let before = head();
+    let refused = agent(&["--retention-disk", &id]).fails(3, &["refused: retention"]);
+    assert!(
+        refused.stdout.contains("--overwrite") && head() == before && !unit.exists(),
+        "{}",
+        refused.stdout
+    );
+    agent(&["--retention-disk", &id, "--overwrite"]).ok();
+    assert_eq!(support::tool("blkid", &["-p", "-o", "value", "-s", "LABEL", node]), "mt-retention");
+    // Nor is one that is assigned.
+    let run = |args: &[&str]| on_this_host(&etc, &[args, &["--config", config.to_str().unwrap()]].concat());
+    fs::remove_file(&unit).unwrap();
+    fs::remove_dir_all(state.join("setup")).unwrap();
+    run(&["protect", "add", "web01", "--disk", &format!("root={id}"), "--overwrite"]).ok();
+    let refused = agent(&["--retention-disk", &id, "--overwrite"]).fails(3, &["refused: retention"]);
+    assert!(refused.stdout.contains("its role is assigned"), "{}", refused.stdout);
+}

@@ -42,6 +42,7 @@ mod multipath;
 mod network;
 mod packages;
 pub mod record;
+pub mod report;
 mod retention;
 mod snapshots;
 #[cfg(test)]
@@ -51,7 +52,8 @@ pub mod tree;
 mod udev;
 
 pub use host::{Host, Places, Wishes};
-pub use machine::{Applied, Checked, Outcomes, Planned, Reverted, Setup, Status};
+pub use machine::Setup;
+pub use report::{Applied, Checked, Outcomes, Planned, Reverted, Status};
 
 /// All changes, in the order in which they are applied.
 pub const CHANGES: &[Change] = &[

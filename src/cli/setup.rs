@@ -237,7 +237,7 @@ fn plan_text(plan: &Planned) -> String {
     if let Some(refused) = &plan.refused {
         refused.lines().for_each(|line| say(format!("refused: {}", table::printable(line))));
     }
-    let call = |when: &str, call: &setup::machine::PlannedCall| {
+    let call = |when: &str, call: &setup::report::PlannedCall| {
         let only = call
             .only_if
             .as_ref()

@@ -27,12 +27,18 @@ use serde::{Deserialize, Serialize};
 use crate::error::IoError;
 use crate::protection;
 
+mod automount;
 mod crash;
+mod devices;
+mod gpt_auto;
 pub mod host;
 mod io_uring;
 mod kernel_modules;
 mod limits;
+mod lvm;
 pub mod machine;
+mod md;
+mod multipath;
 mod network;
 mod packages;
 pub mod record;
@@ -53,6 +59,11 @@ pub use report::{Applied, Checked, Outcomes, Planned, Reverted, Status};
 pub const CHANGES: &[Change] = &[
     packages::CHANGE,
     udev::CHANGE,
+    lvm::CHANGE,
+    multipath::CHANGE,
+    md::CHANGE,
+    gpt_auto::CHANGE,
+    automount::CHANGE,
     io_uring::CHANGE,
     kernel_modules::CHANGE,
     network::CHANGE,

@@ -78,7 +78,7 @@ fn identifier(fields: Fields<'_>, at: u64) -> Result<String, Error> {
 }
 
 /// Reads the physical volume, if there is one.
-pub(super) fn read(view: &View<'_>) -> Result<Option<PhysicalVolume>, Error> {
+pub fn read(view: &View<'_>) -> Result<Option<PhysicalVolume>, Error> {
     let block = view.read(0, view.size().min(4 * SECTOR))?;
     let fields = block.fields();
     for sector in 0..4u64 {

@@ -1,0 +1,202 @@
+//! mdadm assembles the arrays that its configuration names, the host's own, and no other: none that is found on a replicated
+//! disk.
+//!
+//! `mdadm.conf` is read before the directory of snippets, and of several lines `AUTO` the first one counts, so that the file
+//! itself is edited. It is made of lines; one that begins with white space goes on with the line before.
+
+use super::devices::Devices;
+use super::{Change, Error, File, Host, Level, Wanted};
+
+pub(super) const CHANGE: Change =
+    Change { name: "md", about: "mdadm assembles the host's own arrays only", follows_disks: false, wanted };
+
+/// The first that is there is the one that mdadm reads.
+const PLACES: [&str; 2] = ["/etc/mdadm.conf", "/etc/mdadm/mdadm.conf"];
+
+fn wanted(host: &Host) -> Result<Wanted, Error> {
+    let mut wanted = Wanted::default();
+    if !host.program("mdadm") {
+        wanted.find(Level::Pass, "mdadm is not installed: nothing assembles arrays", "");
+        return Ok(wanted);
+    }
+    let Some(devices) = Devices::read(host)? else {
+        return Err(Error::Refused(
+            "which arrays are the host's own is seen on the running host only: apply this there".to_owned(),
+        ));
+    };
+    let place = PLACES.iter().find(|place| host.root.exists(place)).unwrap_or(&PLACES[0]);
+    let text = host.root.text(place)?.unwrap_or_default();
+    let mut known = arrays(&text);
+    for name in host.root.names(format!("{place}.d")).iter().filter(|name| name.ends_with(".conf")) {
+        known.extend(arrays(&host.root.text(format!("{place}.d/{name}"))?.unwrap_or_default()));
+    }
+    let mut lines = Vec::new();
+    for name in devices
+        .names
+        .iter()
+        .filter(|name| devices.value(name, "md/array_state").is_some_and(|state| state != "clear"))
+    {
+        let foreign = devices.assigned_below(name);
+        if let Some(id) = foreign {
+            wanted.find(
+                Level::Warn,
+                format!("the array {name} is assembled, and lies on the assigned disk {id}"),
+                format!("stop it: mdadm --stop /dev/{name}"),
+            );
+            continue;
+        }
+        let uuid = devices.property(name, "MD_UUID").or_else(|| devices.value(name, "md/uuid"));
+        let Some(uuid) = uuid.as_deref().and_then(digits) else {
+            return Err(Error::Refused(format!(
+                "the UUID of the array {name}, which is this host's own, is not known: see that udev runs, or add the line that \
+                 `mdadm --detail --brief /dev/{name}` prints to {place}; then apply this again"
+            )));
+        };
+        if known.contains(&uuid) {
+            wanted.evidence(format!("goes on: array {name}, which is listed"));
+            continue;
+        }
+        wanted.evidence(format!("goes on: array {name} ({uuid})"));
+        let node =
+            devices.property(name, "MD_DEVNAME").map(|name| format!(" /dev/md/{name}")).unwrap_or_default();
+        lines.push(format!("ARRAY{node} UUID={uuid}"));
+    }
+    wanted.files.push(File::shared(*place, edited(&text, &lines)));
+    Ok(wanted)
+}
+
+/// The file with nothing assembled but what is listed, and these lines.
+fn edited(text: &str, arrays: &[String]) -> String {
+    let mut new = String::new();
+    // The line that the next one may go on with: an `AUTO` that is replaced.
+    let mut replacing = false;
+    let mut has_auto = false;
+    for line in text.split_inclusive('\n') {
+        let goes_on = line.starts_with([' ', '\t']);
+        if goes_on && replacing {
+            new.push_str(&format!("# before mt-agent:{line}"));
+            continue;
+        }
+        replacing = false;
+        let first_auto = !goes_on && !has_auto && is_keyword(line, "auto");
+        has_auto |= first_auto;
+        if first_auto && !is_none(text, line) {
+            replacing = true;
+            new.push_str("AUTO -all\n# before mt-agent: ");
+        }
+        new.push_str(line);
+    }
+    if !new.is_empty() && !new.ends_with('\n') {
+        new.push('\n');
+    }
+    if !has_auto {
+        new.push_str("# mt-agent: arrays on replicated disks are not this host's.\nAUTO -all\n");
+    }
+    arrays.iter().for_each(|array| new.push_str(&format!("{array}\n")));
+    new
+}
+
+/// Whether the line `AUTO`, with those that go on with it, lets nothing be assembled.
+fn is_none(text: &str, line: &str) -> bool {
+    let all = logical(text);
+    let words = all.iter().find(|words| words.first().is_some_and(|word| is_keyword(word, "auto")));
+    let words = words.map(|words| words[1..].to_vec()).unwrap_or_default();
+    debug_assert!(is_keyword(line, "auto"));
+    // The first word that fits an array counts.
+    let first = words.iter().find(|word| !word.starts_with('-') || word.eq_ignore_ascii_case("-all"));
+    first.is_some_and(|word| word.eq_ignore_ascii_case("-all") || word.eq_ignore_ascii_case("no"))
+}
+
+/// Whether a line begins with a keyword, which may be cut to three letters.
+fn is_keyword(line: &str, keyword: &str) -> bool {
+    let word = line.split_whitespace().next().unwrap_or_default().to_ascii_lowercase();
+    word.len() >= 3 && keyword.starts_with(&word) && !line.starts_with([' ', '\t'])
+}
+
+/// The lines with those that go on with them, as words.
+fn logical(text: &str) -> Vec<Vec<String>> {
+    let mut lines: Vec<Vec<String>> = Vec::new();
+    for line in text.lines() {
+        let words = line.split_whitespace().take_while(|word| !word.starts_with('#')).map(str::to_owned);
+        match lines.last_mut() {
+            Some(last) if line.starts_with([' ', '\t']) => last.extend(words),
+            _ => lines.push(words.collect()),
+        }
+    }
+    lines
+}
+
+/// The UUIDs of the arrays that are listed.
+fn arrays(text: &str) -> Vec<String> {
+    let lines = logical(text);
+    let listed = lines.iter().filter(|words| words.first().is_some_and(|word| is_keyword(word, "array")));
+    // One that is to be ignored is not assembled.
+    let listed = listed.filter(|words| !words.iter().any(|word| word.eq_ignore_ascii_case("<ignore>")));
+    let uuid = |word: &String| {
+        let (key, value) = word.split_once('=')?;
+        if key.eq_ignore_ascii_case("uuid") { digits(value.trim_matches(['"', '\''])) } else { None }
+    };
+    listed.filter_map(|words| words.iter().find_map(uuid)).collect()
+}
+
+/// A UUID as mdadm prints it, however it is grouped.
+fn digits(uuid: &str) -> Option<String> {
+    let digits: String =
+        uuid.chars().filter(char::is_ascii_hexdigit).collect::<String>().to_ascii_lowercase();
+    let rest = uuid.chars().all(|c| c.is_ascii_hexdigit() || ":-. ".contains(c));
+    (rest && digits.len() == 32)
+        .then(|| [&digits[..8], &digits[8..16], &digits[16..24], &digits[24..]].join(":"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_line_auto_is_replaced() {
+        let anaconda = "# mdadm.conf written out by anaconda\nMAILADDR root\nAUTO +imsm +1.x -all\nARRAY /dev/md/boot level=raid1 \
+                        num-devices=2 UUID=3AAA0122:29827cfa:5331ad66:ca767371\n";
+        let once = edited(anaconda, &[]);
+        assert_eq!(
+            once,
+            anaconda
+                .replace("AUTO +imsm +1.x -all\n", "AUTO -all\n# before mt-agent: AUTO +imsm +1.x -all\n")
+        );
+        assert_eq!(edited(&once, &[]), once);
+        assert_eq!(arrays(&once), ["3aaa0122:29827cfa:5331ad66:ca767371"]);
+
+        let long = "aut\n  +1.x\n\t-all\nDEVICE x\n AUTO yes";
+        let once = edited(long, &[]);
+        assert_eq!(
+            once,
+            "AUTO -all\n# before mt-agent: aut\n# before mt-agent:  +1.x\n# before mt-agent:\t-all\nDEVICE x\n AUTO yes\n"
+        );
+        assert_eq!(edited(&once, &[]), once);
+    }
+
+    #[test]
+    fn what_assembles_nothing_stays() {
+        for none in ["AUTO -all\n", "auto -ddf -1.x -all\n", "AUTO no\n"] {
+            assert_eq!(edited(none, &[]), none);
+        }
+        for some in ["AUTO +all\n", "AUTO homehost -all\n", "AUTO\n", "AUTO -1.x yes\n"] {
+            assert!(edited(some, &[]).starts_with("AUTO -all\n# before mt-agent: AUTO"), "{some}");
+        }
+    }
+
+    #[test]
+    fn an_array_is_listed_by_its_uuid_unless_it_is_ignored() {
+        let uuid = "3aaa0122:29827cfa:5331ad66:ca767371";
+        assert_eq!(arrays("ARRAY /dev/md0\n  uuid=3aaa012229827cfa5331ad66ca767371 # x\n"), [uuid]);
+        assert_eq!(arrays(&format!("ARRAY <ignore> UUID={uuid}\n#ARRAY UUID={uuid}\n")), [""; 0]);
+        assert_eq!(digits("3aaa0122-2982-7cfa-5331-ad66ca767371").as_deref(), Some(uuid));
+        assert_eq!(digits("3aaa0122"), None);
+        let new = edited("MAILADDR root", &[format!("ARRAY UUID={uuid}")]);
+        assert_eq!(
+            new,
+            format!(
+                "MAILADDR root\n# mt-agent: arrays on replicated disks are not this host's.\nAUTO -all\nARRAY UUID={uuid}\n"
+            )
+        );
+    }
+}

@@ -180,6 +180,7 @@ fn takes_all(share: &Path) {
 fn wipe(share: &Path) {
     tool("vgchange", &["-qq", "-an", "replicated"]);
     tool("mdadm", &["--quiet", "--stop", "--scan"]);
+    tool("multipath", &["-w", &node(share, PATH)]);
     tool("multipath", &["-F"]);
     for number in CARRIERS {
         let (_, image) = cold_disk(share, number);

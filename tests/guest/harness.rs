@@ -65,7 +65,7 @@ pub fn host(disks: &[u64]) -> Guest {
         kind: Kind::Host,
         memory: 1024,
         udev: true,
-        limit: Duration::from_secs(240),
+        limit: Duration::from_secs(600),
         disks: disks.to_vec(),
     }
 }

@@ -125,7 +125,10 @@ fn disks_of_every_adapter_are_what_the_system_s_tools_say() {
                     0 => json!({"serial": serial, "wwn": wwn}),
                     1 => json!({"serial": serial}),
                     2 => json!({}),
-                    3 => json!({"vendor": "VMware", "product": "Virtual disk", "serial": serial, "wwn": wwn}),
+                    // On VMware's disks both pages say the same.
+                    3 => {
+                        json!({"vendor": "VMware", "product": "Virtual disk", "serial": wwn[2..], "wwn": wwn})
+                    }
                     _ => json!({"vendor": "VMware", "product": "Virtual disk"}),
                 };
                 let size = (16 + 10 * index + kind) as u64 * MIB;

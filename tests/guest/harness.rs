@@ -32,6 +32,8 @@ enum Kind {
     Small,
     /// QEMU.
     Full,
+    /// QEMU, from a disk on which a system with systemd is.
+    Host,
 }
 
 /// A guest that is not booted yet.
@@ -41,23 +43,55 @@ pub struct Guest {
     memory: u64,
     udev: bool,
     limit: Duration,
+    disks: Vec<u64>,
 }
 
 /// User-mode Linux: one processor, no PCI; SCSI disks are made in it, see `lio`.
 pub fn small() -> Guest {
-    Guest { kind: Kind::Small, memory: 768, udev: true, limit: Duration::from_secs(240) }
+    Guest { kind: Kind::Small, memory: 768, udev: true, limit: Duration::from_secs(240), disks: Vec::new() }
 }
 
 /// QEMU with an adapter of each kind, into which disks are plugged while it runs, see `hypervisor`. It emulates the
 /// processor, and so is slow.
 pub fn full() -> Guest {
-    Guest { kind: Kind::Full, memory: 768, udev: true, limit: Duration::from_secs(180) }
+    Guest { kind: Kind::Full, memory: 768, udev: true, limit: Duration::from_secs(180), disks: Vec::new() }
+}
+
+/// A whole host in QEMU: systemd, udevd, multipathd, LVM and md, and a root file system that stays when it reboots, on
+/// the logical volume root of the volume group system on a SCSI disk. Beside that it has empty disks of these sizes,
+/// see [`cold_disk`]. The body runs when the host is up, and again after each [`Inside::reboot`].
+pub fn host(disks: &[u64]) -> Guest {
+    Guest {
+        kind: Kind::Host,
+        memory: 1024,
+        udev: true,
+        limit: Duration::from_secs(600),
+        disks: disks.to_vec(),
+    }
+}
+
+/// A host's disk number N, counted from 1, as `discover-disks` names it, and the file in the share that it is. Disk 0
+/// has the root file system.
+pub fn cold_disk(share: &Path, number: usize) -> (String, PathBuf) {
+    (format!("naa.5000c500000c01d{number}"), share.join(format!("cold{number}.img")))
 }
 
 /// What a body in the guest is given.
 pub struct Inside {
     /// A directory of the host: what a test leaves there, [`Guest::run`] returns on the host.
     pub share: PathBuf,
+    /// How often it was booted before, for this test.
+    pub boot: u32,
+}
+
+/// What a body leaves in the share when the host shall boot again.
+const AGAIN: &str = "again";
+
+impl Inside {
+    /// When the body is through, the host reboots, and it is called again.
+    pub fn reboot(&self) {
+        fs::write(self.share.join(AGAIN), "").unwrap();
+    }
 }
 
 /// What a body leaves in the share when it is through.
@@ -74,7 +108,7 @@ impl Guest {
         Guest { udev: false, ..self }
     }
 
-    /// It may take so long.
+    /// It may take so long, each time that it is booted.
     pub fn limit(self, limit: Duration) -> Guest {
         Guest { limit, ..self }
     }
@@ -85,7 +119,8 @@ impl Guest {
     pub fn run(self, body: impl FnOnce(&Inside)) -> Option<tempfile::TempDir> {
         if let Some(share) = std::env::var_os(SHARE) {
             let share = PathBuf::from(share);
-            body(&Inside { share: share.clone() });
+            let boot = std::env::var("MT_AGENT_GUEST_BOOT").unwrap().parse().unwrap();
+            body(&Inside { share: share.clone(), boot });
             // A guest in which no test of this name was found ends well, too.
             fs::write(share.join(RAN), "").unwrap();
             return None;
@@ -109,20 +144,35 @@ impl Guest {
     fn boot(&self, root: &Path, test: &str) -> tempfile::TempDir {
         let _place = Place::take();
         let share = support::directory();
-        fs::write(share.path().join("environment"), self.environment(test)).unwrap();
-        let mut command = self.kind.command(self, root, share.path());
-        println!("{command:?}");
-        let mut console = Console::start(&mut command);
-        console.follow(self.limit);
-        let status = fs::read_to_string(share.path().join("status"));
-        let status = status.unwrap_or_else(|error| panic!("the guest ended and left no status: {error}"));
-        assert_eq!(status.trim(), "0", "the test failed in the guest");
-        assert!(share.path().join(RAN).exists(), "no body of a test {test} ran in the guest");
+        if self.kind == Kind::Host {
+            let [image, disk] = [root.join("host.img"), cold_disk(share.path(), 0).1];
+            support::tool("cp", &["--sparse=always", image.to_str().unwrap(), disk.to_str().unwrap()]);
+            for (size, number) in self.disks.iter().zip(1..) {
+                fs::File::create_new(cold_disk(share.path(), number).1).unwrap().set_len(*size).unwrap();
+            }
+        }
+        for boot in 0.. {
+            fs::write(share.path().join("environment"), self.environment(test, boot)).unwrap();
+            let mut command = self.kind.command(self, root, share.path());
+            println!("{command:?}");
+            let mut console = Console::start(&mut command);
+            console.follow(self.limit);
+            let status = fs::read_to_string(share.path().join("status"));
+            let status = status.unwrap_or_else(|error| panic!("the guest ended and left no status: {error}"));
+            assert_eq!(status.trim(), "0", "the test failed in the guest");
+            for left in ["status", RAN] {
+                let removed = fs::remove_file(share.path().join(left));
+                removed.unwrap_or_else(|error| panic!("no body of a test {test} ran in the guest: {error}"));
+            }
+            if fs::remove_file(share.path().join(AGAIN)).is_err() {
+                break;
+            }
+        }
         share
     }
 
     /// What the guest's init is told: variables of a shell.
-    fn environment(&self, test: &str) -> Vec<u8> {
+    fn environment(&self, test: &str, boot: u32) -> Vec<u8> {
         let program = std::env::current_exe().unwrap();
         let mut text = Vec::new();
         let mut variable = |name: &str, values: &[&[u8]]| {
@@ -148,6 +198,7 @@ impl Guest {
         words.extend(arguments.map(|word| word.as_bytes().to_vec()));
         let words: Vec<&[u8]> = words.iter().map(Vec::as_slice).collect();
         variable("MT_AGENT_GUEST_COMMAND", &words);
+        text.extend_from_slice(format!("export MT_AGENT_GUEST_BOOT={boot}\n").as_bytes());
         text
     }
 }
@@ -166,7 +217,7 @@ impl Kind {
         static FULL: OnceLock<Result<PathBuf, String>> = OnceLock::new();
         let (made, name) = match self {
             Kind::Small => (&SMALL, "small"),
-            Kind::Full => (&FULL, "full"),
+            Kind::Full | Kind::Host => (&FULL, "full"),
         };
         let made = made.get_or_init(|| {
             let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/guest/assemble");
@@ -201,6 +252,14 @@ impl Kind {
                 command.arg(share_variable);
             }
             Kind::Full => hypervisor::machine(&mut command, root, share, guest.memory, &share_variable),
+            Kind::Host => {
+                let words =
+                    format!("{share_variable} MT_AGENT_GUEST_HOST=yes systemd.unit=guest-test.target");
+                hypervisor::machine(&mut command, root, share, guest.memory, &words);
+                for number in 0..=guest.disks.len() {
+                    hypervisor::cold(&mut command, share, number);
+                }
+            }
         }
         command
     }

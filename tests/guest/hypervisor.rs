@@ -8,7 +8,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::harness::read_directories;
+use crate::harness::{cold_disk, read_directories};
 use crate::support::{tool, wait_for};
 
 /// QEMU, whose kernel is given `words`.
@@ -52,6 +52,16 @@ pub fn machine(command: &mut Command, root: &Path, share: &Path, memory: u64, wo
     command.args(["-chardev", &format!("socket,id=qmp,path={socket},server=on,wait=off")]);
     command.args(["-mon", "chardev=qmp,mode=control", "-chardev", &format!("socket,id=port,path={socket}")]);
     command.args(["-device", "virtio-serial-pci", "-device", "virtserialport,chardev=port,name=qmp"]);
+}
+
+/// Disk `number` of a host, which is there when it boots.
+pub fn cold(command: &mut Command, share: &Path, number: usize) {
+    let (id, image) = cold_disk(share, number);
+    let (name, image) = (format!("cold{number}"), image.display().to_string().replace(',', ",,"));
+    let wwn = id.trim_start_matches("naa.");
+    command.args(["-blockdev", &format!("driver=file,node-name={name},filename={image}")]);
+    let device = format!("scsi-hd,bus=virtio.0,scsi-id={number},drive={name},serial={name},wwn=0x{wwn}");
+    command.args(["-device", &device]);
 }
 
 /// A disk that can be plugged in, over a sparse file in the directory that guest and host share.

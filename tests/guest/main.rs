@@ -8,6 +8,7 @@ mod durability;
 mod exchange;
 mod full;
 mod harness;
+mod host;
 mod hypervisor;
 mod identities;
 mod journal;

@@ -8,7 +8,7 @@ use crate::harness::small;
 use crate::lio::{Identity, Lun, Store, Target, discovered, settle};
 use crate::mapped::Mapped;
 use crate::support::{
-    Loop, MACHINE, MIB, Rig, Service, assert_equal, directory, mt_agent, run, seccomp, tool, wait_for,
+    KIB, Loop, MACHINE, MIB, Rig, Service, assert_equal, directory, mt_agent, run, seccomp, tool, wait_for,
     write_random,
 };
 
@@ -225,6 +225,53 @@ fn disks_that_cannot_be_read() {
         array.arrived(0, copy.backing());
         other.delete();
     });
+}
+
+/// A block of a target that cannot be read any more, and that a second pass has to keep before it overwrites it.
+fn before_images_fail_with(engine: &str) {
+    let rig = Rig::with(&[], &["--engine", engine]);
+    let under = Loop::create(&rig.path("d0.img"), 16 * MIB);
+    let dust = Mapped::new("dust", under.node(), 0, 16 * MIB);
+    let stores = [
+        Store::block(&dust.node(), &Identity::vmware(0)),
+        Store::file(&rig.path("d1.img"), 16 * MIB, &Identity::vmware(1)),
+    ];
+    let array = Array::on(rig, &stores);
+    let rig = &array.rig;
+    let (source, other) = (rig.random("source", 16 * MIB), rig.random("other", 16 * MIB));
+    rig.send(&[("d0", &source), ("d1", &other)], &[]).ok();
+    for image in [&source, &other] {
+        [MIB, 10 * MIB].into_iter().for_each(|at| write_random(image, at, 64 * KIB));
+    }
+    let before = std::fs::read(array.backing(0)).unwrap();
+    let bad = 10 * MIB + 32 * KIB;
+    dust.becomes("dust", "512");
+    let message = |words: &[&str]| tool("dmsetup", &[&["message", "dust", "0"], words].concat());
+    message(&["addbadblock", &(bad / 512).to_string()]);
+    message(&["enable"]);
+    // It cannot be compared: nothing was written, and the record says what it said.
+    let reason = format!("read {}", array.id(0));
+    rig.send(&[("d0", &source)], &[]).fails(1, &["the target disk cannot be read: ", &reason, "(io)"]);
+    // Nor is it overwritten where it is not compared: it would be lost for the point before.
+    rig.send(&[("d0", &source)], &["--whole"]).fails(1, &["the target disk failed: ", &reason, "(io)"]);
+    array.is_faulted("d0", &reason);
+    let range = bad as usize..bad as usize + 512;
+    assert!(std::fs::read(array.backing(0)).unwrap()[range.clone()] == before[range]);
+    rig.send(&[("d1", &other)], &[]).ok();
+    array.arrived(1, &other);
+    message(&["disable"]);
+    rig.send(&[("d0", &source)], &[]).ok();
+    array.arrived(0, &source);
+}
+
+#[test]
+fn a_disk_whose_old_blocks_cannot_be_read_is_faulted_with_io_uring() {
+    small().run(|_| before_images_fail_with("io-uring"));
+}
+
+#[test]
+fn a_disk_whose_old_blocks_cannot_be_read_is_faulted_with_threads() {
+    small().run(|_| before_images_fail_with("threads"));
 }
 
 /// A LUN that goes while it is written, and comes back.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::builder::PossibleValuesParser;
 use clap::{Args, Subcommand};
-use mt_agent::agent::config::{self, Config};
+use mt_agent::agent::config::{self, Config, Sourced};
 use mt_agent::disk::id::DiskId;
 use mt_agent::error::chain;
 use mt_agent::setup;
@@ -101,7 +101,7 @@ impl Selection {
                 let root = Root::open(&self.root)?;
                 let at = |path: &str| Ok::<_, Error>(root.at(&root.real(path.as_ref())?));
                 let (file, snippets) = (at(config::DEFAULT_FILE)?, at(config::DEFAULT_SNIPPETS)?);
-                places.over(Config::load_from(&file, &snippets).map_err(Failure::failed)?)
+                places.over(Sourced::load_from(&file, &snippets).map_err(Failure::failed)?.config)
             }
         };
         Ok(Setup::open(Host::open(&self.root, places_of(&config), wishes)?)?)

@@ -30,6 +30,7 @@
 //! it, and neither read nor removed.
 
 pub mod format;
+mod parallel;
 pub mod recover;
 mod saved;
 pub mod verify;

@@ -27,6 +27,7 @@ mod map;
 mod mbr;
 mod named;
 pub mod ranges;
+mod reasons;
 mod reiserfs;
 pub mod signature;
 pub mod table;

@@ -21,9 +21,10 @@ use crate::journal::writer::segment_name;
 use crate::name::Name;
 use crate::pass::Lineage;
 use crate::points::{self, Log, PointId, VolumeAt};
-use crate::protection;
+use crate::protection::{self, Assignment, Commit};
 use crate::storage::shelf::Directory;
 use target::Target;
+use time::OffsetDateTime;
 
 /// The longest segment of a journal, in bytes.
 pub const LONGEST_SEGMENT: u64 = 64 << 20;
@@ -52,6 +53,21 @@ pub enum Error {
         /// What is wrong.
         #[source]
         source: recover::Error,
+    },
+    /// The log does not have the newest point of a disk, which the protection has: the end of the log is missing.
+    #[error(
+        "points.log does not have the newest point of disk {disk} of machine {machine}, of {}: it is an older copy, or lines were \
+         cut off its end, and the disk is not what it tells any more. Put the log back as it was, or give the points up with \
+         `mt-agent check {machine} --give-up`: then the machine can be received again, from an initial pass on",
+        crate::units::rfc3339(*time)
+    )]
+    Behind {
+        /// The machine.
+        machine: Name,
+        /// The disk.
+        disk: Name,
+        /// When the newest point was committed.
+        time: OffsetDateTime,
     },
     /// The points log.
     #[error(transparent)]
@@ -179,21 +195,33 @@ pub struct Journal {
 }
 
 impl Journal {
-    /// Reads it, and changes nothing.
-    pub fn read(
-        retention: &Path,
-        machine: &Name,
-        disk: &Name,
-        target: &DiskId,
-        log: &Log,
-    ) -> Result<Journal, Error> {
-        let shelf = Directory::at(place(retention, machine, disk));
-        let standing = Standing::of(machine, disk, target, log);
+    /// Reads it, and changes nothing. `disk` was loaded before the log was read, or nobody commits a pass meanwhile.
+    pub fn read(retention: &Path, machine: &Name, disk: &Assignment, log: &Log) -> Result<Journal, Error> {
+        let Assignment { name, id, .. } = disk;
+        let shelf = Directory::at(place(retention, machine, name));
+        let standing = Standing::of(machine, name, id, log);
         // Not opened unless it is asked: most journals say all by themselves.
-        let holds = |extent| Target::attached(target)?.read(extent);
+        let holds = |extent| Target::attached(id)?.read(extent);
         let history = recover(&shelf, &|lineage| standing.is_ours(lineage), &holds)
-            .map_err(|source| Error::Journal { machine: machine.clone(), disk: disk.clone(), source })?;
-        Ok(Journal { shelf, history, standing })
+            .map_err(|source| Error::Journal { machine: machine.clone(), disk: name.clone(), source })?;
+        let journal = Journal { shelf, history, standing };
+        match journal.lacks(machine, disk, log) {
+            Some(commit) => {
+                Err(Error::Behind { machine: machine.clone(), disk: name.clone(), time: commit.time })
+            }
+            None => Ok(journal),
+        }
+    }
+
+    /// The disk's newest commit, where the log should have it and does not: a point is recorded there before it is in the
+    /// protection.
+    fn lacks(&self, machine: &Name, disk: &Assignment, log: &Log) -> Option<Commit> {
+        let commit = disk.last_commit?;
+        let is_it = |at: &VolumeAt| at.is_on(&disk.name, &disk.id) && at.sender_pass == commit.pass;
+        let known = log.history().iter().any(|entry| entry.point.volumes_of(machine).any(is_it));
+        // The log keeps it also where it was dropped. One that was moved away on purpose took the journals with it.
+        let moved_away = self.standing.newest().is_none() && self.history.passes.is_empty();
+        (!known && !moved_away).then_some(commit)
     }
 
     /// Whether the way back to the point after this pass is whole: every pass since then that led to a point is there, to

@@ -6,6 +6,7 @@
 
 mod compare;
 mod encode;
+pub mod free;
 pub mod freeze;
 pub mod hints;
 pub mod hook;
@@ -17,7 +18,7 @@ pub mod still;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use rustls::ClientConfig;
@@ -37,6 +38,7 @@ use crate::net::tls::{self, HandshakeError};
 use crate::net::{keepalive, wire};
 use crate::points::PointId;
 use crate::storage::device::EngineChoice;
+use free::Space;
 use hints::Hints;
 use limit::{Limiter, Rates};
 use source::Source;
@@ -67,6 +69,8 @@ pub struct Plan {
     pub resized: bool,
     /// Whether they may be other disks, of whatever size.
     pub another: bool,
+    /// Whether free space is sent like anything else.
+    pub whole_disk: bool,
     /// What a tracker says has changed since the last point of each disk: a superset of what has.
     pub hints: BTreeMap<Name, PathBuf>,
 }
@@ -119,6 +123,8 @@ pub struct Progress {
     pub differs: AtomicU64,
     /// The size of the target, once it is known.
     pub target: AtomicU64,
+    /// What of the source is free, once that was looked for.
+    pub space: OnceLock<Space>,
     /// Frames that the receiver refused as damaged, and that were sent again.
     pub again: AtomicU64,
     /// Whether the receiver cannot take it yet, and is asked again.
@@ -359,10 +365,36 @@ pub async fn send(
     };
     let all_delta = replies.iter().all(|reply| reply.baseline.is_some());
     let sources: Vec<_> = disks.iter().map(|disk| (disk.name.clone(), disk.source.clone())).collect();
-    if let Err(error) = still.begin(id, plan.group.as_ref(), &sources, all_delta).await {
-        let error = Arc::new(error);
-        (0..names.len()).for_each(|index| ended(index, Err(Error::Still(error.clone()))));
-        return;
+    let still_ones = match still.begin(id, plan.group.as_ref(), &sources, all_delta).await {
+        Ok(still_ones) => still_ones,
+        Err(error) => {
+            let error = Arc::new(error);
+            (0..names.len()).for_each(|index| ended(index, Err(Error::Still(error.clone()))));
+            return;
+        }
+    };
+    let why_not = |index: usize| {
+        let only_hints = plan.scope == Scope::Differences
+            && plan.hints.contains_key(&names[index])
+            && replies[index].standing;
+        match (plan.whole_disk, only_hints, still_ones[index]) {
+            (true, _, _) => Some("--whole-disk asks for all of it"),
+            (false, true, _) => Some("only the ranges are looked at that --changed-ranges tells"),
+            (false, false, false) => Some(IN_USE),
+            (false, false, true) => None,
+        }
+    };
+    let look: Vec<_> = sources.into_iter().map(|(_, source)| source).enumerate().collect();
+    let look: Vec<_> = look.into_iter().map(|(index, source)| (source, why_not(index))).collect();
+    let found = match tokio::task::spawn_blocking(move || free::find(&look)).await {
+        Ok(found) => found,
+        Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+    };
+    let mut free = Vec::new();
+    for (disk, (ranges, space)) in disks.iter().zip(found) {
+        // An attempt has a progress of its own.
+        disk.progress.space.set(space).ok();
+        free.push(Arc::new(ranges));
     }
     // After the pre-hook, which may have made them.
     let paths = plan.hints.clone();
@@ -386,11 +418,12 @@ pub async fn send(
     let (time, name) = (OffsetDateTime::now_utc(), plan.name.clone());
     let point = Point { id, disks: names.clone(), time, name };
     let mut passes = JoinSet::new();
-    for (index, (disk, (stream, reply))) in disks.into_iter().zip(opened).enumerate() {
+    for (index, ((disk, free), (stream, reply))) in disks.into_iter().zip(free).zip(opened).enumerate() {
         let job = session::Job {
             point: point.clone(),
             still: still.clone(),
             source: disk.source,
+            free,
             progress: disk.progress,
             compression: plan.compression,
             engine: plan.engine,
@@ -410,6 +443,10 @@ pub async fn send(
         }
     }
 }
+
+/// Why the free space of a source is sent that somebody may be writing to.
+const IN_USE: &str = "it is in use, so that what is free of it may be in use before it is read: with --freeze it is left out \
+                      (not in a first pass), and so it is of a snapshot";
 
 /// Waits for what is done with all disks, and gives the place of one that failed, if any did. There is no point without
 /// that one: what the others would still do is for nothing, and they end. `each` hears of those that ended by themselves.

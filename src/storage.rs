@@ -110,14 +110,15 @@ pub trait Storage: Send {
     /// What makes a blocked [`Storage::wait`] return.
     fn waker(&self) -> Waker;
 
-    /// Creates a segment of `len` bytes on the shelf; from now on [`Place::Segment`] means this one. Its name is durable
-    /// and its space is reserved when this returns: a write to it does not fail for want of room. Nothing is under way on
-    /// the segment before.
+    /// Creates a segment of `len` bytes on the shelf that begins with `header`; from now on [`Place::Segment`] means this
+    /// one. Its name and its header are durable and its space is reserved when this returns: a write to it does not fail for
+    /// want of room. A crash before that leaves none, or one of any length with a part of its header and else nothing.
+    /// Nothing is under way on the segment before.
     ///
     /// # Errors
     /// [`io::ErrorKind::StorageFull`](std::io::ErrorKind::StorageFull) where there is no room, and then nothing is left
     /// of it; `Unsupported` where there is no shelf.
-    fn create_segment(&mut self, name: &str, len: u64) -> Result<(), IoError>;
+    fn create_segment(&mut self, name: &str, len: u64, header: &[u8]) -> Result<(), IoError>;
 }
 
 /// A directory of segment files. One writer at a time; what is created is created through a [`Storage`].

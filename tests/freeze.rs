@@ -217,6 +217,12 @@ fn at_the_limit_it_is_thawed_and_the_point_is_fuzzy() {
     let sent = send.finish().ok();
     assert!(sent.stderr.contains("thawed before everything was read, because 1 s had passed"), "{sent:#?}");
     assert_eq!(site.newest(), ("crash".to_owned(), true));
+    let (id, out) = (site.points().last().unwrap()["id"].clone(), site.path("fuzzy"));
+    fs::create_dir(&out).unwrap();
+    let what = format!("{MACHINE}@{}", id.as_str().unwrap());
+    let export = ["export", &what, "--dir", out.to_str().unwrap(), "--config", &site.rig.service.config()];
+    let export = run(&export).ok();
+    assert!(export.stderr.contains("is no moment of its source"), "{export:#?}");
     // Whoever thaws it in between makes it fuzzy as well.
     let send = site.start_into_pass(&["--freeze=60s"]);
     tool("fsfreeze", &["--unfreeze", site.path("mnt").to_str().unwrap()]);

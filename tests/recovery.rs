@@ -7,7 +7,10 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use mt_agent::points::{Dropped, Log, Reason, Record};
+use mt_agent::journal::format::{Segment, encode_segment};
+use mt_agent::journal::writer::segment_name;
+use mt_agent::pass::Lineage;
+use mt_agent::points::{Dropped, Log, PointId, Reason, Record};
 use nix::sys::signal::Signal;
 use rand::rngs::StdRng as Dice;
 use rand::{RngExt, SeedableRng};
@@ -93,12 +96,17 @@ fn every_point_can_be_read_gone_back_to_and_left_again() {
         exported(&rig, &id(point), version);
     }
     exported(&rig, "latest", &versions[3]);
+    // By its name, or the beginning of its id.
+    exported(&rig, "v1", &versions[1]);
+    exported(&rig, &id(&points[2])[..12], &versions[2]);
+    command(&rig, &["failover", MACHINE, "--to", "v9"]).fails(3, &["has no point that is called v9"]);
 
     // A try changes nothing.
     command(&rig, &["failover", MACHINE, "--to", &id(&points[1]), "--dry-run"]).ok();
     assert_equal(&versions[3], rig.targets[0].backing());
     let back = command(&rig, &["failover", MACHINE, "--to", &id(&points[1]), "--json"]).ok().json();
     assert_eq!(rig.service.volume(MACHINE, "d0").phase, "released");
+    rig.service.wait_for_log("failed over: its disks are released");
     assert!(back["disks"][0]["brought_back"].as_u64().unwrap() > 0);
     assert_equal(&versions[1], rig.targets[0].backing());
     command(&rig, &["failover", MACHINE, "--to", "latest"]).fails(3, &["was failed over already"]);
@@ -106,12 +114,15 @@ fn every_point_can_be_read_gone_back_to_and_left_again() {
     assert_equal(&versions[1], rig.targets[0].backing());
     // Taken back, everything is as before, and goes on.
     command(&rig, &["failover", MACHINE, "--undo"]).ok();
+    rig.service.wait_for_log("not failed over: its disks stand at its newest point");
     assert_equal(&versions[3], rig.targets[0].backing());
     for (point, version) in points.iter().zip(&versions) {
         exported(&rig, &id(point), version);
     }
     change(&source, &mut dice);
-    rig.send(&[("d0", &source)], &[]).ok();
+    rig.send(&[("d0", &source)], &["--point-name", "v1"]).ok();
+    command(&rig, &["failover", MACHINE, "--to", "v1"])
+        .fails(3, &["2 points of machine web01 are called v1", &id(&points[1])]);
     assert_equal(&source, rig.targets[0].backing());
     exported(&rig, &id(&points[3]), &versions[3]);
     // The newest point needs nothing to be written.
@@ -314,6 +325,90 @@ fn what_is_damaged_is_given_up_and_the_machine_goes_on() {
     assert_equal(&source, rig.targets[0].backing());
     exported(&rig, "latest", &source);
     assert_eq!(points(&rig).len(), 1);
+}
+
+/// A log that was cut at the end of a line looks sound; the protection knows of a point that it does not have.
+#[test]
+fn a_log_that_lost_its_end_is_noticed() {
+    require_root!();
+    let mut dice = Dice::seed_from_u64(14);
+    let (mut rig, source, versions) = with_versions(3, &mut dice);
+    let log = PathBuf::from(rig.service.state_dir()).join("retention/points.log");
+    let whole = fs::read(&log).unwrap();
+    let lines: Vec<&[u8]> = whole.split_inclusive(|byte| *byte == b'\n').collect();
+    let dir = rig.path("out");
+    fs::create_dir(&dir).unwrap();
+    let dir = dir.to_str().unwrap();
+    // The newest point is missing; all are.
+    for left in [3, 1] {
+        rig.service.process().kill();
+        fs::write(&log, lines[..left].concat()).unwrap();
+        rig.service.spawn();
+        assert_eq!(points(&rig).len(), left - 1);
+        if left > 1 {
+            for args in
+                [&["failover", MACHINE, "--to", "latest"][..], &["export", "web01@latest", "--dir", dir]]
+            {
+                command(&rig, args)
+                    .fails(1, &["lines were cut off its end", "mt-agent check web01 --give-up"]);
+            }
+        }
+        rig.send(&[("d0", &source)], &[])
+            .fails(3, &["lines were cut off its end", "mt-agent check web01 --give-up"]);
+        assert_eq!(sound(&rig), vec![false; left - 1]);
+        command(&rig, &["check", MACHINE]).fails(1, &["--give-up"]);
+        assert_equal(&versions[2], rig.targets[0].backing());
+    }
+    rig.service.process().kill();
+    fs::write(&log, &whole).unwrap();
+    rig.service.spawn();
+    assert_eq!(sound(&rig), [true, true, true]);
+    // First without any point, then with one that is left.
+    for cut in [3, 1] {
+        rig.service.process().kill();
+        let text = fs::read(&log).unwrap();
+        let lines: Vec<&[u8]> = text.split_inclusive(|byte| *byte == b'\n').collect();
+        fs::write(&log, lines[..lines.len() - cut].concat()).unwrap();
+        rig.service.spawn();
+        let given_up = command(&rig, &["check", MACHINE, "--give-up"]).ok();
+        assert!(format!("{given_up:?}").contains("lines were cut off its end"), "{given_up:#?}");
+        for _ in 0..2 {
+            change(&source, &mut dice);
+            rig.send(&[("d0", &source)], &[]).ok();
+        }
+        assert_eq!(points(&rig).len(), 2);
+        assert_eq!(sound(&rig), [true, true]);
+        exported(&rig, "latest", &source);
+    }
+}
+
+/// Files of another machine's disk are in the way: they are put aside, whole, and the machine goes on.
+#[test]
+fn files_of_another_machine_are_put_aside() {
+    require_root!();
+    let mut dice = Dice::seed_from_u64(15);
+    let (rig, source, _) = with_versions(2, &mut dice);
+    let retention = PathBuf::from(rig.service.state_dir()).join("retention");
+    let mut log = Log::open(&retention).unwrap();
+    let mut point = log.newest(&MACHINE.parse().unwrap()).unwrap().clone();
+    point.id = PointId(1);
+    point.volumes[0].machine = "db01".parse().unwrap();
+    point.volumes[0].id = "loop:/elsewhere".parse().unwrap();
+    point.volumes[0].lineage = Lineage(9);
+    log.append(Record::Point(point)).unwrap();
+    let segment = Segment { lineage: Lineage(9), pass: 7, index: 0, generation: 1, sequence: 0 };
+    let journal = journal(&rig, "d0");
+    let name = segment_name(7, 0);
+    fs::write(journal.join(&name), [&encode_segment(&segment)[..], &[0; 4096]].concat()).unwrap();
+    rig.send(&[("d0", &source)], &[]).fails(3, &["belongs to the journal of another disk"]);
+    assert_eq!(sound(&rig), [false, false]);
+    let given_up = command(&rig, &["check", MACHINE, "--give-up"]).ok();
+    let aside = journal.with_file_name("d0~foreign-1");
+    assert!(given_up.stderr.contains(aside.to_str().unwrap()), "{given_up:#?}");
+    assert!(aside.join(&name).exists());
+    rig.send(&[("d0", &source)], &[]).ok();
+    assert_equal(&source, rig.targets[0].backing());
+    assert_eq!(sound(&rig), [true]);
 }
 
 /// A point that was thinned out is none any more, and what its pass saved is needed all the same.

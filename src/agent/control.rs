@@ -6,6 +6,7 @@
 //! | `GET /metrics` | [`super::metrics`] |
 //! | `POST /v1/machines/NAME/end-sessions` | `{"seconds": 60}`: the sessions of the machine end, and for so long new ones are refused |
 //! | `POST /v1/machines/NAME/receive` | `{}`: takes that back |
+//! | `POST /v1/machines/NAME/changed` | `{}`: writes to the service's log whether the points log says that it is failed over |
 //! | anything else | an error in JSON: `{"error": "…"}` with 404 or 405 |
 //!
 //! The socket's mode is 0660: whoever may read and write it may see everything here, and end sessions, which is what
@@ -30,7 +31,7 @@ use tokio::sync::watch;
 
 use super::metrics;
 use super::status::Board;
-use crate::error::IoError;
+use crate::error::{IoError, chain};
 use crate::name::Name;
 use crate::net::session::Ending;
 
@@ -155,6 +156,7 @@ fn router(board: Arc<Board>, ending: watch::Sender<Ending>) -> Router {
     Router::new()
         .route("/v1/status", get(status))
         .route("/metrics", get(metrics))
+        .route("/v1/machines/{machine}/changed", post(changed))
         .with_state(board)
         .route("/v1/machines/{machine}/end-sessions", post(end_sessions))
         .route("/v1/machines/{machine}/receive", post(receive))
@@ -183,6 +185,20 @@ async fn end_sessions(
         ending.machines.insert(machine, now + BARRED);
     });
     Json(json!({ "seconds": BARRED.as_secs() })).into_response()
+}
+
+/// A command has failed the machine over, or taken that back: whoever reads the service's log finds it there, too. What it says
+/// comes from the points log, not from whoever asks.
+async fn changed(State(board): State<Arc<Board>>, Named(machine): Named<String>) -> Response {
+    let machine: Name = match machine.parse() {
+        Ok(machine) => machine,
+        Err(error) => return failure(StatusCode::BAD_REQUEST, format!("{error}")),
+    };
+    answer(move || {
+        board.log_standing(&machine).map_err(|error| chain(&error))?;
+        Ok(Json(json!({})).into_response())
+    })
+    .await
 }
 
 async fn receive(State(ending): State<watch::Sender<Ending>>, Named(machine): Named<String>) -> Response {

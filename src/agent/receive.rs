@@ -34,8 +34,9 @@ use crate::units::ByteLen;
 use crate::volume::counters::Counters;
 use crate::volume::{Events, Fault, Volume};
 
-/// How many requests to one disk are under way at once.
-const DEPTH: usize = 32;
+/// How many requests to one disk are under way at once: the reads of a whole batch of small before-images, beside writes, so that
+/// the batch before is journalled meanwhile.
+const DEPTH: usize = 160;
 
 /// The service, as a session sees it.
 #[derive(Debug)]
@@ -173,7 +174,7 @@ impl Receiver {
         let read = self.coordinator.read(|log| {
             let released = log.released(machine).map(|released| released.point);
             let begun = log.begun(machine).cloned();
-            (begun, released, Journal::read(retention, machine, &disk.name, &disk.id, log))
+            (begun, released, Journal::read(retention, machine, disk, log))
         });
         let (begun, released, journal) = read.map_err(|error| commit::refuse(&error))?;
         if let Some(begun) = begun {

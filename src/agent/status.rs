@@ -38,6 +38,7 @@ use time::OffsetDateTime;
 use super::commit::Coordinator;
 use crate::error::chain;
 use crate::name::Name;
+use crate::points;
 use crate::protection::{self, Assignment, State, Store};
 use crate::storage::device::Engine;
 use crate::volume::counters::{Counters, Phase};
@@ -352,6 +353,22 @@ impl Board {
     /// The same, which knows the machines that were failed over.
     pub(super) fn with_points(self, points: Arc<Coordinator>) -> Board {
         Board { points: Some(points), ..self }
+    }
+
+    /// Writes to the log whether the machine is failed over, as the points log says.
+    pub(super) fn log_standing(&self, machine: &Name) -> Result<(), points::Error> {
+        let Some(points) = &self.points else { return Ok(()) };
+        let (released, begun) =
+            points.read(|log| (log.released(machine).cloned(), log.begun(machine).cloned()))?;
+        match (released, begun) {
+            (_, Some(begun)) => tracing::info!(%machine, "{begun} began and is not done"),
+            (Some(released), None) => {
+                let (point, time) = (released.point, released.time);
+                tracing::info!(%machine, %point, %time, "failed over: its disks are released");
+            }
+            (None, None) => tracing::info!(%machine, "not failed over: its disks stand at its newest point"),
+        }
+        Ok(())
     }
 
     /// Looks at the counters for the rates. To be called about once a second; [`super::control`] does.

@@ -2,7 +2,8 @@
 //! it is told to.
 //!
 //! `--json` prints one object: `schema_version` (1), `machine`, `read_bytes`, and `points`, oldest first, of each `id`, `sound`,
-//! `given_up`, and `damage` (an array of texts).
+//! `given_up`, and `damage` (an array of texts); `lost`, the disks of which no point can be reached, of each `disk` and `what`
+//! is wrong; and `put_aside`, the paths to which files of other disks were moved.
 
 use mt_agent::name::Name;
 use mt_agent::points::Log;
@@ -38,8 +39,17 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let mut log = Log::open(retention)?;
     let report = match args.give_up {
         true => give_up(retention, &store, &mut log, &args.machine)?,
-        false => check(retention, &store, &log, &args.machine)?,
+        false => check(retention, &store, &mut log, &args.machine)?,
     };
+    for (disk, what) in report.lost.iter().filter(|_| report.points.is_empty()) {
+        note!("mt-agent: disk {disk}: {what}");
+    }
+    for path in &report.put_aside {
+        note!(
+            "mt-agent: files of another disk were put aside in {}: put each of them back where it was, or remove them",
+            path.display()
+        );
+    }
     for disk in &report.unseen {
         note!(
             "mt-agent: disk {disk} is released and not attached: whether somebody wrote to it is not known"
@@ -60,6 +70,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
             .collect();
         let report = json!({
             "schema_version": SCHEMA_VERSION, "machine": args.machine, "read_bytes": report.bytes, "points": points,
+            "lost": report.lost.iter().map(|(disk, what)| json!({ "disk": disk, "what": what })).collect::<Vec<_>>(),
+            "put_aside": report.put_aside,
         });
         print(&format!("{report:#}\n"))?;
     } else {
@@ -79,8 +91,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
         ))?;
     }
     match damaged {
-        0 => Ok(()),
         _ if args.give_up => Ok(()),
+        0 if report.lost.is_empty() => Ok(()),
         _ => Err(Failure::failed(format!(
             "{damaged} points of {} cannot be gone back to; `mt-agent check {} --give-up` gives them up for good",
             args.machine, args.machine

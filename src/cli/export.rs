@@ -21,7 +21,7 @@ const SCHEMA_VERSION: u32 = 1;
 /// Write a machine's disks as they were at a recovery point to image files
 #[derive(clap::Args)]
 pub struct Args {
-    /// The machine and the point: MACHINE@latest, MACHINE@ID or MACHINE@TIME
+    /// The machine and the point: MACHINE@latest, MACHINE@ID (or its first digits), MACHINE@NAME or MACHINE@TIME
     #[arg(value_name = "MACHINE@POINT", value_parser = what)]
     what: (Name, To),
     /// Where to put DISK.img of each disk; none of them may exist
@@ -46,6 +46,12 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let (machine, to) = args.what;
     let mut log = Log::open(retention)?;
     let point = to.find(&log, &machine)?.clone();
+    if point.fuzzy {
+        note!(
+            "mt-agent: point {} is no moment of its source, which was in use while it was read: what is in the images may              contradict itself",
+            point.id
+        );
+    }
     let total: u64 = store.load(&machine)?.disks.iter().map(|disk| disk.size.0).sum();
     let bar = digest::bar(total);
     let images = export(retention, &store, &mut log, &machine, &point, &args.dir, |bytes| bar.inc(bytes));

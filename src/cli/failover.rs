@@ -39,7 +39,8 @@ pub struct Args {
     /// All machines of this consistency group
     #[arg(long, value_name = "NAME", conflicts_with = "machines")]
     group: Option<Name>,
-    /// The point: latest, latest-application, the id of one (`mt-agent points`), or a time such as 2026-03-01T10:00:00Z
+    /// The point: latest, latest-application, the id of one (`mt-agent points`) or its first digits, its name, or a time such
+    /// as 2026-03-01T10:00:00Z
     #[arg(long, value_name = "POINT", required_unless_present = "undo", value_parser = to)]
     to: Option<To>,
     /// Take the last failover back: the disks stand at the newest point again, and can be received
@@ -67,8 +68,12 @@ pub(super) fn to(text: &str) -> Result<To, String> {
     if let Ok(id) = text.parse() {
         return Ok(To::Id(id));
     }
-    OffsetDateTime::parse(text, &Rfc3339).map(To::Time).map_err(|_| {
-        "give latest, latest-application, a point's id, or a time such as 2026-03-01T10:00:00Z".to_owned()
+    if let Ok(time) = OffsetDateTime::parse(text, &Rfc3339) {
+        return Ok(To::Time(time));
+    }
+    text.parse().map(To::Called).map_err(|_| {
+        "give latest, latest-application, a point's id or its first digits, its name, or a time such as 2026-03-01T10:00:00Z"
+            .to_owned()
     })
 }
 
@@ -89,7 +94,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         Some(group) => store.members(group)?.into_iter().collect(),
         None => args.machines,
     };
-    let by_id = matches!(args.to, Some(To::Id(_)));
+    let by_id = matches!(args.to, Some(To::Id(_) | To::Called(_)));
     let several = args.group.is_some() || machines.len() > 1;
     let mut log = Log::open(retention)?;
     let mut to = args.to;
@@ -113,6 +118,10 @@ pub fn run(args: Args) -> Result<(), Failure> {
         machines.iter().try_for_each(|machine| {
             let started = Instant::now();
             let report = work(log, machine)?;
+            if !args.dry_run {
+                // For whoever reads its log. Where it does not run, or does not answer, this command tells all the same.
+                tell(&config.control_socket, machine, "changed").ok();
+            }
             done.push((machine.clone(), report, started.elapsed()));
             Ok(())
         })

@@ -39,6 +39,10 @@ pub struct What {
     /// How to read: auto, io-uring or threads
     #[arg(long, default_value = "auto")]
     engine: EngineChoice,
+    /// Also take the free space of the file systems and volume groups on the disks for what it holds: by default it is not
+    /// read and counts as zeros, where it is certain what is free
+    #[arg(long)]
+    whole_disk: bool,
     /// Print the result as JSON
     #[arg(long)]
     json: bool,

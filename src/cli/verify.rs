@@ -2,7 +2,8 @@
 //!
 //! `--json` prints one object: `schema_version` (1), `machine`, `equal`, and `disks`, of each `disk`, `size`, `equal`,
 //! `target_size` (null where it is not known), `differing_bytes`, `differences` (of each `offset` and `length` in bytes, and
-//! `where`, the partitions and file systems of the source that it touches, in words; the first 10,000), and `error`.
+//! `where`, the partitions and file systems of the source that it touches, in words; the first 10,000), `free_bytes` (what is
+//! proven free and so may differ; null where it is not known), and `error`.
 
 use std::sync::atomic::Ordering;
 
@@ -55,10 +56,15 @@ pub fn run(args: Args) -> Result<(), Failure> {
         let (name, size) = (&disk.name, disk.source.size());
         let places = |extent| landmarks.get(index).map_or(Vec::new(), |one| one.at(extent));
         let target = Some(disk.progress.target.load(Ordering::Relaxed)).filter(|target| *target > 0);
+        let free = disk.progress.space.get().and_then(|space| space.free);
         let same = differs == 0 && error.is_none();
         equal &= same;
         if !job.json && error.is_none() {
             let mut text = match differs {
+                0 if free.is_some_and(|free| free > 0) => {
+                    let free = free.unwrap_or_default();
+                    format!("{name}: {} are equal, and {} are free\n", ByteLen(size.0 - free), ByteLen(free))
+                }
                 0 => format!("{name}: {size} are equal\n"),
                 _ => format!("{name}: {} of {size} differ\n", ByteLen(differs)),
             };
@@ -86,6 +92,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
             .collect();
         disks.push(json!({
             "disk": name, "size": size, "target_size": target, "equal": same, "differing_bytes": differs, "differences": differences,
+            "free_bytes": free,
             "error": error,
         }));
     }

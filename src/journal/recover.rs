@@ -5,6 +5,7 @@ use std::io;
 use std::time::Duration;
 
 use super::format::{self, BLOCK, BLOCK_LEN, Body, MAX_IMAGE, Record};
+use super::parallel;
 use super::writer::{Writer, gone_name, parse_gone, parse_name, segment_name};
 use crate::checksum::crc32c;
 use crate::error::IoError;
@@ -123,6 +124,11 @@ impl Image {
     pub fn is_zero(&self) -> bool {
         self.at == 0
     }
+
+    /// Whether these bytes are what it holds, as far as checksums tell.
+    pub(super) fn is_of(&self, bytes: &[u8]) -> bool {
+        if self.is_zero() { bytes.iter().all(|byte| *byte == 0) } else { crc32c(bytes) == self.crc }
+    }
 }
 
 /// How often, and how long after, it is read again what somebody else may have been writing.
@@ -130,10 +136,10 @@ const AGAIN: u32 = 3;
 const PAUSE: Duration = Duration::from_millis(5);
 
 /// Whether a segment with this lineage belongs where it is.
-pub type Ours<'a> = &'a dyn Fn(Lineage) -> bool;
+pub type Ours<'a> = &'a (dyn Fn(Lineage) -> bool + Sync);
 
 /// What the disk holds now; asked only where a power cut may have torn the newest record.
-pub type Holds<'a> = &'a dyn Fn(Extent) -> Result<Vec<u8>, IoError>;
+pub type Holds<'a> = &'a (dyn Fn(Extent) -> Result<Vec<u8>, IoError> + Sync);
 
 /// Reads the headers of all segments. What is damaged is said pass by pass; an error is only what concerns all.
 ///
@@ -156,10 +162,11 @@ pub fn recover(shelf: &dyn Shelf, ours: Ours<'_>, holds: Holds<'_>) -> Result<Hi
 
 fn read_all(shelf: &dyn Shelf, ours: Ours<'_>, holds: Holds<'_>) -> Result<History, Error> {
     let names = names(shelf)?;
-    let segments = names.values().flatten().map(|(_, name)| name.clone()).collect();
-    let mut history = History { passes: BTreeMap::new(), names: segments };
-    for (number, segments) in names {
-        let mut pass = read_pass(shelf, number, segments.clone(), ours, holds)?;
+    let segments: Vec<String> = names.values().flatten().map(|(_, name)| name.clone()).collect();
+    let many = segments.len() > ALONE;
+    let names: Vec<_> = names.into_iter().collect();
+    let passes = parallel::each(&names, many, |_, (number, segments)| {
+        let mut pass = read_pass(shelf, *number, segments, ours, holds)?;
         // Whoever reads beside the writer may find a record half written, and the next one behind it a moment later: that
         // is no damage. Damage stays.
         for _ in 0..AGAIN {
@@ -167,12 +174,16 @@ fn read_all(shelf: &dyn Shelf, ours: Ours<'_>, holds: Holds<'_>) -> Result<Histo
                 break;
             }
             std::thread::sleep(PAUSE);
-            pass = read_pass(shelf, number, segments.clone(), ours, holds)?;
+            pass = read_pass(shelf, *number, segments, ours, holds)?;
         }
-        history.passes.insert(number, pass);
-    }
-    Ok(history)
+        Ok((*number, pass))
+    });
+    let passes = passes.into_iter().collect::<Result<_, Error>>()?;
+    Ok(History { passes, names: segments })
 }
+
+/// So many segments are read by one thread.
+const ALONE: usize = 64;
 
 /// The index and name of each segment, by its pass, without those of passes that were let go of.
 fn names(shelf: &dyn Shelf) -> Result<BTreeMap<u64, Vec<(u32, String)>>, IoError> {
@@ -291,7 +302,7 @@ impl History {
 fn read_pass(
     shelf: &dyn Shelf,
     number: u64,
-    segments: Vec<(u32, String)>,
+    segments: &[(u32, String)],
     ours: Ours<'_>,
     holds: Holds<'_>,
 ) -> Result<Pass, Error> {
@@ -309,14 +320,14 @@ fn read_pass(
         next_sequence: 0,
         next_index: segments.last().map_or(0, |(index, _)| index.saturating_add(1)),
     };
-    for (place, (index, name)) in segments.into_iter().enumerate() {
+    for (place, (index, name)) in segments.iter().enumerate() {
         let damage = |at, what| Some(Damage { segment: name.clone(), at, what });
-        if index as usize != place {
+        if *index as usize != place {
             pass.damage = damage(0, "the segment before it is missing");
             return Ok(pass);
         }
         let newest = place + 1 == count;
-        let reader = shelf.open(&name)?;
+        let reader = shelf.open(name)?;
         let mut block = [0; BLOCK_LEN];
         if reader.size() < BLOCK {
             // A crash came between its creation and the reservation of its space, or it was cut off.
@@ -326,7 +337,7 @@ fn read_pass(
         let segment = match format::parse_segment(&block) {
             Ok(segment) => segment,
             Err(format::Error::Version(version)) => {
-                return Err(Error::Unsupported { segment: name, version });
+                return Err(Error::Unsupported { segment: name.clone(), version });
             }
             // Created, and never written to before the power went: no record can be in it, and none after it.
             Err(_) => {
@@ -339,9 +350,9 @@ fn read_pass(
             }
         };
         if !ours(segment.lineage) {
-            return Err(Error::Foreign { segment: name });
+            return Err(Error::Foreign { segment: name.clone() });
         }
-        if (segment.pass, segment.index) != (number, index) {
+        if (segment.pass, segment.index) != (number, *index) {
             pass.damage = damage(0, "it is a segment of another place");
             return Ok(pass);
         }
@@ -412,7 +423,11 @@ impl Pass {
         let (end, mut at) = (newest.end, newest.end);
         let images = last.as_ref().map_or(0, |last| last.entries().len());
         let sound = self.images.len() - images;
-        let is_bad = |image: &Image| read_image(reader, image).is_err();
+        let mut bytes = Vec::new();
+        let mut is_bad = |image: &Image| {
+            bytes.resize(image.len as usize, 0);
+            !image.is_zero() && read_image(reader, image, &mut bytes).is_err()
+        };
         // Relied on with a copy that is torn, it would be called damaged once the pass has ended.
         let copied = match &last {
             Some(last) if matches!(last.body, Body::Images { .. }) => {
@@ -423,7 +438,7 @@ impl Pass {
             }
             _ => true,
         };
-        let bad = last.take_if(|_| !copied || self.images[sound..].iter().any(is_bad));
+        let bad = last.take_if(|_| !copied || self.images[sound..].iter().any(&mut is_bad));
         let behind = window(reader, end)?;
         if let Some(bad) = &bad {
             self.images.truncate(sound);
@@ -475,16 +490,10 @@ fn records(bytes: &[u8]) -> impl Iterator<Item = (u64, Record)> {
     blocks.filter_map(|(block, index)| Some((index * BLOCK, format::parse_record(block).ok()?)))
 }
 
-/// The bytes of an image whose checksum holds.
-fn read_image(reader: &dyn ReadAt, image: &Image) -> Result<Vec<u8>, ImageError> {
-    let mut bytes = vec![0; image.len as usize];
-    if !image.is_zero() {
-        reader.read_at(image.at, &mut bytes)?;
-        if crc32c(&bytes) != image.crc {
-            return Err(ImageError::Checksum);
-        }
-    }
-    Ok(bytes)
+/// Reads the bytes of an image, whose checksum must hold.
+fn read_image(reader: &dyn ReadAt, image: &Image, bytes: &mut [u8]) -> Result<(), ImageError> {
+    reader.read_at(image.at, bytes)?;
+    if image.is_of(bytes) { Ok(()) } else { Err(ImageError::Checksum) }
 }
 
 #[derive(Debug)]
@@ -503,21 +512,32 @@ impl From<IoError> for ImageError {
 pub struct Images<'a> {
     shelf: &'a dyn Shelf,
     open: Option<(String, Box<dyn ReadAt + Send + Sync>)>,
+    bytes: Vec<u8>,
 }
 
 impl<'a> Images<'a> {
     /// Of the segments on this shelf.
     pub fn of(shelf: &'a dyn Shelf) -> Images<'a> {
-        Images { shelf, open: None }
+        Images { shelf, open: None, bytes: Vec::new() }
     }
 
     /// The bytes of an image of this pass.
-    pub fn read(&mut self, pass: u64, image: &Image) -> Result<Vec<u8>, Error> {
+    pub fn read(&mut self, pass: u64, image: &Image) -> Result<&[u8], Error> {
+        let mut bytes = std::mem::take(&mut self.bytes);
+        bytes.resize(image.len as usize, 0);
+        let read = self.read_into(pass, image, &mut bytes);
+        self.bytes = bytes;
+        read.map(|()| &*self.bytes)
+    }
+
+    /// The same, into memory of their length.
+    pub fn read_into(&mut self, pass: u64, image: &Image, bytes: &mut [u8]) -> Result<(), Error> {
         if image.is_zero() {
-            return Ok(vec![0; image.len as usize]);
+            bytes.fill(0);
+            return Ok(());
         }
         let (name, reader) = self.segment(pass, image)?;
-        read_image(reader, image).map_err(|error| match error {
+        read_image(reader, image, bytes).map_err(|error| match error {
             ImageError::Io(error) => Error::Io(error),
             ImageError::Checksum => {
                 let what = "the checksum of a before-image does not hold";
@@ -556,14 +576,13 @@ pub fn roll_back(pass: &Pass, shelf: &dyn Shelf, storage: &mut dyn Storage) -> R
     let mut done: Vec<Completion> = Vec::new();
     let mut in_flight = 0;
     for (tag, image) in pass.images.iter().enumerate() {
-        let bytes = images.read(pass.number, image)?;
         let mut buffer = loop {
-            match arena.try_alloc(bytes.len()) {
+            match arena.try_alloc(image.len as usize) {
                 Some(buffer) if in_flight < depth => break buffer,
                 _ => in_flight -= reap(storage, &mut done)?,
             }
         };
-        buffer.copy_from_slice(&bytes);
+        images.read_into(pass.number, image, &mut buffer)?;
         let action = Action::Write { offset: image.offset, buffer };
         storage.submit(Request { tag: tag as u64, place: Place::Disk, action });
         in_flight += 1;

@@ -1,6 +1,7 @@
 //! Holds every byte of a pass against what was written.
 
 use super::format::{self, BLOCK, BLOCK_LEN, Body};
+use super::parallel;
 use super::recover::{Damage, Error, Pass, Segment};
 use crate::checksum::crc32c;
 use crate::error::IoError;
@@ -10,50 +11,64 @@ use crate::storage::{ReadAt, Shelf};
 /// fills them up to whole blocks, and the zeros behind the last record. Only behind the newest record of a pass that did not
 /// end there may be something else, which a power cut tore; [`recover`](super::recover::recover) has judged it.
 pub fn verify(pass: &Pass, shelf: &dyn Shelf) -> Result<(), Error> {
-    let corrupt = |damage| Error::Corrupt { pass: pass.number, damage };
     if let Some(damage) = &pass.damage {
-        return Err(corrupt(damage.clone()));
+        return Err(Error::Corrupt { pass: pass.number, damage: damage.clone() });
     }
-    for (place, Segment { name, end, .. }) in pass.segments.iter().enumerate() {
-        let damaged = |at, what| corrupt(Damage { segment: name.clone(), at, what });
-        let reader = shelf.open(name)?;
-        let mut block = [0; BLOCK_LEN];
-        let mut at = 0;
-        if *end > 0 {
-            reader.read_at(0, &mut block)?;
-            format::parse_segment(&block).map_err(|_| damaged(0, "the segment's header is damaged"))?;
-            at = BLOCK;
-        }
-        while at < *end {
-            reader.read_at(at, &mut block)?;
-            let record =
-                format::parse_record(&block).map_err(|_| damaged(at, "a record's header is damaged"))?;
-            let mut stored = at + BLOCK;
-            for entry in record.entries().iter().filter(|entry| !entry.zero) {
-                let mut bytes = vec![0; entry.stored() as usize];
-                reader.read_at(stored, &mut bytes)?;
-                let (image, padding) = bytes.split_at(entry.extent.len() as usize);
-                if crc32c(image) != entry.crc {
-                    return Err(damaged(stored, "the checksum of a before-image does not hold"));
-                }
-                if padding.iter().any(|byte| *byte != 0) {
-                    return Err(damaged(stored, "what fills up a before-image is not zero"));
-                }
-                stored += entry.stored();
+    let results = parallel::each(&pass.segments, pass.bytes > ALONE, |place, segment| {
+        let may_be_torn = place + 1 == pass.segments.len() && (!pass.ended || segment.end == 0);
+        verify_segment(pass.number, segment, may_be_torn, shelf)
+    });
+    results.into_iter().collect()
+}
+
+/// A pass that saved no more bytes is read by one thread.
+const ALONE: u64 = 8 << 20;
+
+fn verify_segment(
+    pass: u64,
+    Segment { name, end, .. }: &Segment,
+    may_be_torn: bool,
+    shelf: &dyn Shelf,
+) -> Result<(), Error> {
+    let damaged = |at, what| Error::Corrupt { pass, damage: Damage { segment: name.clone(), at, what } };
+    let reader = shelf.open(name)?;
+    let mut block = [0; BLOCK_LEN];
+    let mut at = 0;
+    if *end > 0 {
+        reader.read_at(0, &mut block)?;
+        format::parse_segment(&block).map_err(|_| damaged(0, "the segment's header is damaged"))?;
+        at = BLOCK;
+    }
+    let mut behind = Vec::new();
+    while at < *end {
+        reader.read_at(at, &mut block)?;
+        let record = format::parse_record(&block).map_err(|_| damaged(at, "a record's header is damaged"))?;
+        // What is behind the header, at most what a payload may be.
+        behind.resize((record.len() - BLOCK) as usize, 0);
+        reader.read_at(at + BLOCK, &mut behind)?;
+        let mut rest = behind.as_slice();
+        for entry in record.entries().iter().filter(|entry| !entry.zero) {
+            let stored = at + record.len() - rest.len() as u64;
+            // Parsing has held the sum of these against the length of the payload.
+            let (bytes, later) = rest.split_at(entry.stored() as usize);
+            rest = later;
+            let (image, padding) = bytes.split_at(entry.extent.len() as usize);
+            if crc32c(image) != entry.crc {
+                return Err(damaged(stored, "the checksum of a before-image does not hold"));
             }
-            at += record.len();
-            if let Body::Images { .. } = record.body {
-                let mut copy = [0; BLOCK_LEN];
-                reader.read_at(at - BLOCK, &mut copy)?;
-                if copy != block {
-                    return Err(damaged(at - BLOCK, "the copy of a record's header is damaged"));
-                }
+            if padding.iter().any(|byte| *byte != 0) {
+                return Err(damaged(stored, "what fills up a before-image is not zero"));
             }
         }
-        let may_be_torn = place + 1 == pass.segments.len() && (!pass.ended || *end == 0);
-        if !may_be_torn && !is_zero(&*reader, at)? {
-            return Err(damaged(at, "something stands behind the last record"));
+        at += record.len();
+        if let Body::Images { .. } = record.body
+            && rest != block
+        {
+            return Err(damaged(at - BLOCK, "the copy of a record's header is damaged"));
         }
+    }
+    if !may_be_torn && !is_zero(&*reader, at)? {
+        return Err(damaged(at, "something stands behind the last record"));
     }
     Ok(())
 }

@@ -4,6 +4,10 @@ use super::format::BLOCK;
 use super::recover::{Error, History, Image, Images};
 use super::saved::Saved;
 use crate::storage::Shelf;
+use crate::units::Extent;
+
+/// How much of the disk is read at once, in bytes: no image is longer.
+const AT_ONCE: u64 = 1 << 20;
 
 /// Which image holds which part of the older content. Parts that are in no image are on the disk as they were.
 pub struct View<'a> {
@@ -69,8 +73,44 @@ impl<'a> View<'a> {
         let mut images = Images::of(self.shelf);
         self.parts.iter().try_for_each(|part| {
             let bytes = images.read(part.pass, &part.image)?;
-            put(part.offset, within(&bytes, part))
+            put(part.offset, within(bytes, part))
         })
+    }
+
+    /// Whether a disk, of which `read` reads ranges, holds all that is in the images. Where an image is wanted whole, its
+    /// checksum tells, and it is not read.
+    pub fn is_on<E: From<Error>>(
+        &self,
+        mut read: impl FnMut(Extent) -> Result<Vec<u8>, E>,
+    ) -> Result<bool, E> {
+        let mut images = Images::of(self.shelf);
+        let mut rest = self.parts.as_slice();
+        while let Some(first) = rest.first() {
+            // At once what lies side by side.
+            let mut end = first.offset;
+            let together = rest.iter().take_while(|part| {
+                let joins = part.offset == end && part.end() - first.offset <= AT_ONCE;
+                end = if joins { part.end() } else { end };
+                joins
+            });
+            let (some, later) = rest.split_at(together.count().max(1));
+            rest = later;
+            let len = some.iter().map(|part| u64::from(part.len)).sum();
+            let Some(range) = Extent::new(first.offset, len) else { continue };
+            let bytes = read(range)?;
+            for part in some {
+                let from = (part.offset - first.offset) as usize;
+                let now = &bytes[from..from + part.len as usize];
+                let same = match part.image.extent().len() == u64::from(part.len) {
+                    true => part.image.is_of(now),
+                    false => within(images.read(part.pass, &part.image)?, part) == now,
+                };
+                if !same {
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
     }
 
     /// Puts the old bytes over `buf`, which holds what the disk has from `offset` (a multiple of 4096) on.
@@ -82,7 +122,7 @@ impl<'a> View<'a> {
         for part in self.parts[first..].iter().take_while(|part| part.offset < end) {
             let (from, to) = (part.offset.max(offset), part.end().min(end));
             let bytes = images.read(part.pass, &part.image)?;
-            let bytes = &within(&bytes, part)[(from - part.offset) as usize..(to - part.offset) as usize];
+            let bytes = &within(bytes, part)[(from - part.offset) as usize..(to - part.offset) as usize];
             buf[(from - offset) as usize..(to - offset) as usize].copy_from_slice(bytes);
         }
         Ok(())

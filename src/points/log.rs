@@ -564,17 +564,28 @@ impl State {
     }
 
     /// The records without which something that matters would be forgotten: not those of dropped points, unless an
-    /// older point of one of their disks is kept, whose way back leads through their before-images.
+    /// older point of one of their disks is kept, whose way back leads through their before-images, or it is the last one
+    /// of a disk: that it is there shows that the log goes as far as the disk does.
     fn needed(&self) -> Vec<Record> {
+        let mut last = HashMap::new();
+        for (place, entry) in self.entries.iter().enumerate() {
+            last.extend(entry.point.volumes.iter().map(|volume| ((&volume.machine, &volume.disk), place)));
+        }
+        let last: HashSet<usize> = last.into_values().collect();
         let mut kept = HashSet::new();
         let mut points = Vec::new();
         let mut dropped = Vec::new();
-        for entry in &self.entries {
+        for (place, entry) in self.entries.iter().enumerate() {
             let Entry { point, dropped: gone } = entry;
             let mut volumes = point.volumes.iter().map(|volume| (&volume.machine, &volume.disk));
             match gone {
                 None => kept.extend(volumes),
-                Some(_) if !entry.has_images() || !volumes.any(|volume| kept.contains(&volume)) => continue,
+                Some(_)
+                    if !last.contains(&place)
+                        && (!entry.has_images() || !volumes.any(|volume| kept.contains(&volume))) =>
+                {
+                    continue;
+                }
                 &Some((time, reason)) => {
                     dropped.push(Record::Dropped(Dropped { time, reason, points: vec![point.id] }));
                 }

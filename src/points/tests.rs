@@ -453,8 +453,9 @@ fn a_log_of_mostly_dropped_points_is_compacted_and_says_the_same() {
     let mut log = Log::open(dir.path()).unwrap();
     log.append(Record::Point(point(1002, "db01", 1, 2))).unwrap();
     let lines = fs::read(&path).unwrap().iter().filter(|&&byte| byte == b'\n').count();
-    // The head; 991 to 999, of which one was thinned; that it was; 1001; released; 1002.
-    assert_eq!(lines, 1 + 9 + 1 + 1 + 1 + 1);
+    // The head; 991 to 999, of which one was thinned; that it was; 1000, the last one of its disk, and that it was undone; 1001;
+    // released; 1002.
+    assert_eq!(lines, 1 + 9 + 1 + 2 + 1 + 1 + 1);
     log.append(Record::Point(point(1003, "db01", 2, 3))).unwrap();
     for log in [&log, &Log::open(dir.path()).unwrap()] {
         assert_eq!(ids(log, "web01"), [991, 992, 993, 994, 996, 997, 998, 999]);

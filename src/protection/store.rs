@@ -446,6 +446,21 @@ impl Store {
         Ok(recorded.expect("a change that was accepted recorded its commit"))
     }
 
+    /// Records that the disk stands at no point any more: its newest one was given up. It is as if the pass that led there had
+    /// been interrupted.
+    ///
+    /// # Errors
+    /// Those of [`Store::load`].
+    pub fn forget_commit(&self, machine: &Name, disk: &Name) -> Result<(), Error> {
+        self.change(machine, disk, |known| {
+            if let (State::Synchronized, Some(commit)) = (&known.state, known.last_commit) {
+                known.state = State::Receiving(Pass { id: commit.pass, started: commit.time });
+            }
+            known.last_commit = None;
+            Ok(())
+        })
+    }
+
     /// Records that a write or a flush of a pass failed. The first reason is kept.
     ///
     /// # Errors

@@ -2,21 +2,22 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use time::OffsetDateTime;
 
 use super::failover::written_to;
 use super::target::Target;
-use super::{Error, Journal, Standing, let_go};
-use crate::error::chain;
+use super::{Error, Journal, Standing, let_go, place};
+use crate::durable;
+use crate::error::{IoError, chain};
 use crate::journal::{recover, verify};
 use crate::name::Name;
 use crate::points::{GivenUp, Log, PointId, Record};
 use crate::protection::{Assignment, Store};
 
 /// What was found.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Report {
     /// The points of the machine, oldest first.
     pub points: Vec<Checked>,
@@ -24,6 +25,10 @@ pub struct Report {
     pub bytes: u64,
     /// The released disks that are not attached: whether somebody wrote to them is not known.
     pub unseen: Vec<Name>,
+    /// The disks of which no point can be reached, and why; there may be none to show it with.
+    pub lost: Vec<(Name, String)>,
+    /// Where files were put that belong to another disk.
+    pub put_aside: Vec<PathBuf>,
 }
 
 /// One point.
@@ -48,12 +53,18 @@ struct Disk {
 
 /// Verifies every segment that a point of the machine needs: checksums, sequence, whose it is, and that none is missing; and
 /// for a machine that is failed over, that nobody is seen to have written to its disks. Writes nothing.
-pub fn check(retention: &Path, store: &Store, log: &Log, machine: &Name) -> Result<Report, Error> {
+pub fn check(retention: &Path, store: &Store, log: &mut Log, machine: &Name) -> Result<Report, Error> {
     let protection = store.load(machine)?;
-    let mut report = Report { points: Vec::new(), bytes: 0, unseen: Vec::new() };
+    // Points that were committed since it was read are in the protection.
+    log.refresh()?;
+    let mut report = Report::default();
     let mut disks = Vec::new();
     for disk in &protection.disks {
-        disks.push((disk, look(retention, log, machine, disk, &mut report)?));
+        let found = look(retention, log, machine, disk, &mut report)?;
+        if let Some(lost) = &found.lost {
+            report.lost.push((disk.name.clone(), lost.clone()));
+        }
+        disks.push((disk, found));
     }
     for point in log.points(machine) {
         let mut damage = Vec::new();
@@ -79,12 +90,13 @@ fn look(
     report: &mut Report,
 ) -> Result<Disk, Error> {
     let mut found = Disk::default();
-    let journal = match Journal::read(retention, machine, &disk.name, &disk.id, log) {
+    let journal = match Journal::read(retention, machine, disk, log) {
         Ok(journal) => journal,
         // What else the journal holds, and whether a pass is open, is not known then.
         Err(Error::Journal { source: error @ recover::Error::Foreign { .. }, .. }) => {
             return Ok(Disk { lost: Some(chain(&error)), ..found });
         }
+        Err(error @ Error::Behind { .. }) => return Ok(Disk { lost: Some(chain(&error)), ..found }),
         Err(error) => return Err(error),
     };
     for (pass, damage) in journal.missing() {
@@ -120,28 +132,52 @@ fn look(
 /// left, or, where a disk has none left, from an initial pass on. Says which points those were. A machine that is failed over
 /// stays so, unless the very point is given up; one at which another machine is failed over is not.
 ///
-/// First the points, in one record, then what the journals have for them: a crash in between leaves segments that nobody
-/// needs, which the next look at the retention removes.
+/// First the points, in one record, then what the protection says of them, then what the journals have: a crash in between
+/// leaves segments that nobody needs, which the next look at the retention removes, or what calling it again mends.
 pub fn give_up(retention: &Path, store: &Store, log: &mut Log, machine: &Name) -> Result<Report, Error> {
     let protection = store.load(machine)?;
     let _alone = super::failover::alone(store, machine)?;
     log.settle()?;
-    let report = check(retention, store, log, machine)?;
+    let mut report = check(retention, store, log, machine)?;
     let given_up = report.points.iter().filter(|point| !point.damage.is_empty());
     let points: Vec<PointId> = given_up.map(|point| point.id).collect();
-    if points.is_empty() {
+    if points.is_empty() && report.lost.is_empty() {
         return Ok(report);
     }
-    let time = OffsetDateTime::now_utc();
-    log.append(Record::GivenUp(GivenUp { machine: machine.clone(), time, points }))?;
+    if !points.is_empty() {
+        let time = OffsetDateTime::now_utc();
+        log.append(Record::GivenUp(GivenUp { machine: machine.clone(), time, points }))?;
+    }
     for disk in &protection.disks {
-        // Of a disk without points the segments stay until its initial pass begins.
-        match let_go(retention, machine, &disk.name, &Standing::of(machine, &disk.name, &disk.id, log)) {
-            Err(Error::Journal { source: error @ recover::Error::Foreign { .. }, .. }) => {
-                tracing::warn!(%machine, disk = %disk.name, error = chain(&error), "left where it is");
+        let standing = Standing::of(machine, &disk.name, &disk.id, log);
+        if standing.newest().is_none() {
+            store.forget_commit(machine, &disk.name)?;
+        }
+        // Of a disk without points the segments stay until its initial pass begins; but not those of another one.
+        match Journal::read(retention, machine, disk, log) {
+            Err(Error::Journal { source: recover::Error::Foreign { .. }, .. }) => {
+                report.put_aside.push(put_aside(&place(retention, machine, &disk.name))?);
             }
-            other => other?,
+            Ok(_) | Err(Error::Behind { .. }) => let_go(retention, machine, &disk.name, &standing)?,
+            Err(error) => return Err(error),
         }
     }
     Ok(report)
+}
+
+/// Puts a journal away in which there are files of another disk: they are not ours to remove, and in the way of the next pass.
+fn put_aside(journal: &Path) -> Result<PathBuf, IoError> {
+    // No disk is called that.
+    let names = (1..).map(|number| {
+        let mut name = journal.as_os_str().to_owned();
+        name.push(format!("~foreign-{number}"));
+        PathBuf::from(name)
+    });
+    for aside in names {
+        match durable::rename(journal, &aside) {
+            Err(error) if error.source.kind() == io::ErrorKind::DirectoryNotEmpty => {}
+            other => return other.map(|()| aside),
+        }
+    }
+    unreachable!("there are more names than files")
 }

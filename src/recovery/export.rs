@@ -142,18 +142,21 @@ struct Planned {
 fn plan(
     retention: &Path,
     store: &Store,
-    log: &Log,
+    log: &mut Log,
     machine: &Name,
     point: &Point,
 ) -> Result<Vec<Planned>, Error> {
+    let protection = store.load(machine)?;
+    // Points that were committed since it was read are in the protection.
+    log.refresh()?;
     let mut plan = Vec::new();
-    for disk in store.load(machine)?.disks {
+    for disk in protection.disks {
         let Some(at) = point.volumes_of(machine).find(|at| at.is_on(&disk.name, &disk.id)) else {
             let text =
                 format!("point {} has no disk {} ({}) of machine {machine}", point.id, disk.name, disk.id);
             return Err(Error::Refused(text));
         };
-        let journal = Journal::read(retention, machine, &disk.name, &disk.id, log)?;
+        let journal = Journal::read(retention, machine, &disk, log)?;
         let failed = |source| Error::Journal { machine: machine.clone(), disk: disk.name.clone(), source };
         journal.reaches(at.pass).map_err(failed)?;
         let target = Target::attached(&disk.id)?;

@@ -36,7 +36,7 @@ use crate::protection::{self, Assignment, Hold, Protection, Store};
 use crate::storage::Geometry;
 use crate::storage::device::{Device, EngineChoice};
 use crate::sys::aligned::Arena;
-use crate::units::{ByteLen, Extent};
+use crate::units::ByteLen;
 use crate::volume::{Event, Volume};
 
 /// Which point is meant.
@@ -48,6 +48,8 @@ pub enum To {
     LatestApplication,
     /// This one.
     Id(PointId),
+    /// The only one with this name, or whose id begins so.
+    Called(Name),
     /// The newest that is not after this moment.
     Time(OffsetDateTime),
 }
@@ -73,6 +75,7 @@ impl To {
             To::Latest => points.rfind(|point| !point.fuzzy),
             To::LatestApplication => points.rfind(|point| point.kind == Kind::Application && !point.fuzzy),
             To::Id(id) => log.get(*id).filter(|point| point.is_of(machine)).filter(of_all),
+            To::Called(name) => only(points, machine, name)?,
             To::Time(time) => points.rfind(|point| point.time <= *time && !point.fuzzy),
         };
         if let (None, [other, ..]) = (found, others) {
@@ -86,6 +89,9 @@ impl To {
             let text = match (self, log.newest(machine)) {
                 (_, None) => format!("machine {machine} has no points; the first pass of `mt-agent send` makes one"),
                 (To::Id(id), _) => format!("machine {machine} has no point {id}; see `mt-agent points {machine}`"),
+                (To::Called(name), _) => format!(
+                    "machine {machine} has no point that is called {name} or whose id begins so; see `mt-agent points {machine}`"
+                ),
                 (_, Some(_)) => format!(
                     "machine {machine} has no such point that is one moment of its source; `mt-agent points {machine}` \
                      lists all, and one that is not can be named by its id, with --fuzzy"
@@ -94,6 +100,25 @@ impl To {
             Error::Refused(text)
         })
     }
+}
+
+/// The only point with this name, or whose id begins so, if there is one.
+fn only<'a>(
+    points: impl Iterator<Item = &'a Point>,
+    machine: &Name,
+    name: &Name,
+) -> Result<Option<&'a Point>, Error> {
+    let is_called =
+        |point: &&Point| point.name.as_ref() == Some(name) || point.id.to_string().starts_with(name.as_str());
+    let called: Vec<&Point> = points.filter(is_called).collect();
+    let [first, _, ..] = called.as_slice() else { return Ok(called.first().copied()) };
+    let count = called.len();
+    let text = format!(
+        "{count} points of machine {machine} are called {name}, or have an id that begins so, the oldest of them {} of {}; give          the id of one, see `mt-agent points {machine}`",
+        first.id,
+        crate::units::rfc3339(first.time)
+    );
+    Err(Error::Refused(text))
 }
 
 /// How many points of a machine are newer than this one and no moment, so that they were not meant.
@@ -195,7 +220,7 @@ fn fail_over_to(
         let Some(at) = point.volumes_of(machine).find(|at| at.is_on(&disk.name, &disk.id)) else {
             return Err(Error::Refused(lacks(log, protection, point, disk)));
         };
-        let journal = Journal::read(retention, machine, &disk.name, &disk.id, log)?;
+        let journal = Journal::read(retention, machine, disk, log)?;
         // Everything that will be written is read before anything is, on any disk: a journal that is damaged leaves them
         // as they are.
         let failed = |source| Error::Journal { machine: machine.clone(), disk: disk.name.clone(), source };
@@ -301,7 +326,7 @@ pub fn undo(
     let mut plan = Vec::new();
     for disk in &protection.disks {
         let failed = |source| Error::Journal { machine: machine.clone(), disk: disk.name.clone(), source };
-        let journal = Journal::read(retention, machine, &disk.name, &disk.id, log)?;
+        let journal = Journal::read(retention, machine, disk, log)?;
         // What leads back to the newest point: that which went to an older one, or, where that was interrupted, all that
         // leads nowhere.
         let back: Vec<_> = match &released {
@@ -385,20 +410,12 @@ pub(super) fn written_to(
     };
     let mut history = journal.history.clone();
     history.passes.remove(&back);
-    let mut same = true;
-    let compared = View::after(&history, pass, &journal.shelf).and_then(|view| {
-        view.each(|offset, bytes| {
-            if let Some(extent) = Extent::new(offset, bytes.len() as u64) {
-                same &= target.read(extent)? == bytes;
-            }
-            Ok(())
-        })
-    });
+    let compared = View::after(&history, pass, &journal.shelf)
+        .and_then(|view| view.is_on(|extent| target.read(extent).map_err(recover::Error::Io)));
     match compared {
+        Ok(false) => Ok(Some("something that was brought back to the point")),
         // What was brought back cannot be read any more; to take it back, that is not needed.
-        Ok(()) | Err(recover::Error::Corrupt { .. }) => {
-            Ok((!same).then_some("something that was brought back to the point"))
-        }
+        Ok(true) | Err(recover::Error::Corrupt { .. }) => Ok(None),
         Err(source) => Err(Error::Journal { machine: released.machine.clone(), disk: disk.clone(), source }),
     }
 }
@@ -431,7 +448,7 @@ fn open_disk(store: &Store, retention: &Path, machine: &Name, disk: &Assignment)
 }
 
 /// How many requests are under way at once.
-const DEPTH: usize = 32;
+const DEPTH: usize = 160;
 /// Memory for what goes back.
 const MEMORY: usize = 8 << 20;
 

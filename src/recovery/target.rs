@@ -3,6 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::sync::{Mutex, PoisonError};
 
 use crate::checksum::crc32c;
 use crate::disk::device::{OpenDisk, read_identity};
@@ -11,7 +12,7 @@ use crate::disk::id::DiskId;
 use crate::error::{IoError, chain};
 use crate::journal::BLOCK;
 use crate::points::Sample;
-use crate::sys::aligned::Arena;
+use crate::sys::aligned::{Arena, Buffer};
 use crate::sys::ioctl;
 use crate::units::Extent;
 
@@ -29,6 +30,8 @@ pub(super) struct Target {
     file: File,
     name: String,
     size: u64,
+    /// What is read goes through it: mapping memory anew takes longer than a small read.
+    buffer: Mutex<Buffer>,
 }
 
 impl Target {
@@ -63,7 +66,9 @@ impl Target {
     fn open(file: File, id: &DiskId) -> Result<Target, IoError> {
         let name = id.to_string();
         let size = ioctl::size(&file).map_err(|error| IoError::new("ask for the size of", &*name, error))?;
-        Ok(Target { file, name, size })
+        let arena = Arena::new(CHUNK as usize).map_err(|error| IoError::new("map", "memory", error))?;
+        let buffer = Mutex::new(arena.alloc_blocking(CHUNK as usize));
+        Ok(Target { file, name, size, buffer })
     }
 
     /// In bytes.
@@ -78,14 +83,13 @@ impl Target {
         Ok(bytes)
     }
 
-    /// Calls `look` with each part of the range, in order.
+    /// Calls `look` with each part of the range, in order. It must not read the disk itself.
     pub(super) fn each(&self, extent: Extent, mut look: impl FnMut(&[u8])) -> Result<(), IoError> {
         let failed = |at, error| IoError::at("read", &*self.name, at, error);
         if extent.end() > self.size {
             return Err(failed(extent.offset(), io::ErrorKind::UnexpectedEof.into()));
         }
-        let arena = Arena::new(CHUNK as usize).map_err(|error| IoError::new("map", "memory", error))?;
-        let mut buffer = arena.alloc_blocking(CHUNK as usize);
+        let mut buffer = self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
         let mut at = extent.offset();
         while at < extent.end() {
             // In whole blocks, as the kernel demands; the disk may end within the last one.

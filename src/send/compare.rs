@@ -138,13 +138,14 @@ impl Reader {
                     (at, len as usize, None)
                 }
             };
-            let chunk = self.look(Chunk { at, len, bytes, differs: Vec::new(), refine: None }, asks)?;
+            let chunk = Chunk { at, len, bytes, differs: Vec::new(), refine: None };
+            let chunk = self.look(chunk, asks, differing)?;
             pending.push_back(chunk);
         }
     }
 
     /// Compares the chunk's units, and asks for the digests of the blocks of those that differ.
-    fn look(&self, mut chunk: Chunk, asks: &mut Asks) -> Result<Chunk, Stop> {
+    fn look(&self, mut chunk: Chunk, asks: &mut Asks, differing: &Differing) -> Result<Chunk, Stop> {
         let unit = digest::UNIT as usize;
         let units = (0..chunk.len).step_by(unit).map(|from| from..chunk.len.min(from + unit));
         let ours: Box<dyn Iterator<Item = Digest>> = match &chunk.bytes {
@@ -156,8 +157,10 @@ impl Reader {
                 continue;
             }
             match &chunk.bytes {
-                // Zeros cost nothing to send.
-                Some(bytes) if !digest::is_zero(&bytes[range.clone()]) => {
+                // Zeros cost nothing to send; but where differences are told, those in free space are not.
+                Some(bytes)
+                    if !matches!(differing, Differing::Sent) || !digest::is_zero(&bytes[range.clone()]) =>
+                {
                     let from = chunk.refine.map_or(range.start, |refine| refine.start);
                     chunk.refine = Some(from..range.end);
                 }
@@ -195,7 +198,8 @@ impl Reader {
                 Differing::Checked(hints) => hints.missed(extent),
                 Differing::Told => vec![extent],
             };
-            for extent in told {
+            // What is free may be anything on the other side: passes that only looked at hints leave there what was.
+            for extent in told.into_iter().flat_map(|extent| self.scan.free.outside(extent)) {
                 self.output.blocking_send(Output::Differs(extent)).map_err(|_| Stop::NobodyListens)?;
             }
             match &chunk.bytes {

@@ -12,9 +12,10 @@ use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 
 use super::encode::Piece;
+use super::free::Free;
 use super::hints::Hints;
 use super::limit::Limiter;
-use super::source::{self, Ask, Differing, Output, Source};
+use super::source::{self, Ask, Differing, Output, Reading, Source};
 use super::still::{Still, Worth};
 use super::{AHEAD, Compression, Done, Error, MOST_DIFFERENCES, PATIENCE, Point, Progress, Scope};
 use crate::digest::{self, Digest};
@@ -48,6 +49,7 @@ pub(super) struct Job {
     pub(super) point: Point,
     pub(super) still: Arc<Still>,
     pub(super) source: Arc<Source>,
+    pub(super) free: Arc<Free>,
     pub(super) progress: Arc<Progress>,
     pub(super) compression: Compression,
     pub(super) engine: EngineChoice,
@@ -82,12 +84,17 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
     job.differences().clear();
     let (asks, wanted) = mpsc::channel();
     let (output, pieces) = tokio::sync::mpsc::channel(QUEUE);
-    let (source, engine, progress) = (job.source.clone(), job.engine, job.progress.clone());
-    // What is only compared is limited where it is read: hardly anything is sent.
-    let limiter = job.limiter.clone().filter(|_| job.scope == Scope::Verify);
+    let progress = job.progress.clone();
+    let reading = Reading {
+        source: job.source.clone(),
+        free: job.free.clone(),
+        engine: job.engine,
+        // What is only compared is limited where it is read: hardly anything is sent.
+        limiter: job.limiter.clone().filter(|_| job.scope == Scope::Verify),
+    };
     // It ends when this future is dropped: the channels' other ends are gone then.
     tokio::task::spawn_blocking(move || {
-        source::read(source, engine, compression, limiter, progress, wanted, output);
+        source::read(reading, compression, progress, wanted, output);
     });
     // The thread was just started, and holds the other end.
     let first = match (compare, &job.hints) {

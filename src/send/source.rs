@@ -14,6 +14,7 @@ use tokio::sync::mpsc::Sender;
 
 use super::compare::Asks;
 use super::encode::{Encoder, Piece};
+use super::free::Free;
 use super::hints::Hints;
 use super::limit::Limiter;
 use super::{Compression, Progress};
@@ -24,7 +25,7 @@ use crate::error::IoError;
 use crate::storage::Geometry;
 use crate::storage::ahead::{Ahead, CHUNK, Part};
 use crate::storage::device::{Device, EngineChoice};
-use crate::sys::aligned::{Arena, PAGE};
+use crate::sys::aligned::{Arena, Buffer, PAGE};
 use crate::sys::ioctl;
 use crate::units::{ByteLen, Extent};
 
@@ -114,6 +115,11 @@ impl Source {
     /// The logical sector size in bytes; 512 for an image file.
     pub fn sector(&self) -> u32 {
         self.sector
+    }
+
+    /// The logical sector size, where it is known: an image file does not say.
+    pub(super) fn known_sector(&self) -> Option<u32> {
+        (!self.sparse).then_some(self.sector)
     }
 
     /// What of this host's is mounted on the source, one fact a line: while it is, what is read changes. An image is
@@ -206,6 +212,25 @@ impl Source {
         }
     }
 
+    /// Fills a buffer from `at`, a multiple of a page, on: as the queue of [`reader`](Self::reader) does, and at the end, or
+    /// where the file system refuses that, through the page cache.
+    pub(super) fn read_uncached(&self, at: u64, buffer: &mut Buffer) -> Result<(), IoError> {
+        let failed = |at, error| IoError::at("read", self.path.display().to_string(), at, error);
+        let end = at + buffer.len() as u64;
+        let around = self.direct_end().min(end).saturating_sub(at) as usize;
+        let read = match &self.direct {
+            Some(direct) if around > 0 => direct.read_exact_at(&mut buffer[..around], at),
+            _ => Ok(()),
+        };
+        let cached = match read {
+            Ok(()) => around,
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => 0,
+            Err(error) => return Err(failed(at, error)),
+        };
+        let at = at + cached as u64;
+        self.file.read_exact_at(&mut buffer[cached..], at).map_err(|error| failed(at, error))
+    }
+
     /// Opens the queue for direct reads. Where the file system takes the flag and then refuses the reads (or
     /// refused the flag), reads go through the page cache.
     fn reader(&self, engine: EngineChoice, arena: &Arena) -> Result<Option<Device>, Error> {
@@ -266,20 +291,26 @@ pub(super) enum Output {
     Failed(Error),
 }
 
-/// Carries out what is asked for, in order, until nobody asks any more or nobody listens. `limiter` is of the reading.
+/// What is read, and how.
+pub(super) struct Reading {
+    pub(super) source: Arc<Source>,
+    /// What of it counts as zeros.
+    pub(super) free: Arc<Free>,
+    pub(super) engine: EngineChoice,
+    /// How fast it may be read, where that is limited.
+    pub(super) limiter: Option<Arc<Limiter>>,
+}
+
+/// Carries out what is asked for, in order, until nobody asks any more or nobody listens.
 pub(super) fn read(
-    source: Arc<Source>,
-    engine: EngineChoice,
+    reading: Reading,
     compression: Compression,
-    limiter: Option<Arc<Limiter>>,
     progress: Arc<Progress>,
     asks: Receiver<Ask>,
     output: Sender<Output>,
 ) {
-    let result = Reader::new(source, engine, compression, progress, output.clone()).and_then(|mut reader| {
-        reader.scan.limiter = limiter;
-        reader.run(&mut Asks::new(asks))
-    });
+    let result = Reader::new(reading, compression, progress, output.clone())
+        .and_then(|mut reader| reader.run(&mut Asks::new(asks)));
     if let Err(Stop::Failed(error)) = result {
         // The listener may be gone as well.
         output.blocking_send(Output::Failed(error)).ok();
@@ -301,9 +332,9 @@ impl<E: Into<Error>> From<E> for Stop {
 /// Reads a source in order.
 pub(super) struct Scan {
     pub(super) source: Arc<Source>,
+    pub(super) free: Arc<Free>,
     device: Option<Ahead>,
     arena: Arena,
-    /// How fast it may be read, where that is limited.
     limiter: Option<Arc<Limiter>>,
     progress: Arc<Progress>,
 }
@@ -327,11 +358,12 @@ pub(super) struct Walk {
 }
 
 impl Scan {
-    fn new(source: Arc<Source>, engine: EngineChoice, progress: Arc<Progress>) -> Result<Scan, Error> {
+    fn new(reading: Reading, progress: Arc<Progress>) -> Result<Scan, Error> {
+        let Reading { source, free, engine, limiter } = reading;
         let arena = Arena::new(MEMORY).map_err(|error| IoError::new("map", "memory", error))?;
         let device = source.reader(engine, &arena)?;
         let device = device.map(|device| Ahead::new(Box::new(device), arena.clone()));
-        Ok(Scan { source, device, arena, limiter: None, progress })
+        Ok(Scan { source, free, device, arena, limiter, progress })
     }
 
     /// Begins to read a range, in parts that begin at multiples of `unit` where the range does.
@@ -354,7 +386,8 @@ impl Scan {
     pub(super) fn next(&mut self, walk: &mut Walk) -> Result<Option<(u64, Part)>, Error> {
         let part = match &mut self.device {
             Some(device) if walk.at < walk.direct_end => {
-                device.next(walk.unit, |at| self.source.hole(at))?.map(|(_, part)| part)
+                let gap = |at| gap(&self.source, &self.free, at);
+                device.next(walk.unit, gap)?.map(|(_, part)| part)
             }
             _ => match (walk.end - walk.at).min(CHUNK) {
                 0 => None,
@@ -369,8 +402,11 @@ impl Scan {
                 }
             },
         };
-        let Some(part) = part else { return Ok(None) };
+        let Some(mut part) = part else { return Ok(None) };
         let (at, len) = (walk.at, part.len());
+        if let Part::Bytes(buffer) = &mut part {
+            self.free.clear(at, buffer);
+        }
         walk.at += len;
         if let Some(limiter) = &self.limiter {
             std::thread::sleep(limiter.take(len));
@@ -380,15 +416,25 @@ impl Scan {
     }
 }
 
+/// What begins at `at` and need not be read, or what does soon behind it.
+fn gap(source: &Source, free: &Free, at: u64) -> Option<Extent> {
+    let mut end = at;
+    while let Some(further) =
+        free.end_from(end).or_else(|| source.hole(end).map(Extent::end)).filter(|further| *further > end)
+    {
+        end = further;
+    }
+    Extent::new(at, end - at).or_else(|| free.next(at))
+}
+
 impl Reader {
     fn new(
-        source: Arc<Source>,
-        engine: EngineChoice,
+        reading: Reading,
         compression: Compression,
         progress: Arc<Progress>,
         output: Sender<Output>,
     ) -> Result<Reader, Stop> {
-        let scan = Scan::new(source, engine, progress.clone())?;
+        let scan = Scan::new(reading, progress.clone())?;
         Ok(Reader { scan, encoder: Encoder::new(compression), progress, output, pieces: Vec::new() })
     }
 
@@ -459,7 +505,8 @@ impl Reader {
 pub fn digest(source: Source, engine: EngineChoice, progress: Arc<Progress>) -> Result<Digest, Error> {
     static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
     let mut hasher = blake3::Hasher::new();
-    let mut scan = Scan::new(Arc::new(source), engine, progress)?;
+    let reading = Reading { source: Arc::new(source), free: Arc::default(), engine, limiter: None };
+    let mut scan = Scan::new(reading, progress)?;
     let mut walk = scan.walk(scan.source.extent(), PAGE as u64);
     while let Some((_, part)) = scan.next(&mut walk)? {
         match part {
@@ -518,7 +565,9 @@ mod tests {
         extents.send(Ask::Send(source.extent())).unwrap();
         drop(extents);
         let reading = std::thread::spawn(move || {
-            read(source, EngineChoice::Threads, Compression::Off, None, Arc::default(), wanted, output);
+            let engine = EngineChoice::Threads;
+            let reading = Reading { source, free: Arc::default(), engine, limiter: None };
+            read(reading, Compression::Off, Arc::default(), wanted, output);
         });
         // The page of data, and the first zeros: by then the one hole of the file is known as a whole.
         assert!(matches!(pieces.blocking_recv(), Some(Output::Piece(_))));

@@ -90,8 +90,14 @@ struct State {
     post_hook: Option<JoinHandle<Result<(), hook::Error>>>,
 }
 
-fn marked(sources: &[(Name, Arc<Source>)]) -> Vec<(Name, Arc<Source>, Option<String>)> {
-    sources.iter().map(|(name, source)| (name.clone(), source.clone(), source.mark())).collect()
+impl State {
+    /// Marks the sources, and gives those of `still` that could be marked: of others it would not be seen that somebody writes
+    /// to them.
+    fn mark(&mut self, sources: &[(Name, Arc<Source>)], still: Vec<bool>) -> Vec<bool> {
+        let mark = |(name, source): &(Name, Arc<Source>)| (name.clone(), source.clone(), source.mark());
+        self.marks = sources.iter().map(mark).collect();
+        self.marks.iter().zip(still).map(|((_, _, mark), still)| still && mark.is_some()).collect()
+    }
 }
 
 impl Still {
@@ -101,14 +107,15 @@ impl Still {
     }
 
     /// Runs the pre-hook and freezes what is mounted on the sources. `all_delta`: whether no disk is sent for the first
-    /// time, which would take longer than anything may be frozen.
+    /// time, which would take longer than anything may be frozen. Says of each source whether nobody should be writing to it
+    /// from now on, so that what it says of its free space holds; whether somebody did all the same is seen at the end.
     pub(super) async fn begin(
         &self,
         point: PointId,
         group: Option<&Name>,
         sources: &[(Name, Arc<Source>)],
         all_delta: bool,
-    ) -> Result<(), Error> {
+    ) -> Result<Vec<bool>, Error> {
         let mut state = self.state.lock().await;
         let disks: Vec<&str> = sources.iter().map(|(name, _)| name.as_str()).collect();
         let mut environment = vec![
@@ -125,30 +132,30 @@ impl Still {
         let look = sources.to_vec();
         let looked = tokio::task::spawn_blocking(move || {
             let unused = look.iter().all(|(_, source)| source.mounts(&Sysroot::default()).is_empty());
-            let devnos: Vec<String> = look.iter().flat_map(|(_, source)| source.devnos()).collect();
-            (unused, freeze::file_systems(&devnos))
+            let devnos: Vec<Vec<String>> = look.iter().map(|(_, source)| source.devnos()).collect();
+            // Read-only is as good as not mounted.
+            let idle = |devnos: &Vec<String>| freeze::file_systems(devnos).is_ok_and(|all| all.is_empty());
+            (unused, devnos.iter().map(idle).collect(), freeze::file_systems(&devnos.concat()))
         });
-        let (unused, systems) = match looked.await {
+        let (unused, idle, systems): (_, Vec<bool>, _) = match looked.await {
             Ok(looked) => looked,
             Err(panic) => std::panic::resume_unwind(panic.into_panic()),
         };
         state.unused = unused;
         let Some(limit) = self.wishes.freeze else {
-            state.marks = marked(sources);
-            return Ok(());
+            return Ok(state.mark(sources, idle));
         };
         let systems = systems?;
         if systems.is_empty() {
             tracing::warn!("nothing that is mounted here lies on the sources: there is nothing to freeze");
-            state.marks = marked(sources);
-            return Ok(());
+            return Ok(state.mark(sources, idle));
         }
         if !all_delta {
             tracing::warn!(
                 "a disk is sent for the first time, which takes longer than anything may be frozen: this point is no moment; \
                  the next ones are"
             );
-            return Ok(());
+            return Ok(state.mark(sources, idle));
         }
         tracing::info!("frozen: {}", freeze::shown(&systems));
         let (frozen, is_ready) = Frozen::begin(systems, limit).await?;
@@ -156,8 +163,7 @@ impl Still {
         state.frozen = Some(frozen);
         is_ready.await.unwrap_or(Err(freeze::Error::Guard))?;
         state.was_frozen = true;
-        state.marks = marked(sources);
-        Ok(())
+        Ok(state.mark(sources, vec![true; sources.len()]))
     }
 
     /// A disk was read to its end. With the last one the machine need not stand still any longer.

@@ -62,8 +62,8 @@ impl Ahead {
     }
 
     /// The next part and its offset, or `None` at the end of the range: a chunk, less than that at the end or before a
-    /// hole. `hole` tells the hole that begins at an offset, if one does; of it, so much is passed over that reading goes
-    /// on at a multiple of `unit`.
+    /// hole. `hole` tells the hole that begins at an offset, or the next one if it is known; of it, so much is passed over
+    /// that reading goes on at a multiple of `unit`, and one that is not next begins at one.
     ///
     /// Waits for memory where nothing is under way: whoever holds parts must be giving some back.
     pub fn next(
@@ -73,18 +73,26 @@ impl Ahead {
     ) -> Result<Option<(u64, Part)>, IoError> {
         loop {
             while self.next < self.end && self.window.len() < self.device.depth() {
+                let mut len = (self.end - self.next).min(CHUNK);
                 if let Some(found) = hole(self.next) {
                     let stop = found.end().min(self.end);
-                    // What is left of its last unit is read with the data that follows.
+                    // What is left of its last unit is read with the data that follows, and that of its first with that before.
                     let stop = stop - stop % unit;
-                    let passed = stop.checked_sub(self.next).and_then(|len| Extent::new(self.next, len));
-                    if let Some(passed) = passed {
-                        self.window.push_back((self.next, Slot::Hole(passed)));
-                        self.next = stop;
-                        continue;
+                    let start = match found.offset() <= self.next {
+                        true => self.next,
+                        false => found.offset().next_multiple_of(unit),
+                    };
+                    match stop.checked_sub(start).and_then(|len| Extent::new(start, len)) {
+                        Some(passed) if start == self.next => {
+                            self.window.push_back((self.next, Slot::Hole(passed)));
+                            self.next = stop;
+                            continue;
+                        }
+                        Some(passed) => len = len.min(passed.offset() - self.next),
+                        None => {}
                     }
                 }
-                let len = (self.end - self.next).min(CHUNK) as usize;
+                let len = len as usize;
                 // Waits for memory only where nothing is under way that would have to be looked after.
                 let buffer = match self.window.is_empty() {
                     true => self.arena.alloc_blocking(len),

@@ -436,10 +436,10 @@ impl Storage for Device {
         self.queue.waker()
     }
 
-    fn create_segment(&mut self, name: &str, len: u64) -> Result<(), IoError> {
+    fn create_segment(&mut self, name: &str, len: u64, header: &[u8]) -> Result<(), IoError> {
         let failed = |error| IoError::new("create", name, error);
         let shelf = self.shelf.as_ref().ok_or_else(|| failed(io::ErrorKind::Unsupported.into()))?;
-        let (file, path) = shelf.create(name, len)?;
+        let (file, path) = shelf.create(name, len, header)?;
         self.queue.set_second(file).map_err(failed)?;
         self.segment = path;
         Ok(())

@@ -375,7 +375,7 @@ impl Storage for FaultStorage {
         self.wake.clone()
     }
 
-    fn create_segment(&mut self, name: &str, len: u64) -> Result<(), IoError> {
+    fn create_segment(&mut self, name: &str, len: u64, header: &[u8]) -> Result<(), IoError> {
         let mut state = self.disk.state();
         let failed = |error: io::Error| IoError::new("create", name, error);
         state.seen += 1;
@@ -388,9 +388,12 @@ impl Storage for FaultStorage {
         if taken + len > state.room {
             return Err(failed(io::Error::from_raw_os_error(libc::ENOSPC)));
         }
-        let before = state.now.segments.insert(name.to_owned(), vec![0; len as usize].into());
+        let mut segment = vec![0; len as usize];
+        segment[..header.len()].copy_from_slice(header);
+        let before = state.now.segments.insert(name.to_owned(), segment.into());
         assert!(before.is_none(), "{name} exists");
-        state.log.push(Event::Create(name.to_owned(), len));
+        let write = Event::WriteSegment { name: name.to_owned(), offset: 0, bytes: header.to_vec() };
+        state.log.extend([Event::Create(name.to_owned(), len), write, Event::FlushSegment(name.to_owned())]);
         self.segment = Some(name.to_owned());
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::PathBuf;
 
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -11,6 +11,7 @@ use super::file::ReadFile;
 use super::{ReadAt, Shelf};
 use crate::durable;
 use crate::error::IoError;
+use crate::sys::aligned::Arena;
 
 /// Segment files below one directory, which this program alone changes.
 #[derive(Clone, Debug)]
@@ -32,9 +33,9 @@ impl Directory {
         self.0.join(name).display().to_string()
     }
 
-    /// A new file with all of its space reserved and its name durable, and its path for showing. Written around the
-    /// page cache where the file system can.
-    pub(super) fn create(&self, name: &str, len: u64) -> Result<(File, String), IoError> {
+    /// A new file with all of its space reserved, its name and its beginning durable, and its path for showing. Written
+    /// around the page cache where the file system can.
+    pub(super) fn create(&self, name: &str, len: u64, header: &[u8]) -> Result<(File, String), IoError> {
         let (path, named) = (self.0.join(name), self.named(name));
         let open = |flags| {
             OpenOptions::new()
@@ -54,13 +55,20 @@ impl Directory {
             other => other,
         };
         let file = file.map_err(|error| IoError::new("create", &*named, error))?;
-        let reserved = i64::try_from(len)
+        // One flush for all of it: each is a commit of the file system's own journal.
+        let made = i64::try_from(len)
             .map_err(io::Error::other)
             .and_then(|len| Ok(fallocate(&file, FallocateFlags::empty(), 0, len)?))
+            .and_then(|()| Arena::new(header.len()))
+            .and_then(|arena| {
+                let mut aligned = arena.alloc_blocking(header.len());
+                aligned.copy_from_slice(header);
+                file.write_all_at(&aligned, 0)
+            })
             .and_then(|()| file.sync_all())
             .map_err(|error| IoError::new("reserve", &*named, error))
             .and_then(|()| durable::sync_dir(&self.0));
-        match reserved {
+        match made {
             Ok(()) => Ok((file, named)),
             Err(error) => {
                 // A crash before this leaves a segment without records, which recovery passes over.

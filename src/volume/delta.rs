@@ -294,7 +294,7 @@ impl Worker {
         let Some(segment) = delta.writer.segment_for(len, generation) else { return Ok(()) };
         let mut paused = false;
         loop {
-            match self.storage.create_segment(&segment.name, segment.len) {
+            match self.storage.create_segment(&segment.name, segment.len, &segment.header) {
                 Ok(()) => break,
                 Err(error) if out_of_space(&error) => {
                     if !paused {
@@ -314,11 +314,7 @@ impl Worker {
         if paused {
             (self.events)(Event::Resumed);
         }
-        let mut buffer = delta.record.alloc_blocking(BLOCK as usize);
-        buffer.copy_from_slice(&segment.header);
-        // Durable before its first record: a sound record behind a header that is not sound is damage, and no crash.
-        self.perform(Place::Segment, Action::Write { offset: 0, buffer })?;
-        self.perform(Place::Segment, Action::Flush)?;
+        // Its header is durable before its first record: a sound record behind one that is not is damage, and no crash.
         delta.writer.created(&segment, generation);
         Ok(())
     }

@@ -30,7 +30,7 @@ use serde_json::{Value, json};
 use time::OffsetDateTime;
 
 /// As the service has them.
-const DEPTH: usize = 32;
+const DEPTH: usize = 160;
 const WINDOW: usize = 8 << 20;
 /// How much content there is, before it repeats.
 const POOL: usize = 16 << 20;

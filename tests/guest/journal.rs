@@ -78,8 +78,8 @@ impl Storage for Marking {
         self.device.waker()
     }
 
-    fn create_segment(&mut self, name: &str, len: u64) -> Result<(), IoError> {
-        self.device.create_segment(name, len)
+    fn create_segment(&mut self, name: &str, len: u64, header: &[u8]) -> Result<(), IoError> {
+        self.device.create_segment(name, len, header)
     }
 }
 

@@ -18,7 +18,7 @@ use sha2::{Digest, Sha256};
 
 use crate::harness::small;
 use crate::log_writes::{self, LogWrites};
-use crate::support::{KIB, Loop, MIB, Mount, directory, tool};
+use crate::support::{KIB, Loop, MIB, Mount, Rig, directory, tool};
 
 /// A kind of file system of which there is a fixture.
 struct Kind {
@@ -549,6 +549,32 @@ fn the_kernel_misses_nothing_of_what_is_free() {
                     }
                 }
             }
+            assert_eq!(shown(kind, &bench), files(kind), "{}", kind.name);
+        }
+    });
+}
+
+/// What arrives where the free space was skipped is what the kernel mounts.
+#[test]
+fn the_kernel_misses_nothing_of_what_was_not_sent() {
+    small().without_udev().run(|_| {
+        for kind in KINDS {
+            let (bench, _) = fixture(kind);
+            let free = fs::metadata(bench.image()).unwrap().len() - mapped(&bench.image()).1.bytes();
+            let rig = Rig::new(&[fs::metadata(bench.image()).unwrap().len()]);
+            let sent = rig.send(&[("d0", &bench.image())], &["--json"]).ok().json();
+            let disk = &sent["disks"][0];
+            println!("{}: {} bytes of {} skipped", kind.name, disk["skipped_bytes"], disk["size"]);
+            assert_eq!(disk["free_bytes"], free, "{disk:#}");
+            let why = disk["not_skipped"].as_array().unwrap();
+            match kind.name {
+                "journal-elsewhere" => assert!(disk["skipped_bytes"] == 0 && why.len() == 1, "{disk:#}"),
+                "fragmented" => assert!(why.is_empty(), "{disk:#}"),
+                _ => assert!(disk["skipped_bytes"].as_u64() > Some(0) && why.is_empty(), "{disk:#}"),
+            }
+            rig.synchronized("d0");
+            fs::rename(rig.targets[0].backing(), bench.image()).unwrap();
+            drop(rig);
             assert_eq!(shown(kind, &bench), files(kind), "{}", kind.name);
         }
     });

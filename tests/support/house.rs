@@ -42,7 +42,7 @@ pub struct Disk {
     pub size: u64,
     pub open: Open,
     /// What it holds, for a journal whose newest record is torn.
-    pub read: Box<dyn Fn(Extent) -> Vec<u8>>,
+    pub read: Box<dyn Fn(Extent) -> Vec<u8> + Sync>,
 }
 
 /// One disk that is being received.
@@ -117,7 +117,8 @@ impl House {
     /// As [`Journal::read`] does, which looks for the disk among those of this host.
     fn journal(&self, disk: usize) -> Journal {
         let (standing, shelf) = (self.standing(disk), Directory::at(self.place(disk)));
-        let holds = |extent| Ok((self.disks[disk].read)(extent));
+        let read = &self.disks[disk].read;
+        let holds = |extent| Ok(read(extent));
         let history = recover(&shelf, &|lineage| standing.is_ours(lineage), &holds).unwrap();
         Journal { shelf, history, standing }
     }

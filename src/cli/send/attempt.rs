@@ -66,6 +66,7 @@ impl Job {
             scope: Scope::Differences,
             resized: false,
             another: false,
+            whole_disk: what.whole_disk,
             hints: BTreeMap::new(),
         };
         Ok(Job {
@@ -204,7 +205,7 @@ impl Job {
             for (disk, mounts) in disks.iter().zip(mounts(&disks)) {
                 let (path, verify) = (disk.source.path().display(), self.plan.scope == Scope::Verify);
                 let what = if verify {
-                    "what it holds is changing"
+                    "what it holds is changing, and what of it is free is compared, too"
                 } else {
                     "what arrives is not one point in time"
                 };

@@ -14,6 +14,7 @@ use mt_agent::units::{ByteLen, rfc3339};
 use serde_json::{Value, json};
 
 use super::Ended;
+use crate::cli::table::printable;
 use crate::cli::{Failure, print};
 
 /// One disk, as it is shown.
@@ -37,6 +38,7 @@ impl Shown {
             Ok(Done::Committed(committed, point)) => Some((committed, point)),
             _ => None,
         };
+        let space = self.progress.space.get().cloned().unwrap_or_default();
         json!({
             "disk": self.name,
             "size": self.size,
@@ -45,6 +47,10 @@ impl Shown {
             "same_bytes": self.progress.same.load(Ordering::Relaxed),
             "zero_bytes": self.progress.zero.load(Ordering::Relaxed),
             "sent_bytes": self.progress.sent.load(Ordering::Relaxed),
+            "used_bytes": space.free.map(|free| self.size.0 - free),
+            "free_bytes": space.free,
+            "skipped_bytes": space.skipped,
+            "not_skipped": space.reasons,
             "missed": differences(&self.progress),
             "refused_frames": self.progress.again.load(Ordering::Relaxed),
             "point": committed.map(|(_, point)| point),
@@ -144,9 +150,19 @@ impl Screen {
                     same => format!(", {} there already", ByteLen(same)),
                 };
                 let rate = ByteLen((size.0 as f64 / seconds) as u64);
-                print(&format!(
+                let space = progress.space.get().cloned().unwrap_or_default();
+                let mut text = format!(
                     "{name}: {size} committed in point {point} in {seconds:.1} s ({rate}/s); {sent} sent, {zero} zeros{same}\n"
-                ))
+                );
+                if let Some(free) = space.free {
+                    let (used, skipped) = (ByteLen(size.0 - free), ByteLen(space.skipped));
+                    text +=
+                        &format!("{name}: {used} used, {} free, {skipped} of it skipped\n", ByteLen(free));
+                }
+                for why in &space.reasons {
+                    text += &format!("{name}: free space not skipped: {}\n", printable(why));
+                }
+                print(&text)
             }
             Ok(Done::Compared) => Ok(()),
             Err(error) => {

@@ -405,11 +405,22 @@ fn what_differs_is_told_by_partition_and_file_system() {
     tool("sh", &["-c", &format!("sfdisk -q {} < {}", source.display(), table.display())]);
     let path = source.to_str().unwrap();
     tool("mkfs.ext4", &["-q", "-L", "boot", "-E", "offset=1048576", path, "8192k"]);
-    rig.send(&[("d0", &source)], &[]).ok();
+    rig.send(&[("d0", &source)], &["--whole-disk"]).ok();
     let verify = |flags: &[&str]| {
         let (to, state) = (rig.service.address().to_string(), rig.client().display().to_string());
         let disk = format!("d0={path}");
-        let args = ["verify", "--machine", MACHINE, "--to", &to, "--state-dir", &state, "--disk", &disk];
+        let args = [
+            "verify",
+            "--whole-disk",
+            "--machine",
+            MACHINE,
+            "--to",
+            &to,
+            "--state-dir",
+            &state,
+            "--disk",
+            &disk,
+        ];
         support::run(&[&args[..], flags].concat())
     };
     let larger = "the target is larger by 12.0 KiB (12288 bytes): what it holds behind the end of the source was not compared";

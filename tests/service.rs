@@ -67,11 +67,13 @@ fn foreign(directory: &Path) -> Vec<PathBuf> {
     found
 }
 
+type Messages = Vec<(Instant, Vec<u8>)>;
+
 /// What somebody sends to a socket of datagrams, until this is dropped.
 struct Heard {
     dir: TempDir,
     path: PathBuf,
-    messages: Arc<Mutex<Vec<(Instant, Vec<u8>)>>>,
+    messages: Arc<Mutex<Messages>>,
 }
 
 impl Heard {
@@ -80,7 +82,7 @@ impl Heard {
         let path = dir.path().join("socket");
         let socket = UnixDatagram::bind(&path).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
-        let messages = Arc::<Mutex<Vec<_>>>::default();
+        let messages = Arc::<Mutex<Messages>>::default();
         let (heard, known) = (messages.clone(), path.clone());
         std::thread::spawn(move || {
             let mut buffer = vec![0; 1 << 20];

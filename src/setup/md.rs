@@ -19,13 +19,21 @@ fn wanted(host: &Host) -> Result<Wanted, Error> {
         wanted.find(Level::Pass, "mdadm is not installed: nothing assembles arrays", "");
         return Ok(wanted);
     }
-    let Some(devices) = Devices::read(host)? else {
-        return Err(Error::Refused(
-            "which arrays are the host's own is seen on the running host only: apply this there".to_owned(),
-        ));
-    };
     let place = PLACES.iter().find(|place| host.root.exists(place)).unwrap_or(&PLACES[0]);
-    let text = host.root.text(place)?.unwrap_or_default();
+    let existing = host.root.text(place)?;
+    let Some(devices) = Devices::read(host)? else {
+        // In the tree of a host that does not run nothing new is written, and what was written stays.
+        match existing.filter(|text| edited(text, &[]) == *text) {
+            Some(text) => wanted.files.push(File::shared(*place, text)),
+            None => wanted.find(
+                Level::Warn,
+                "which arrays are the host's own is seen on the running host only: nothing is written",
+                "on the host, once it runs: mt-agent setup apply --only md",
+            ),
+        }
+        return Ok(wanted);
+    };
+    let text = existing.unwrap_or_default();
     let mut known = arrays(&text);
     for name in host.root.names(format!("{place}.d")).iter().filter(|name| name.ends_with(".conf")) {
         known.extend(arrays(&host.root.text(format!("{place}.d/{name}"))?.unwrap_or_default()));

@@ -54,7 +54,7 @@ impl Fixture {
             write(&format!("usr/sbin/{program}"), "");
         }
         write("usr/lib/udev/rules.d/80-udisks2.rules", "");
-        write("usr/share/glib-2.0/schemas/org.gnome.desktop.media-handling.gschema.xml", "");
+        write("usr/bin/gnome-shell", "");
         write("etc/dconf/profile/user", "user-db:user\nsystem-db:local\n");
         for (disk, digits) in [("sda", VMWARE_A), ("sdb", VMWARE_B)] {
             let device = fs::canonicalize(dir.path().join(format!("sys/block/{disk}/device"))).unwrap();

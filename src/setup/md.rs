@@ -88,7 +88,7 @@ fn edited(text: &str, arrays: &[String]) -> String {
         replacing = false;
         let first_auto = !goes_on && !has_auto && is_keyword(line, "auto");
         has_auto |= first_auto;
-        if first_auto && !is_none(text, line) {
+        if first_auto && !is_none(text) {
             replacing = true;
             new.push_str("AUTO -all\n# before mt-agent: ");
         }
@@ -104,12 +104,11 @@ fn edited(text: &str, arrays: &[String]) -> String {
     new
 }
 
-/// Whether the line `AUTO`, with those that go on with it, lets nothing be assembled.
-fn is_none(text: &str, line: &str) -> bool {
+/// Whether the first line `AUTO`, with those that go on with it, lets nothing be assembled.
+fn is_none(text: &str) -> bool {
     let all = logical(text);
     let words = all.iter().find(|words| words.first().is_some_and(|word| is_keyword(word, "auto")));
     let words = words.map(|words| words[1..].to_vec()).unwrap_or_default();
-    debug_assert!(is_keyword(line, "auto"));
     // The first word that fits an array counts.
     let first = words.iter().find(|word| !word.starts_with('-') || word.eq_ignore_ascii_case("-all"));
     first.is_some_and(|word| word.eq_ignore_ascii_case("-all") || word.eq_ignore_ascii_case("no"))

@@ -54,7 +54,7 @@ impl Fixture {
             write(&format!("usr/sbin/{program}"), "");
         }
         write("usr/lib/udev/rules.d/80-udisks2.rules", "");
-        write("usr/share/glib-2.0/schemas/org.gnome.desktop.media-handling.gschema.xml", "");
+        write("usr/bin/gnome-shell", "");
         write("etc/dconf/profile/user", "user-db:user\nsystem-db:local\n");
         for (disk, digits) in [("sda", VMWARE_A), ("sdb", VMWARE_B)] {
             let device = fs::canonicalize(dir.path().join(format!("sys/block/{disk}/device"))).unwrap();
@@ -375,10 +375,6 @@ fn lvm_is_not_touched_where_the_root_would_not_be_found() {
         host.refuses("lvm", "/dev/sda2 carries an active volume group, and cannot be read");
         host.tree.write("dev/sda2", volume("cs", VG, PV, &[PV]));
         host.apply("lvm").unwrap();
-        // An image shows none of that.
-        let image = Fixture::new(release, true);
-        fs::remove_dir_all(image.path("sys")).unwrap();
-        image.refuses("lvm", "seen on the running host only");
     }
     let host = Fixture::new(8, true);
     fs::remove_dir_all(host.path("dev/disk")).unwrap();
@@ -390,6 +386,29 @@ fn lvm_is_not_touched_where_the_root_would_not_be_found() {
     let text = host.read("etc/lvm/lvmlocal.conf");
     // A dot is any character.
     assert!(text.contains("\"a|^/dev/disk/by-path/pci-0000:03:00.0-scsi-0:0:0:0-part2$|\""), "{text}");
+}
+
+/// What is the host's own is not known of a tree that does not run: nothing is written there, and nothing taken back.
+#[test]
+fn the_tree_of_a_host_that_does_not_run_stays_as_it_is() {
+    for release in [8, 9] {
+        for is_applied in [false, true] {
+            let host = Fixture::new(release, true).edited();
+            if is_applied {
+                for name in ["lvm", "md"] {
+                    host.apply(name).unwrap();
+                }
+            }
+            fs::remove_dir_all(host.path("sys")).unwrap();
+            let before = host.snapshot();
+            for name in ["lvm", "md"] {
+                assert_eq!(host.apply(name), Ok(Vec::new()), "EL {release}: {name}");
+                let expected = if is_applied { Level::Pass } else { Level::Warn };
+                assert_eq!(host.check(name).level, expected, "EL {release}: {name}");
+            }
+            assert!(host.snapshot() == before);
+        }
+    }
 }
 
 #[test]

@@ -12,7 +12,6 @@ pub(super) const CHANGE: Change = Change {
     wanted,
 };
 
-const SCHEMA: &str = "/usr/share/glib-2.0/schemas/org.gnome.desktop.media-handling.gschema.xml";
 const PROFILE: &str = "/etc/dconf/profile/user";
 const RULES: &str = "/etc/udev/rules.d/59-mt-agent.rules";
 
@@ -32,7 +31,8 @@ fn wanted(host: &Host) -> Result<Wanted, Error> {
     } else {
         wanted.evidence("udisks2 is not installed");
     }
-    if !host.root.exists(SCHEMA) {
+    // Its settings are installed with other things too; this is what mounts.
+    if !host.program("gnome-shell") {
         wanted.evidence("GNOME is not installed");
         return Ok(wanted);
     }

@@ -277,7 +277,10 @@ fn devices_file(
     let content = match (existing, devices) {
         (Some(text), devices) => without(&text, volumes, devices, |id| assigned.contains_key(id), wanted)?,
         (None, Some(devices)) => fresh(volumes, devices, wanted),
-        (None, None) => return Err(unknown_host()),
+        (None, None) => {
+            unknown_host(host, wanted)?;
+            return Ok(());
+        }
     };
     wanted.files.push(File::shared(DEVICES_FILE, content));
     let (settings, local) = settings(host)?;
@@ -293,11 +296,18 @@ fn devices_file(
     Ok(())
 }
 
-fn unknown_host() -> Error {
-    Error::Refused(
-        "which physical volumes are the host's own is seen on the running host only: apply this there"
-            .to_owned(),
-    )
+/// In the tree of a host that does not run nothing new is written, and what was written stays.
+fn unknown_host(host: &Host, wanted: &mut Wanted) -> Result<(), Error> {
+    if let Some(text) = host.root.text(LOCAL)?.filter(|text| text.contains(BEGIN)) {
+        wanted.files.push(File::shared(LOCAL, text));
+    } else {
+        wanted.find(
+            Level::Warn,
+            "which physical volumes are the host's own is seen on the running host only: nothing is written",
+            "on the host, once it runs: mt-agent setup apply --only lvm",
+        );
+    }
+    Ok(())
 }
 
 /// An existing devices file without the assigned disks.
@@ -405,7 +415,7 @@ fn device_id(devices: &Devices<'_>, name: &str) -> (&'static str, String) {
 // The filter.
 
 fn filter(host: &Host, own: Option<(Vec<Volume>, Devices<'_>)>, wanted: &mut Wanted) -> Result<(), Error> {
-    let (volumes, _) = own.ok_or_else(unknown_host)?;
+    let Some((volumes, _)) = own else { return unknown_host(host, wanted) };
     let (settings, local) = settings(host)?;
     let set = |section: &str, key: &str| {
         settings.iter().any(|all| all.section(section).is_some_and(|s| s.get(key).is_some()))

@@ -19,13 +19,21 @@ fn wanted(host: &Host) -> Result<Wanted, Error> {
         wanted.find(Level::Pass, "mdadm is not installed: nothing assembles arrays", "");
         return Ok(wanted);
     }
-    let Some(devices) = Devices::read(host)? else {
-        return Err(Error::Refused(
-            "which arrays are the host's own is seen on the running host only: apply this there".to_owned(),
-        ));
-    };
     let place = PLACES.iter().find(|place| host.root.exists(place)).unwrap_or(&PLACES[0]);
-    let text = host.root.text(place)?.unwrap_or_default();
+    let existing = host.root.text(place)?;
+    let Some(devices) = Devices::read(host)? else {
+        // In the tree of a host that does not run nothing new is written, and what was written stays.
+        match existing.filter(|text| edited(text, &[]) == *text) {
+            Some(text) => wanted.files.push(File::shared(*place, text)),
+            None => wanted.find(
+                Level::Warn,
+                "which arrays are the host's own is seen on the running host only: nothing is written",
+                "on the host, once it runs: mt-agent setup apply --only md",
+            ),
+        }
+        return Ok(wanted);
+    };
+    let text = existing.unwrap_or_default();
     let mut known = arrays(&text);
     for name in host.root.names(format!("{place}.d")).iter().filter(|name| name.ends_with(".conf")) {
         known.extend(arrays(&host.root.text(format!("{place}.d/{name}"))?.unwrap_or_default()));
@@ -80,7 +88,7 @@ fn edited(text: &str, arrays: &[String]) -> String {
         replacing = false;
         let first_auto = !goes_on && !has_auto && is_keyword(line, "auto");
         has_auto |= first_auto;
-        if first_auto && !is_none(text, line) {
+        if first_auto && !is_none(text) {
             replacing = true;
             new.push_str("AUTO -all\n# before mt-agent: ");
         }
@@ -96,12 +104,11 @@ fn edited(text: &str, arrays: &[String]) -> String {
     new
 }
 
-/// Whether the line `AUTO`, with those that go on with it, lets nothing be assembled.
-fn is_none(text: &str, line: &str) -> bool {
+/// Whether the first line `AUTO`, with those that go on with it, lets nothing be assembled.
+fn is_none(text: &str) -> bool {
     let all = logical(text);
     let words = all.iter().find(|words| words.first().is_some_and(|word| is_keyword(word, "auto")));
     let words = words.map(|words| words[1..].to_vec()).unwrap_or_default();
-    debug_assert!(is_keyword(line, "auto"));
     // The first word that fits an array counts.
     let first = words.iter().find(|word| !word.starts_with('-') || word.eq_ignore_ascii_case("-all"));
     first.is_some_and(|word| word.eq_ignore_ascii_case("-all") || word.eq_ignore_ascii_case("no"))

@@ -57,7 +57,10 @@ impl Layout {
         let group = groups.next().filter(|group| group.group.flaw.is_none() && groups.next().is_none());
         let member = group.and_then(|group| {
             let members = &group.group.members;
-            Some((group, members.iter().position(|member| member.found == Some(index))?))
+            // Two members of one identity both lie on it: neither's extents are all that are used.
+            let mut own = (0..).zip(members).filter(|(_, member)| member.found == Some(index));
+            let (number, _) = own.next()?;
+            own.next().is_none().then_some((group, number))
         });
         match (member, self.physical.get(index)) {
             (Some((group, member)), Some(volume)) => {

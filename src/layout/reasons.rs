@@ -53,8 +53,11 @@ impl Layout {
         if let Some(why) = flaw(&group.group.flaw) {
             return Err(format!("volume group {}: {why}", group.group.name));
         }
-        let member = group.group.members.iter().position(|member| member.found == Some(index));
-        Ok((group, member.ok_or_else(|| format!("volume group {} does not know it", group.group.name))?))
+        let mut own = (0..).zip(&group.group.members).filter(|(_, member)| member.found == Some(index));
+        match (own.next(), own.next()) {
+            (Some((member, _)), None) => Ok((group, member)),
+            _ => Err(format!("volume group {} does not know it, or twice", group.group.name)),
+        }
     }
 }
 

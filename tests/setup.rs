@@ -96,7 +96,7 @@ fn snapshot(root: &Path) -> Snapshot {
         for entry in fs::read_dir(dir).unwrap() {
             let path = entry.unwrap().path();
             let short = path.strip_prefix(root).unwrap().to_owned();
-            if short == Path::new("var/lib/mt-agent/setup") {
+            if short == Path::new("var/lib/mt-agent-setup") {
                 continue;
             }
             let meta = fs::symlink_metadata(&path).unwrap();
@@ -150,7 +150,7 @@ fn a_host_is_set_up_once_and_taken_back_whole() {
             for looks in ["check", "plan", "status"] {
                 setup(root, looks, &[]);
                 assert_eq!(snapshot(root), start, "{looks} wrote something");
-                assert!(!root.join("var/lib/mt-agent/setup").exists(), "{looks} wrote something");
+                assert!(!root.join("var/lib/mt-agent-setup").exists(), "{looks} wrote something");
             }
             setup(root, "apply", &["--skip", "retention"]).ok();
             let applied = snapshot(root);
@@ -298,7 +298,7 @@ fn the_rules_follow_the_assignments_where_they_were_applied() {
     let assigned = format!("root={}", disk.id());
     agent(&["protect", "add", "web01", "--disk", &assigned]).ok();
     agent(&["protect", "remove", "web01"]).ok();
-    assert!(!rules.exists() && !state.join("setup").exists());
+    assert!(!rules.exists() && !dir.path().join("state-setup").exists());
     agent(&["setup", "apply", "--only", "udev"]).ok();
     assert!(fs::read_to_string(&rules).unwrap().contains("# No disk is assigned."));
     agent(&["protect", "add", "web01", "--disk", &assigned, "--dry-run"]).ok();
@@ -366,7 +366,7 @@ fn a_retention_disk_is_made_once_and_never_over_data() {
     }
     assert!(head() == before, "the disk was written to");
     // Another host takes it over.
-    fs::remove_dir_all(state.join("setup")).unwrap();
+    fs::remove_dir_all(dir.path().join("state-setup")).unwrap();
     fs::remove_file(&unit).unwrap();
     let adopted = agent(&["--retention-disk", &id]).ok();
     assert!(!adopted.stdout.contains("called") && head() == before, "{}", adopted.stdout);
@@ -374,7 +374,7 @@ fn a_retention_disk_is_made_once_and_never_over_data() {
     on_this_host(&etc, &["setup", "revert", "--config", config.to_str().unwrap()]).ok();
     assert!(!unit.exists());
     // Anything else on it is in the way.
-    fs::remove_dir_all(state.join("setup")).ok();
+    fs::remove_dir_all(dir.path().join("state-setup")).ok();
     support::tool("mkfs.ext4", &["-q", "-F", node]);
     let before = head();
     let refused = agent(&["--retention-disk", &id]).fails(3, &["refused: retention"]);
@@ -388,7 +388,7 @@ fn a_retention_disk_is_made_once_and_never_over_data() {
     // Nor is one that is assigned.
     let run = |args: &[&str]| on_this_host(&etc, &[args, &["--config", config.to_str().unwrap()]].concat());
     fs::remove_file(&unit).unwrap();
-    fs::remove_dir_all(state.join("setup")).unwrap();
+    fs::remove_dir_all(dir.path().join("state-setup")).unwrap();
     run(&["protect", "add", "web01", "--disk", &format!("root={id}"), "--overwrite"]).ok();
     let refused = agent(&["--retention-disk", &id, "--overwrite"]).fails(3, &["refused: retention"]);
     assert!(refused.stdout.contains("its role is assigned"), "{}", refused.stdout);

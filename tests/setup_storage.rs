@@ -176,7 +176,7 @@ impl Fixture {
             }
             found.insert(path, (meta.mode(), meta.uid(), meta.gid(), content));
         }
-        let records = self.path("var/lib/mt-agent/setup");
+        let records = self.path("var/lib/mt-agent-setup");
         found.retain(|path, _| !path.starts_with(&records));
         found
     }

@@ -12,7 +12,7 @@ use crate::protection::Store;
 /// Where the agent keeps things, in the host's own paths.
 #[derive(Clone, Debug)]
 pub struct Places {
-    /// Its state, with the records of the changes.
+    /// Its state; the records of the changes lie beside it.
     pub state_dir: PathBuf,
     /// The retention, with the protections.
     pub retention_dir: PathBuf,

@@ -60,8 +60,11 @@ impl Setup {
     /// # Errors
     /// Where the links in the path of the state cannot be followed.
     pub fn open(host: Host) -> Result<Setup, Error> {
-        let state = host.root.real(&host.places.state_dir)?;
-        let records = Records::open(host.root.at(&state).join("setup"));
+        // Beside the state and not in it: that belongs to the user of the service, who is not to say what root puts back.
+        let mut records = host.places.state_dir.clone().into_os_string();
+        records.push("-setup");
+        let records = host.root.real(records.as_ref())?;
+        let records = Records::open(host.root.at(&records));
         Ok(Setup { host, records })
     }
 

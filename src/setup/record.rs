@@ -1,4 +1,4 @@
-//! What is kept of a change that was applied: `<state>/setup/<change>/record.json`, and beside it the content of each
+//! What is kept of a change that was applied: `<state>-setup/<change>/record.json`, and beside it the content of each
 //! file that was there before, under the name of its SHA-256.
 //!
 //! The order of the writes, and what a crash between two of them leaves:
@@ -170,7 +170,7 @@ impl Records {
         Ok(Some(record))
     }
 
-    /// The state directory may belong to the user of the service, who is not to say what is put back into `/etc`.
+    /// Whoever could write here would say what is put back into `/etc`.
     fn trusted(&self, dir: &Path) -> Result<(), Error> {
         let meta = fs::symlink_metadata(dir)
             .map_err(|error| IoError::new("look at", dir.display().to_string(), error))?;

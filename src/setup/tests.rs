@@ -150,7 +150,7 @@ fn applying_twice_changes_nothing_and_reverting_gives_back_all() {
     }
     assert_eq!(fs::read_link(dir.path().join("etc/was-a-file")).unwrap(), Path::new("/dev/null"));
     let written = fs::metadata(dir.path().join("etc/theirs.conf")).unwrap().ino();
-    let record = fs::read(dir.path().join("var/lib/mt-agent/setup/all/record.json")).unwrap();
+    let record = fs::read(dir.path().join("var/lib/mt-agent-setup/all/record.json")).unwrap();
     apply(dir.path()).unwrap();
     assert_eq!(snapshot(dir.path()), applied);
     assert_eq!(
@@ -158,7 +158,7 @@ fn applying_twice_changes_nothing_and_reverting_gives_back_all() {
         written,
         "it was written again"
     );
-    assert_eq!(fs::read(dir.path().join("var/lib/mt-agent/setup/all/record.json")).unwrap(), record);
+    assert_eq!(fs::read(dir.path().join("var/lib/mt-agent-setup/all/record.json")).unwrap(), record);
     revert(dir.path()).unwrap();
     let back = snapshot(dir.path());
     assert_eq!(host_files(&back), start);
@@ -204,7 +204,7 @@ fn at_each_step(prepare: impl Fn(&Path), first: Run, next: &[Run], expected: &[&
             } else {
                 assert_eq!(&host_files(&now), *expected, "after {steps} steps");
                 assert!(
-                    !now.keys().any(|path| path.starts_with("var/lib/mt-agent/setup/all")),
+                    !now.keys().any(|path| path.starts_with("var/lib/mt-agent-setup/all")),
                     "{:?}",
                     now.keys()
                 );
@@ -316,7 +316,7 @@ fn a_file_that_others_change_too_is_applied_over_their_edits_and_not_reverted_ov
 fn records_that_others_could_have_written_are_not_believed() {
     let dir = tree();
     apply(dir.path()).unwrap();
-    let records = dir.path().join("var/lib/mt-agent/setup");
+    let records = dir.path().join("var/lib/mt-agent-setup");
     fs::set_permissions(records.join("all"), fs::Permissions::from_mode(0o770)).unwrap();
     assert!(revert(dir.path()).unwrap_err().is_refusal());
     fs::set_permissions(records.join("all"), fs::Permissions::from_mode(0o700)).unwrap();

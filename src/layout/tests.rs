@@ -685,6 +685,14 @@ fn members_that_do_not_agree_are_used() {
     }
 }
 
+/// Found by fuzzing.
+#[test]
+fn of_a_disk_that_is_two_members_nothing_is_free() {
+    let text = text(1, &volume("root", &linear(1, 0, 2, "pv1", 3)));
+    let layout = layout_of(&[physical(0, &text.replace(&dashed(UUIDS[1]), &dashed(UUIDS[0])), 512)]);
+    assert_eq!(layout.used(0).unwrap(), ranges(&[(0, 16 * MIB + MIB / 2)]));
+}
+
 #[test]
 fn a_physical_volume_without_metadata_is_known_by_the_others() {
     let text = text(1, &volume("root", &linear(1, 0, 2, "pv1", 3)));

@@ -397,7 +397,11 @@ fn the_whole_disk_is_sent_where_that_is_asked_for() {
     target.write_all_at(&[1], behind).unwrap();
     tool("blockdev", &["--flushbufs", rig.targets[0].node().to_str().unwrap()]);
     let found = verify(&rig, &disks, &[]).fails(1, &["does not hold"]).json();
-    assert_eq!(found["disks"][0]["differences"], serde_json::json!([{"offset": behind, "length": 4096}]));
+    let differences = found["disks"][0]["differences"].as_array().unwrap();
+    assert!(
+        differences.len() == 1 && differences[0]["offset"] == behind && differences[0]["length"] == 4096,
+        "{found:#}"
+    );
     // Skipped after all, the target is zeros there; and the whole disk does not equal that any more.
     let sent = rig.send(&disks, &["--json"]).ok().json();
     assert!(field(&sent, "zero_bytes") + 65536 * 64 > field(&sent, "skipped_bytes"), "{sent:#}");

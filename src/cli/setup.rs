@@ -44,11 +44,11 @@ pub struct Selection {
     /// Work on this directory, the root of an image, instead of /
     #[arg(long, value_name = "DIR", default_value = "/")]
     root: PathBuf,
-    /// Only these changes, separated by commas
-    #[arg(long, value_name = "CHANGES", value_delimiter = ',', value_parser = names())]
+    /// Only these changes, by the names that `check` lists, separated by commas
+    #[arg(long, value_name = "CHANGES", value_delimiter = ',', value_parser = names(), hide_possible_values = true)]
     only: Vec<String>,
     /// All but these changes, separated by commas
-    #[arg(long, value_name = "CHANGES", value_delimiter = ',', value_parser = names())]
+    #[arg(long, value_name = "CHANGES", value_delimiter = ',', value_parser = names(), hide_possible_values = true)]
     skip: Vec<String>,
     /// Print it as JSON
     #[arg(long)]

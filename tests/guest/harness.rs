@@ -203,6 +203,11 @@ impl Guest {
     }
 }
 
+/// Whether this is the guest.
+pub fn is_guest() -> bool {
+    std::env::var_os(SHARE).is_some()
+}
+
 /// The directories of the host that a guest reads: the sources, and target/debug, wherever that is, which has the
 /// programs under test beside `deps`.
 pub fn read_directories() -> [&'static Path; 2] {

@@ -2,11 +2,14 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::{Value, json};
 
-use crate::harness::{cold_disk, host};
+use crate::harness::{cold_disk, host, is_guest, read_directories};
 use crate::lio::discovered;
 use crate::support::{MACHINE, MIB, run, tool, wait_for};
 
@@ -38,48 +41,6 @@ fn is_up() {
         systemctl(&["is-active", unit]);
     }
     assert_eq!(tool("findmnt", &["-n", "-o", "SOURCE,FSTYPE", "/"]), "/dev/mapper/system-root ext4");
-}
-
-const UNIT: &str = "[Service]
-Type=notify
-ExecStart=/usr/bin/mt-agent serve --allow-root-retention
-StateDirectory=mt-agent
-RuntimeDirectory=mt-agent
-Restart=always
-RestartSec=100ms
-[Install]
-WantedBy=multi-user.target
-";
-
-#[test]
-fn a_host_comes_up_and_a_service_comes_back() {
-    host(&[64 * MIB]).run(|guest| {
-        is_up();
-        let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
-        if guest.boot == 0 {
-            fs::write("/etc/boot-id", &boot_id).unwrap();
-            fs::copy(env!("CARGO_BIN_EXE_mt-agent"), "/usr/bin/mt-agent").unwrap();
-            fs::write("/etc/systemd/system/mt-agent.service", UNIT).unwrap();
-            systemctl(&["daemon-reload"]);
-            // Which returns when it is ready.
-            systemctl(&["enable", "--now", "mt-agent"]);
-            assert_eq!(property("ActiveState"), "active");
-            run(&["status"]).ok();
-            let before = main_pid();
-            kill(Pid::from_raw(before), Signal::SIGKILL).unwrap();
-            wait_for("the service", || {
-                (property("ActiveState") == "active" && main_pid() != before).then_some(())
-            });
-            run(&["status"]).ok();
-            the_root_disk_is_refused(&guest.share);
-            guest.reboot();
-        } else {
-            assert_eq!(guest.boot, 1);
-            assert_ne!(fs::read_to_string("/etc/boot-id").unwrap(), boot_id);
-            assert_eq!(property("ActiveState"), "active");
-            run(&["status"]).ok();
-        }
-    });
 }
 
 fn the_root_disk_is_refused(share: &Path) {
@@ -191,14 +152,229 @@ fn wipe(share: &Path) {
     tool("udevadm", &["settle"]);
 }
 
+/// The package, made of what is tested, where both sides find it.
+fn package() -> PathBuf {
+    let [tree, built] = read_directories();
+    let (top, name) = (built.join("guest-rpm"), format!("mt-agent-{}", env!("CARGO_PKG_VERSION")));
+    if !is_guest() {
+        let path = |name: &str| top.join(name).display().to_string();
+        _ = fs::remove_dir_all(&top);
+        fs::create_dir_all(path("SOURCES")).unwrap();
+        let pack = ["-C", tree.to_str().unwrap(), "--transform", &format!("s,^,{name}/,"), "-czf"];
+        let packed = ["packaging", "README.md", "LICENSE-MIT", "LICENSE-APACHE"];
+        tool("tar", &[&pack[..], &[&path(&format!("SOURCES/{name}.tar.gz"))], &packed].concat());
+        fs::write(path("SOURCES/LICENSE.dependencies"), "").unwrap();
+        tool("strip", &["-o", &path("mt-agent"), env!("CARGO_BIN_EXE_mt-agent")]);
+        let defined = [format!("_topdir {}", top.display()), format!("prebuilt {}", path("mt-agent"))];
+        let spec = tree.join("packaging/mt-agent.spec").display().to_string();
+        let build = ["-bb", "--nodeps", "--define", &defined[0], "--define", &defined[1], &spec];
+        tool("rpmbuild", &build);
+    }
+    let made = fs::read_dir(top.join("RPMS/x86_64")).unwrap().map(|entry| entry.unwrap().path());
+    let is = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().starts_with(&name);
+    made.into_iter().find(is).expect("the package")
+}
+
+/// The installed one.
+fn agent(args: &[&str]) -> String {
+    tool("/usr/bin/mt-agent", args)
+}
+
+/// The disks that multipathd takes, where nothing forbids it.
+const KNOWN_PATHS: &str = "/etc/multipath/wwids";
+
+const RETENTION: usize = 6;
+const RETAINED: &str = "/var/lib/mt-agent/retention";
+
+/// Plans or applies the changes, which must succeed, and returns what was said.
+fn set_up(what: &str) -> String {
+    let said = agent(&["setup", what]);
+    println!("{said}");
+    said
+}
+
+/// As an administrator does it.
+fn install(share: &Path, package: &Path) {
+    tool("rpm", &["--install", "--nodeps", package.to_str().unwrap()]);
+    assert_eq!(tool("rpm", &["--verify", "--nodeps", "mt-agent"]), "");
+    let disk = node(share, RETENTION);
+    tool("mkfs.ext4", &["-q", "-L", "retention", &disk]);
+    let table = fs::read_to_string("/etc/fstab").unwrap();
+    fs::write("/etc/fstab", format!("{table}LABEL=retention {RETAINED} ext4 nofail 0 0\n")).unwrap();
+    // Nothing is written until it is applied.
+    let planned = set_up("plan");
+    assert!(planned.contains("stays: physical volume"), "{planned}");
+    let applied: Value = serde_json::from_str(&agent(&["setup", "status", "--json"])).unwrap();
+    assert!(applied["changes"].as_array().unwrap().iter().all(|change| change["applied"].is_null()));
+    let applied = set_up("apply");
+    for name in CHANGES {
+        assert!(applied.contains(&format!("\n{name}: wrote /etc/")), "{name}");
+    }
+    systemctl(&["enable", "mt-agent"]);
+}
+
+/// The changes that have something to do on this host; the others find all as it should be, or warn.
+const CHANGES: [&str; 7] = ["udev", "lvm", "multipath", "md", "gpt-auto", "kernel-modules", "network"];
+
+/// All changes are applied, nobody edited what they wrote, and no reboot is due.
+fn is_set_up() {
+    let status: Value = serde_json::from_str(&agent(&["setup", "status", "--json"])).unwrap();
+    let mut names = Vec::new();
+    for change in status["changes"].as_array().unwrap().iter().filter(|change| !change["applied"].is_null()) {
+        let applied = &change["applied"];
+        assert_eq!(
+            (&applied["state"], &applied["reboot_due"]),
+            (&"applied".into(), &false.into()),
+            "{change:#}"
+        );
+        assert_eq!(applied["edited"], json!([]), "{change:#}");
+        names.push(change["name"].as_str().unwrap());
+    }
+    assert_eq!(names, CHANGES);
+}
+
+/// The service is there, as its own user, who has what it keeps, but not the records of setup.
+fn is_served() {
+    assert_eq!(property("ActiveState"), "active");
+    let status = fs::read_to_string(format!("/proc/{}/status", main_pid())).unwrap();
+    let users = status.lines().find_map(|line| line.strip_prefix("Uid:\t")).unwrap().to_owned();
+    let own = tool("id", &["-u", "mt-agent"]);
+    assert!(own != "0" && users.split('\t').all(|user| user == own), "{users}");
+    let kept = ["/var/lib/mt-agent", RETAINED, "/var/lib/mt-agent-setup"];
+    let owners = tool("stat", &[&["--format=%U:%a"], &kept[..]].concat());
+    assert_eq!(owners, "mt-agent:700\nmt-agent:700\nroot:700");
+    agent(&["status"]);
+}
+
+fn name(number: usize) -> String {
+    format!("d{number}")
+}
+
+fn assign_all(share: &Path) {
+    let token = agent(&["token", "create", MACHINE, "--json", "--address", "127.0.0.1:9443"]);
+    let token: Value = serde_json::from_str(&token).unwrap();
+    agent(&["enroll", token["token"].as_str().unwrap(), "--state-dir", "/root/sender"]);
+    let disks = CARRIERS.map(|number| format!("{}={}", name(number), cold_disk(share, number).0));
+    agent(&["protect", "add", MACHINE, "--disk", &disks.join(",")]);
+    // The changes followed the disks.
+    let applied = set_up("apply");
+    assert!(!applied.contains(": wrote ") && !applied.contains(": called "), "{applied}");
+}
+
+fn send_all() {
+    let disks = CARRIERS.map(|number| format!("{}={}", name(number), source(number).display()));
+    let to = ["--to", "127.0.0.1:9443", "--state-dir", "/root/sender"];
+    agent(&[&["send", "--machine", MACHINE, "--disk", &disks.join(",")], &to[..]].concat());
+}
+
+/// Has this host look at the disks.
+fn look_at_all(share: &Path) {
+    for number in CARRIERS {
+        tool("udevadm", &["trigger", "--action=add", &node(share, number)]);
+    }
+    tool("udevadm", &["settle"]);
+    // What udevd starts goes on for a while.
+    std::thread::sleep(Duration::from_secs(5));
+}
+
+/// Nothing on this host has taken anything of what it received, nor changed a byte of it.
+fn are_untouched(share: &Path) {
+    assert_eq!(taken(), Vec::<String>::new());
+    let groups = tool("vgs", &["--noheadings", "-o", "vg_name"]);
+    assert_eq!(groups.trim(), "system");
+    let disks = discovered_by("/usr/bin/mt-agent");
+    for number in CARRIERS {
+        let (id, image) = cold_disk(share, number);
+        let disk = disks.iter().find(|disk| disk["id"] == id.as_str()).unwrap();
+        assert_eq!(disk["role"], "assigned", "{disk:#}");
+        assert!(fs::read(&image).unwrap() == fs::read(source(number)).unwrap(), "disk {number} was written");
+    }
+}
+
+/// This host's multipathd refuses that disk now; whoever had two paths to it has it in its list all the same, and shall
+/// boot with that.
+fn is_kept_from_multipathd(share: &Path) {
+    let added = Command::new("multipath").args(["-a", &node(share, PATH)]).output().unwrap();
+    assert!(!added.status.success(), "{added:?}");
+    let (id, _) = cold_disk(share, PATH);
+    let list = fs::read_to_string(KNOWN_PATHS).unwrap();
+    fs::write(KNOWN_PATHS, format!("{list}/3{}/\n", id.trim_start_matches("naa."))).unwrap();
+}
+
+fn discovered_by(program: &str) -> Vec<Value> {
+    let found: Value = serde_json::from_str(&tool(program, &["discover-disks", "--json"])).unwrap();
+    found["disks"].as_array().unwrap().clone()
+}
+
+/// As `systemctl reload` has it: the same process, with what was written meanwhile.
+fn takes_on_what_is_configured() {
+    let before = main_pid();
+    fs::write("/etc/mt-agent/conf.d/more.toml", "max_sessions = 77\n").unwrap();
+    systemctl(&["reload", "mt-agent"]);
+    wait_for("the journal", || {
+        let found = ["-b", "-o", "cat", "-u", "mt-agent", "MT_AGENT_CHANGED=max_sessions = 77"];
+        let found = Command::new("journalctl").args(found).output().unwrap();
+        (found.stdout == b"the configuration was read again\n").then_some(())
+    });
+    wait_for("the end of the reload", || (property("ActiveState") == "active").then_some(()));
+    assert_eq!(main_pid(), before);
+}
+
+/// What this does to the service, systemd makes good.
+fn comes_back_after(signal: Signal) {
+    let before = main_pid();
+    kill(Pid::from_raw(before), signal).unwrap();
+    wait_for("the service", || {
+        (property("ActiveState") == "active" && ![0, before].contains(&main_pid())).then_some(())
+    });
+    is_served();
+}
+
 #[test]
-fn a_host_takes_disks_that_carry_what_it_looks_for() {
-    host(&[16 * MIB; 5]).run(|guest| {
+fn a_master_target_leaves_alone_what_it_receives() {
+    let package = package();
+    host(&[&[16 * MIB; 5][..], &[256 * MIB]].concat()).run(|guest| {
+        let share = &guest.share;
         is_up();
-        assert_eq!(taken(), Vec::<String>::new());
-        write_signatures(&guest.share);
-        takes_all(&guest.share);
-        wipe(&guest.share);
-        assert_eq!(taken(), Vec::<String>::new());
+        match guest.boot {
+            0 => {
+                assert_eq!(taken(), Vec::<String>::new());
+                the_root_disk_is_refused(share);
+                write_signatures(share);
+                takes_all(share);
+                wipe(share);
+                install(share, &package);
+                guest.reboot();
+            }
+            1 => {
+                is_set_up();
+                is_served();
+                assign_all(share);
+                send_all();
+                look_at_all(share);
+                are_untouched(share);
+                takes_on_what_is_configured();
+                comes_back_after(Signal::SIGKILL);
+                fs::create_dir_all("/run/systemd/system/mt-agent.service.d").unwrap();
+                let quick = "[Service]\nWatchdogSec=20\n";
+                fs::write("/run/systemd/system/mt-agent.service.d/quick.conf", quick).unwrap();
+                systemctl(&["daemon-reload"]);
+                systemctl(&["restart", "mt-agent"]);
+                comes_back_after(Signal::SIGSTOP);
+                send_all();
+                is_kept_from_multipathd(share);
+                guest.reboot();
+            }
+            _ => {
+                assert_eq!(guest.boot, 2);
+                is_set_up();
+                is_served();
+                // Booting, it has looked at them.
+                are_untouched(share);
+                send_all();
+                look_at_all(share);
+                are_untouched(share);
+            }
+        }
     });
 }

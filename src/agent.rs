@@ -24,7 +24,7 @@ use std::time::Duration;
 use sd_notify::NotifyState;
 use tokio::io::BufReader;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout, timeout_at};
@@ -116,6 +116,8 @@ pub fn serve(config: Config, reread: Reread) -> Result<(), Error> {
 }
 
 async fn run(config: Config, reread: Reread) -> Result<(), Error> {
+    // Before anybody is told that it runs: a reload that comes early would end it otherwise.
+    let signals = Signals::new()?;
     let config = Arc::new(config);
     let directory = &config.state_dir;
     durable::private_dir(directory)?;
@@ -184,7 +186,7 @@ async fn run(config: Config, reread: Reread) -> Result<(), Error> {
     };
     tell(&[NotifyState::Ready]);
     let teller = tokio::spawn(systemd::keep_told(told, pulses));
-    let result = front.accept(listener, &current, &Arc::new(reread)).await;
+    let result = front.accept(listener, signals, &current, &Arc::new(reread)).await;
     teller.abort();
     tell(&[NotifyState::Stopping, NotifyState::Status("stopping")]);
     end.send_modify(|ending| ending.service = true);
@@ -327,6 +329,24 @@ async fn reload(current: &watch::Sender<Arc<Config>>, reread: &Arc<Reread>) {
 }
 
 /// Takes connections.
+/// The signals that the service waits for.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hangup: Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Signals, IoError> {
+        let wait = |kind| signal(kind).map_err(|error| IoError::new("wait for", "signals", error));
+        Ok(Signals {
+            terminate: wait(SignalKind::terminate())?,
+            interrupt: wait(SignalKind::interrupt())?,
+            hangup: wait(SignalKind::hangup())?,
+        })
+    }
+}
+
 #[derive(Clone)]
 struct Front {
     acceptor: TlsAcceptor,
@@ -343,22 +363,19 @@ impl Front {
     async fn accept(
         &self,
         listener: TcpListener,
+        mut signals: Signals,
         current: &watch::Sender<Arc<Config>>,
         reread: &Arc<Reread>,
     ) -> Result<JoinSet<()>, Error> {
-        let failed = |error| IoError::new("wait for", "signals", error);
-        let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
-        let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
-        let mut hangup = signal(SignalKind::hangup()).map_err(failed)?;
         let mut sessions = JoinSet::new();
         loop {
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
                 // Ends of sessions are collected as they come.
                 Some(_) = sessions.join_next() => continue,
-                _ = terminate.recv() => return Ok(sessions),
-                _ = interrupt.recv() => return Ok(sessions),
-                Some(()) = hangup.recv() => {
+                _ = signals.terminate.recv() => return Ok(sessions),
+                _ = signals.interrupt.recv() => return Ok(sessions),
+                Some(()) = signals.hangup.recv() => {
                     reload(current, reread).await;
                     continue;
                 }

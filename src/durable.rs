@@ -163,13 +163,32 @@ pub fn hand_over(made: &File, path: &Path) -> Result<(), IoError> {
 pub fn read(path: &Path, limit: u64) -> Result<Vec<u8>, IoError> {
     use std::io::Read;
     let mut bytes = Vec::new();
-    let file = File::open(path).map_err(failed("open", path))?;
+    let file = regular(path)?;
     file.take(limit.saturating_add(1)).read_to_end(&mut bytes).map_err(failed("read", path))?;
     if u64::try_from(bytes.len()).is_ok_and(|len| len <= limit) {
         Ok(bytes)
     } else {
         Err(failed("read", path)(io::ErrorKind::FileTooLarge.into()))
     }
+}
+
+/// Opens a regular file for reading. The open of a pipe would wait for its writer.
+///
+/// # Errors
+/// Also where it is something else.
+pub fn regular(path: &Path) -> Result<File, IoError> {
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .map_err(failed("open", path))?;
+    if file.metadata().map_err(failed("look at", path))?.is_dir() {
+        return Err(failed("read", path)(io::ErrorKind::IsADirectory.into()));
+    }
+    if !file.metadata().map_err(failed("look at", path))?.is_file() {
+        return Err(failed("read", path)(io::Error::other("it is no regular file")));
+    }
+    Ok(file)
 }
 
 fn sync_parent(path: &Path) -> Result<(), IoError> {

@@ -9,7 +9,7 @@ mod keys;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, Read};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -18,6 +18,7 @@ use std::time::Duration;
 use toml::de::DeTable;
 
 pub use self::keys::{KEYS, Key, Value};
+use crate::durable;
 use crate::error::IoError;
 use crate::points::retention::Policy;
 use crate::storage::device::EngineChoice;
@@ -328,7 +329,7 @@ fn no_ipv6(error: &io::Error) -> bool {
 
 fn read(path: &Path) -> Result<Vec<u8>, IoError> {
     let failed = |op, error| IoError::new(op, path.display().to_string(), error);
-    let file = File::open(path).map_err(|error| failed("open", error))?;
+    let file = durable::regular(path)?;
     let mut bytes = Vec::new();
     file.take(MAX_LEN + 1).read_to_end(&mut bytes).map_err(|error| failed("read", error))?;
     if bytes.len() as u64 > MAX_LEN {

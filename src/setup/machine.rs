@@ -74,7 +74,7 @@ impl Setup {
     }
 
     fn look(&self, change: &Change) -> Result<Look, Error> {
-        let record = self.records.load(change.name)?;
+        let record = self.recorded(change)?;
         let disks = if change.follows_disks { self.host.assigned()?.len() } else { 0 };
         if let Some(record) = &record
             && record.disks > 0
@@ -157,6 +157,26 @@ impl Setup {
             edited: false,
             problem,
         })
+    }
+
+    /// What was recorded of a change. Its paths were without links when they were recorded; one that leads elsewhere by now, out of
+    /// the root maybe, is not followed.
+    fn recorded(&self, change: &Change) -> Result<Option<Record>, Error> {
+        let record = self.records.load(change.name)?;
+        let paths = |record: &Record| {
+            let files = record.files.iter().map(|file| file.path.clone());
+            files.chain(record.dirs.clone()).collect::<Vec<_>>()
+        };
+        for path in record.as_ref().map(paths).unwrap_or_default() {
+            if self.host.root.real_parent(&path)? != path {
+                return Err(Error::Refused(format!(
+                    "{} is not where `setup apply` left it any more: a directory on the way to it is a link now; put the \
+                     directory back, then run this again",
+                    path.display()
+                )));
+            }
+        }
+        Ok(record)
     }
 
     /// The content that a file had before.
@@ -414,7 +434,7 @@ impl Setup {
 
     pub(super) fn revert_one(&self, change: &Change) -> Result<Reverted, Error> {
         let root = &self.host.root;
-        let Some(mut record) = self.records.load(change.name)? else {
+        let Some(mut record) = self.recorded(change)? else {
             self.records.sweep(change.name, None)?;
             return Ok(Reverted::default());
         };
@@ -460,7 +480,7 @@ impl Setup {
     }
 
     fn status_one(&self, change: &Change) -> Result<Status, Error> {
-        let Some(record) = self.records.load(change.name)? else {
+        let Some(record) = self.recorded(change)? else {
             return Ok(Status { name: change.name, applied: None });
         };
         let reboot_due = self.reboot_due(&record);

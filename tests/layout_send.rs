@@ -361,6 +361,38 @@ fn a_source_that_did_not_stand_still_after_all_gives_a_fuzzy_point() {
     tool("e2fsck", &["-fn", rig.targets[0].node().to_str().unwrap()]);
 }
 
+/// Somebody writes to the same file by another way.
+#[test]
+fn a_write_through_another_loop_device_is_noticed() {
+    require_root!();
+    let rig = rig(&[64 * MIB]);
+    let disk = Loop::create(&rig.path("source.img"), 64 * MIB);
+    tool("mkfs.ext4", &["-q", "-E", "lazy_itable_init=0", disk.node().to_str().unwrap()]);
+    let other = Loop::attach(disk.backing(), 512);
+    let mut files = Files::default();
+    let slow = ["--whole", "--compression", "off", "--bwlimit", "1M"];
+    mounted(disk.node(), &rig.path("mnt"), "defaults", |dir| files.work(dir, 0));
+    let send = rig.start_into_pass(&[("d0", disk.node())], &slow);
+    mounted(other.node(), &rig.path("mnt"), "defaults", |dir| files.work(dir, 1));
+    let sent = send.finish().ok();
+    assert!(sent.stderr.contains("somebody wrote to the source while it was read"), "{sent:#?}");
+    assert!(newest_is_fuzzy(&rig));
+}
+
+#[test]
+fn nothing_is_skipped_of_a_disk_that_does_not_count_its_writes() {
+    require_root!();
+    let rig = rig(&[64 * MIB]);
+    let (disk, _) = used_before(&rig, 64 * MIB);
+    let name = disk.node().file_name().unwrap().to_str().unwrap().to_owned();
+    let counts = format!("/sys/block/{name}/queue/iostats");
+    fs::write(&counts, "0").unwrap();
+    let sent = rig.send(&[("d0", disk.node())], &["--json"]).ok().json();
+    fs::write(&counts, "1").unwrap();
+    assert_eq!(field(&sent, "skipped_bytes"), 0, "{sent:#}");
+    assert_equal(disk.node(), rig.targets[0].backing());
+}
+
 /// A disk whose free space holds what was there before.
 fn used_before(rig: &Rig, size: u64) -> (Loop, Files) {
     let disk = Loop::create(&rig.path("source.img"), size);

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -75,6 +75,11 @@ pub struct Source {
     sector: u32,
 }
 
+/// The size and the times of a file that a write changes.
+fn times(file: &fs::Metadata) -> String {
+    format!(" {} {} {} {} {}", file.len(), file.mtime(), file.mtime_nsec(), file.ctime(), file.ctime_nsec())
+}
+
 impl Source {
     /// Opens a block device or an image file for reading.
     pub fn open(path: &Path) -> Result<Source, Error> {
@@ -129,30 +134,34 @@ impl Source {
     }
 
     /// What changes whenever somebody writes to the source: the sectors that were written to a device since the system
-    /// started (Documentation/block/stat.rst); of a file, its times and size.
+    /// started (Documentation/block/stat.rst), and for a loop device what changes in its file, which may be written through
+    /// another one; of a file, its times and size. None where the device does not count.
     pub(super) fn mark(&self) -> Option<String> {
-        use std::os::unix::fs::MetadataExt;
         // What lies in the page cache since before would be written while it is read. Where that fails, reading does too.
         self.file.sync_all().ok();
         let metadata = self.file.metadata().ok()?;
         if metadata.file_type().is_block_device() {
             let number = metadata.rdev();
             let (major, minor) = (nix::sys::stat::major(number), nix::sys::stat::minor(number));
-            let stat = fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/stat")).ok()?;
+            let device = format!("/sys/dev/block/{major}:{minor}");
+            // A partition has its disk above it.
+            let queues =
+                ["queue", "../queue"].map(|queue| fs::read_to_string(format!("{device}/{queue}/iostats")));
+            if queues.into_iter().flatten().any(|counts| counts.trim() == "0") {
+                return None;
+            }
+            let file = fs::read_to_string(format!("{device}/loop/backing_file")).ok();
+            let file = file.and_then(|path| fs::metadata(path.trim_end_matches('\n')).ok());
+            let stat = fs::read_to_string(format!("{device}/stat")).ok()?;
             // Sectors written, discards completed and sectors discarded. A flush, such as the one above, counts as a write of
             // nothing.
             let fields: Vec<&str> = stat.split_ascii_whitespace().collect();
             let field = |index: usize| fields.get(index).copied().unwrap_or_default();
-            return Some([6, 11, 13].map(field).join(" "));
+            return Some(
+                [6, 11, 13].map(field).join(" ") + &file.map_or_else(String::new, |file| times(&file)),
+            );
         }
-        Some(format!(
-            "{} {} {} {} {}",
-            metadata.len(),
-            metadata.mtime(),
-            metadata.mtime_nsec(),
-            metadata.ctime(),
-            metadata.ctime_nsec()
-        ))
+        Some(times(&metadata))
     }
 
     /// The identity of the disk, or of the one that it is a partition of, if it has one. An image has none, and a loop

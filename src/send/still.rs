@@ -173,7 +173,8 @@ impl Still {
         if last {
             // Before the thaw, after which everybody may write again.
             for (disk, source, before) in std::mem::take(&mut state.marks) {
-                if source.mark() != before {
+                let mounted = state.unused && !source.mounts(&Sysroot::default()).is_empty();
+                if mounted || source.mark() != before {
                     tracing::warn!(%disk, "somebody wrote to the source while it was read: the point is no moment");
                     state.written = true;
                 }

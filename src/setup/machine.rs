@@ -63,7 +63,7 @@ impl Setup {
         // Beside the state and not in it: that belongs to the user of the service, who is not to say what root puts back.
         let mut records = host.places.state_dir.clone().into_os_string();
         records.push("-setup");
-        let records = host.root.real(records.as_ref())?;
+        let records = host.root.real_parent(records.as_ref())?;
         let records = Records::open(host.root.at(&records));
         Ok(Setup { host, records })
     }

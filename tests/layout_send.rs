@@ -16,22 +16,8 @@ use mt_agent::layout::tree::{Disk, read};
 use mt_agent::storage::file::ReadFile;
 use serde_json::Value;
 use support::{
-    Loop, MACHINE, MIB, Mount, Outcome, Rig, Service, assert_equal, directory, run, tool, wait_for,
+    Loop, MACHINE, MIB, Mount, Outcome, Rig, Service, assert_equal, directory, noise, run, tool, wait_for,
 };
-
-/// Bytes that no other call gives.
-fn noise(seed: u64, len: usize) -> Vec<u8> {
-    let mut word = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut bytes = Vec::with_capacity(len + 8);
-    while bytes.len() < len {
-        word ^= word << 13;
-        word ^= word >> 7;
-        word ^= word << 17;
-        bytes.extend_from_slice(&word.to_le_bytes());
-    }
-    bytes.truncate(len);
-    bytes
-}
 
 /// Mounts it for as long as `work` takes, and unmounts it as it should be.
 fn mounted<T>(node: &Path, dir: &Path, options: &str, work: impl FnOnce(&Path) -> T) -> T {

@@ -16,7 +16,7 @@ use mt_agent::layout::tree::{Content, Disk, read};
 use mt_agent::layout::{Allocation, FileSystem, State};
 use mt_agent::storage::file::ReadFile;
 use nix::fcntl::{FallocateFlags, fallocate};
-use support::{Frozen, Loop, MIB, Mount, directory, tool, wait_for};
+use support::{Frozen, Loop, MIB, Mount, directory, noise, tool, wait_for};
 
 const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -176,20 +176,6 @@ fn mounted<T>(image: &Path, options: &str, work: impl FnOnce(&Path) -> T) -> T {
     wait_for("the unmount", || nix::mount::umount(dir.path()).ok());
     std::mem::forget(mount);
     result
-}
-
-/// Bytes that no other call gives.
-fn noise(seed: u64, len: usize) -> Vec<u8> {
-    let mut word = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut bytes = Vec::with_capacity(len + 8);
-    while bytes.len() < len {
-        word ^= word << 13;
-        word ^= word >> 7;
-        word ^= word << 17;
-        bytes.extend_from_slice(&word.to_le_bytes());
-    }
-    bytes.truncate(len);
-    bytes
 }
 
 /// Files of all kinds, most of which go again; a file of which every other block is left; and a full file system in between.

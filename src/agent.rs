@@ -35,8 +35,8 @@ use tracing::field::{Empty, display};
 use crate::durable;
 use crate::error::{IoError, chain};
 use crate::net::keepalive;
-use crate::net::message::{self, Code};
-use crate::net::session::{self, Ending, Patience};
+use crate::net::message::Code;
+use crate::net::session::{self, Ending, Guest, Lanes, Patience};
 use crate::net::tls::{self, HandshakeError};
 use crate::net::token::TokenStore;
 use crate::points::{Begun, Log};
@@ -171,6 +171,7 @@ async fn run(config: Config, reread: Reread) -> Result<(), Error> {
         acceptor,
         strangers: Arc::default(),
         places: Arc::default(),
+        lanes: Lanes::default(),
         configured: configured.clone(),
         service,
         ending,
@@ -352,6 +353,7 @@ struct Front {
     acceptor: TlsAcceptor,
     strangers: Arc<Strangers>,
     places: Arc<AtomicU32>,
+    lanes: Lanes,
     configured: watch::Receiver<Arc<Config>>,
     service: Arc<Service>,
     ending: watch::Receiver<Ending>,
@@ -443,24 +445,20 @@ impl Front {
         if let Some(machine) = &machine {
             tracing::Span::current().record("machine", display(machine));
         }
-        // Whoever showed a certificate of ours counts as a session; who did not may only enrol, and goes on
-        // counting as a stranger, as does who is turned away.
-        let _place = match machine {
-            None => (Some(stranger), None),
-            Some(_) => match Place::take(&self.places, most) {
-                Some(place) => {
-                    drop(stranger);
-                    (None, Some(place))
-                }
-                None => {
-                    let text = "`max_sessions` connections are open on the master target";
-                    session::turn_away(stream, message::Error::new(Code::Busy, text)).await;
-                    return Err(SessionError::Full);
-                }
-            },
+        // Whoever showed a certificate of ours counts as a session, or joins one; who did not may only enrol, and goes on
+        // counting as a stranger, as does who finds no room.
+        let taken = machine.as_ref().and_then(|_| Place::take(&self.places, most));
+        let room = taken.is_some();
+        let place: Box<dyn Send> = match taken {
+            Some(place) => {
+                drop(stranger);
+                Box::new(place)
+            }
+            None => Box::new(stranger),
         };
         let (host, ending) = (self.host.clone(), self.ending.clone());
-        Ok(session::serve(stream, peer, machine, host, patience, ending).await?)
+        let guest = Guest { peer, machine, place, room };
+        Ok(session::serve(stream, guest, host, &self.lanes, patience, ending).await?)
     }
 }
 
@@ -521,8 +519,6 @@ enum SessionError {
     Handshake(#[from] HandshakeError),
     #[error("the TLS handshake took too long")]
     Slow,
-    #[error("refused: `max_sessions` connections are open")]
-    Full,
     #[error("too many newer connections came that showed no certificate either")]
     CrowdedOut,
     #[error("the client's certificate names no machine")]
@@ -537,7 +533,7 @@ impl SessionError {
         match self {
             SessionError::Handshake(_)
             | SessionError::Name(_)
-            | SessionError::Full
+            | SessionError::Session(session::Error::Full)
             | SessionError::CrowdedOut => true,
             SessionError::Slow | SessionError::Session(_) => false,
         }

@@ -3,8 +3,8 @@
 //! # The mt-agent protocol, version 1
 //!
 //! A *client* (the source of a replication, `mt-agent send`) writes disks of one machine to volumes of a
-//! *server* (the master target, `mt-agent serve`), over one TLS connection for each disk. This text is enough
-//! to write another client or server. `MUST`, `SHOULD` and `MAY` are those of RFC 2119. All numbers in
+//! *server* (the master target, `mt-agent serve`), over one TLS connection for each disk, or several (section 6).
+//! This text is enough to write another client or server. `MUST`, `SHOULD` and `MAY` are those of RFC 2119. All numbers in
 //! headers are little-endian and unsigned; a size or offset is in bytes unless it says otherwise.
 //!
 //! ## 1. Transport
@@ -15,7 +15,7 @@
 //! The server shows a certificate for the DNS name `mt-agent.internal`, signed by the server's own authority.
 //! A client that is enrolled MUST verify the chain against that authority alone, and that name, whatever
 //! address it connected to. A client that is not enrolled yet MUST instead compare the SHA-256 of the
-//! server's certificate (DER) with the one in its token (section 6), and MUST NOT send the secret to any
+//! server's certificate (DER) with the one in its token (section 7), and MUST NOT send the secret to any
 //! other server.
 //!
 //! The server asks for a client certificate. Without one the connection can do nothing but enrol. With one,
@@ -37,7 +37,7 @@
 //! | 4 | 1 | version | 1: the layout of this header |
 //! | 5 | 1 | type | section 3 |
 //! | 6 | 2 | flags | in Data, bits 0 and 1 are the payload's encoding: 0 raw, 1 LZ4, 2 Zstandard; 3 is invalid. All other bits, and all bits in other types, are 0 |
-//! | 8 | 8 | sequence | Data, Zero and Commit: the frame's number in its pass. Progress: section 5. Digests: the *unit*, how many bytes of the volume each digest is of. Error: the number of the frame that it is about, or 0. Otherwise 0 |
+//! | 8 | 8 | sequence | Data, Zero and Commit: the frame's number in its pass. Progress: section 5. Digests: the *unit*, how many bytes of the volume each digest is of. Error: the number of the frame that it is about, or 0. Covered: section 6. Otherwise 0 |
 //! | 16 | 8 | offset | Data, Zero, Refused, Digests and Refine: the first byte on the volume. Otherwise 0 |
 //! | 24 | 8 | length | Data, Zero, Refused, Digests and Refine: how many bytes of the volume the frame is about. Progress and Covered: section 5. Otherwise 0 |
 //! | 32 | 4 | payload_len | bytes of payload after this header |
@@ -63,7 +63,7 @@
 //! - Refused: `sequence`, `offset` and `length` of the data frame that it is about; no payload.
 //! - All others (*control*): `offset` and `length` 0; `payload_len` from 1 to 64 KiB.
 //!
-//! `sequence` is bound by the rules of section 5 only; where it is said to be 0, receivers ignore it.
+//! `sequence` is bound by the rules of sections 5 and 6 only; where it is said to be 0, receivers ignore it.
 //!
 //! The encodings: *LZ4* is one block of the LZ4 block format, without a length before it. *Zstandard* is one
 //! frame (RFC 8878) without a dictionary. Either MUST decode to exactly `length` bytes; a receiver MUST stop
@@ -92,6 +92,8 @@
 //! | Digests | 17 | server | digests, 32 bytes each |
 //! | Covered | 18 | client | none |
 //! | Refine | 19 | client | none |
+//! | Join | 20 | client | JSON |
+//! | JoinReply | 21 | server | JSON |
 //!
 //! A control payload is one JSON object (RFC 8259) in UTF-8, with nothing but white space after it. A
 //! receiver MUST pass over members that it does not know, so that later versions can add some; a member that
@@ -117,6 +119,10 @@
 //!   Commit         ------->
 //!                  <-------     Progress …, Committed
 //!                               and the connection ends
+//!   or, for a disk that another connection has opened:
+//!   Join           ------->
+//!                  <-------     JoinReply
+//!   Data, Zero …   ------->
 //! ```
 //!
 //! A frame of any other type at its place is an error (`protocol`). Outside a pass a side sends nothing
@@ -161,7 +167,9 @@
 //!   point (32 lower-case hexadecimal digits) at which the volume stands or to which it can be brought back; `alike`,
 //!   optional, true where the volume likely holds much of what the source does, so that comparing pays; `standing`, optional, true where it holds the baseline and nothing
 //!   else, of a source of just this `size`: only then what changed since is all that differs; `point`, with
-//!   `group` and only then, the point of the group.
+//!   `group` and only then, the point of the group; `join`, optional, an object with which more connections may carry the pass:
+//!   `secret`, 32 random bytes in base64url without padding (43 characters), and `connections`, how many there may be in all,
+//!   this one among them.
 //!
 //! A server remembers the size and the identity of the source of the last pass that began on a volume. One of another size
 //! is refused (`refused`) unless `resized` or `another` is true; one of another identity, where both have one, unless
@@ -255,7 +263,39 @@
 //!
 //! A connection carries one pass.
 //!
-//! ## 6. Enrolment
+//! ## 6. Several connections
+//!
+//! Where one connection does not fill the way, more may carry the Data and Zero frames of its pass. The one that opened the
+//! disk is the *first*; all else goes over that one alone, in both directions.
+//!
+//! **Joining.** After an OpenReply with `join`, and before Begin, the client makes more connections, each as section 1 says
+//! and with a certificate of the same machine, and after Hello sends
+//!
+//! - Join: `disk`, the name that was opened; `secret`, that of OpenReply.
+//! - JoinReply: no members. From here on the connection belongs to the pass.
+//!
+//! A server MUST refuse (`refused`) a secret that is not that of an open disk of the certificate's machine, without telling
+//! which of them is wrong, a Join after the pass began, and one more connection than `connections` allows. A client that was
+//! refused MAY go on with those that it has. A server MUST NOT let connections that joined take the place of another
+//! machine's: it bounds them for each pass, by `connections`.
+//!
+//! **Frames.** After BeginReply (on the first) the client sends each frame over whichever connection it likes. They are
+//! numbered as over one, by one count for all of them; on each connection the numbers MUST ascend. The server takes the
+//! frames of different connections in any order; a number that comes twice is an error (`protocol`). It MAY leave a frame
+//! unread whose number is 1024 or more beyond the first that has not come: that one comes over another connection, and does
+//! not depend on it. The window is one for all connections, and so are Progress, Refused and the numbers in them.
+//!
+//! Where connections joined, Covered's `sequence` is how many Data and Zero frames the client has numbered so far: it holds
+//! once their headers have come, and the server remembers it until then. Commit waits likewise until all frames before it are
+//! there.
+//!
+//! **Ends.** A connection that ends before Commit was sent, however it does, ends the pass: what was under way on it is
+//! gone. The server then closes all of them. It tells why in an Error on the first connection, where there is more to tell
+//! than that, and MAY do so on the one that it is about; it sends nothing else after JoinReply. After Committed the client
+//! closes all of them. Silence on one of them is normal as long as the others carry something; silence on all of them, or a
+//! frame that never comes, is borne as over one.
+//!
+//! ## 7. Enrolment
 //!
 //! An administrator makes a token on the server for one machine, and carries it to the source; its text is
 //! specified in [`token`]. The client connects as section 1 says, without a certificate, and after Hello
@@ -272,7 +312,7 @@
 //! `token-refused`. A token is used up once the server begins to answer: where the answer is lost, another
 //! token is needed.
 //!
-//! ## 7. Errors
+//! ## 8. Errors
 //!
 //! Error: `code`, one of the names below; `message`, for people, at most 4096 bytes. A receiver takes a code
 //! that it does not know for a permanent failure. *Again* means that the same request on a new connection may
@@ -288,7 +328,7 @@
 //! | `not-authorized` | no certificate that allows this: enrol | |
 //! | `unknown-machine` | the machine has no disks assigned | |
 //! | `unknown-disk` | the machine has no disk of this name | |
-//! | `refused` | a safety rule forbids to write to the target, or the machine is being failed over; the message says which | |
+//! | `refused` | a safety rule forbids to write to the target, the machine is being failed over, or there is nothing to join; the message says which | |
 //! | `size-mismatch` | the source is larger than the target | |
 //! | `out-of-range` | a frame past the end of the source | |
 //! | `busy` | another connection has the volume | yes |

@@ -10,6 +10,7 @@ pub mod free;
 pub mod freeze;
 pub mod hints;
 pub mod hook;
+pub mod lanes;
 pub mod limit;
 mod session;
 pub mod source;
@@ -40,6 +41,7 @@ use crate::points::PointId;
 use crate::storage::device::EngineChoice;
 use free::Space;
 use hints::Hints;
+use lanes::Connections;
 use limit::{Limiter, Rates};
 use source::Source;
 use still::Still;
@@ -59,6 +61,8 @@ pub struct Plan {
     pub engine: EngineChoice,
     /// Bytes a second on the wire, all disks together.
     pub limit: Option<Rates>,
+    /// How many connections carry each disk.
+    pub connections: Connections,
     /// What the user calls the point, if anything.
     pub name: Option<Name>,
     /// The consistency group of the machine whose point this is, if any.
@@ -123,6 +127,8 @@ pub struct Progress {
     pub differs: AtomicU64,
     /// What of the source is free, once that was looked for.
     pub space: OnceLock<Space>,
+    /// How many connections carry it, once the pass began.
+    pub connections: AtomicU64,
     /// The size of the target, once it is known.
     pub target: AtomicU64,
     /// Frames that the receiver refused as damaged, and that were sent again.
@@ -338,11 +344,16 @@ pub async fn send(
             another: plan.another || plan.scope == Scope::Verify,
             group: plan.group.clone(),
             disks: names.clone(),
+            // What is only compared sends next to nothing.
+            connections: match plan.scope {
+                Scope::Verify => Connections::Exactly(1),
+                _ => plan.connections,
+            },
         };
         let (to, tls, progress) = (plan.to.clone(), tls.clone(), disk.progress.clone());
         opening.spawn(async move { (index, open_one(&to, tls, &one, &progress).await) });
     }
-    let mut opened: Vec<Option<(Connection, OpenReply)>> = names.iter().map(|_| None).collect();
+    let mut opened: Vec<Option<Opened>> = names.iter().map(|_| None).collect();
     let mut heard = vec![false; names.len()];
     let failed = together(opening, |index, result| match result {
         Ok(one) => opened[index] = Some(one),
@@ -357,8 +368,8 @@ pub async fn send(
         }
         return;
     }
-    let opened: Vec<(Connection, OpenReply)> = opened.into_iter().flatten().collect();
-    let replies: Vec<&OpenReply> = opened.iter().map(|(_, reply)| reply).collect();
+    let opened: Vec<Opened> = opened.into_iter().flatten().collect();
+    let replies: Vec<&OpenReply> = opened.iter().map(|opened| &opened.reply).collect();
     let id = match replies.first().and_then(|reply| reply.point) {
         Some(id) => id,
         None => random_id(),
@@ -418,7 +429,7 @@ pub async fn send(
     let (time, name) = (OffsetDateTime::now_utc(), plan.name.clone());
     let point = Point { id, disks: names.clone(), time, name };
     let mut passes = JoinSet::new();
-    for (index, ((disk, free), (stream, reply))) in disks.into_iter().zip(free).zip(opened).enumerate() {
+    for (index, ((disk, free), opened)) in disks.into_iter().zip(free).zip(opened).enumerate() {
         let job = session::Job {
             point: point.clone(),
             still: still.clone(),
@@ -431,7 +442,8 @@ pub async fn send(
             scope: plan.scope,
             hints: hints.get(&disk.name).cloned(),
         };
-        passes.spawn(async move { (index, session::run(stream, &reply, &job).await) });
+        let Opened { first, joined, reply } = opened;
+        passes.spawn(async move { (index, session::run(first, joined, &reply, &job).await) });
     }
     let failed = together(passes, |index, result| {
         heard[index] = true;
@@ -498,6 +510,15 @@ fn random_id() -> PointId {
 
 /// A connection to the master target.
 type Connection = tokio_rustls::client::TlsStream<TcpStream>;
+
+/// A disk that is open on the master target.
+struct Opened {
+    first: Connection,
+    /// More connections for it.
+    joined: Vec<Connection>,
+    reply: OpenReply,
+}
+
 /// How long the master target may take for each step before data flows.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -522,14 +543,16 @@ async fn open_one(
     tls: Arc<ClientConfig>,
     opening: &session::Opening,
     progress: &Progress,
-) -> Result<(Connection, OpenReply), Error> {
+) -> Result<Opened, Error> {
     let mut tried = 1;
     loop {
-        let result = match connect(to, tls.clone()).await {
-            Ok(mut stream) => session::open(&mut stream, opening).await.map(|reply| (stream, reply)),
-            Err(error) => Err(error),
+        let result = async {
+            let mut first = connect(to, tls.clone()).await?;
+            let (reply, further) = session::open(&mut first, opening).await?;
+            let joined = lanes::join_all(to, &tls, &opening.disk, &reply, further).await;
+            Ok(Opened { first, joined, reply })
         };
-        match result {
+        match result.await {
             Err(error) if tried < tries(&error) => {
                 if tried == 1 {
                     let most = tries(&error);

@@ -563,17 +563,17 @@ async fn digests_are_for_those_who_keep_to_the_rules() {
     let cases: [(Option<u32>, Vec<Header>, Code, &str); 6] = [
         (None, vec![refine], Code::Protocol, "where nothing is compared"),
         (Some(65536), vec![Header::refine(4 * MIB - 4096, 8192)], Code::OutOfRange, "outside"),
-        (Some(65536), vec![Header::covered(4 * MIB + 1)], Code::Protocol, "bytes are covered"),
-        (Some(65536), vec![Header::covered(8192), Header::covered(4096)], Code::Protocol, "after 8192"),
+        (Some(65536), vec![Header::covered(0, 4 * MIB + 1)], Code::Protocol, "bytes are covered"),
+        (Some(65536), vec![Header::covered(0, 8192), Header::covered(0, 4096)], Code::Protocol, "after 8192"),
         (
             Some(65536),
-            vec![Header::covered(8192), Header::zero(0, 4096, 4096)],
+            vec![Header::covered(0, 8192), Header::zero(0, 4096, 4096)],
             Code::Protocol,
             "before in this pass",
         ),
         (
             Some(65536),
-            vec![Header::covered(8192), Header::zero(0, 8192, 4096), Header::zero(1, 8192, 1)],
+            vec![Header::covered(0, 8192), Header::zero(0, 8192, 4096), Header::zero(1, 8192, 1)],
             Code::Protocol,
             "before in this pass",
         ),
@@ -589,7 +589,7 @@ async fn digests_are_for_those_who_keep_to_the_rules() {
     }
     // Nothing may be left out, and what is only compared is not written.
     let (mut client, _) = begun(Some(65536), None).await;
-    client.frame(&Header::covered(4 * MIB - 1), &[]).await;
+    client.frame(&Header::covered(0, 4 * MIB - 1), &[]).await;
     let refusal = client.commit(0, 0).await.unwrap_err();
     assert!(refusal.message.contains("covers 0 of the source's"), "{refusal}");
     rig.wait_until_closed("d0");

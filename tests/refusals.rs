@@ -11,7 +11,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use mt_agent::net::frame::{Encoding, Header, Kind, MAX_DATA};
-use mt_agent::net::message::{Code, Hello, HelloReply, Open, OpenReply};
+use mt_agent::net::message::{Code, HelloReply, Open, OpenReply};
 use mt_agent::net::tls::client::{Identity, pinning_config};
 use nix::sys::signal::Signal;
 use support::client::{Client, LENGTH_AT, PAYLOAD_LEN_AT, patched};
@@ -941,8 +941,8 @@ async fn many_sessions_are_open_at_once_where_that_is_allowed() {
     assert_eq!(rig.service.status().service.sessions, 75);
     // The first one, too, is still served.
     clients[0].open("d0", MIB).await.unwrap();
-    let mut over = Client::connect_raw(&rig).await;
-    assert_eq!(over.ask::<HelloReply>(&Hello::ours()).await.unwrap_err().code, Code::Busy);
+    let mut over = Client::connect(&rig).await;
+    assert_eq!(over.open("d0", MIB).await.unwrap_err().code, Code::Busy);
 }
 
 /// Connections that say nothing, as many as anyone likes to open, lock nobody out.
@@ -986,6 +986,7 @@ fn a_connection_that_is_dropped_unanswered_is_tried_again() {
     let state = rig.client();
     let mut command = support::mt_agent();
     command.args(["send", "--machine", MACHINE, "--to", &address, "--disk", &disk, "--state-dir"]).arg(state);
+    command.args(["--connections", "1"]);
     let outcome = rig.spawn(command).finish().ok();
     assert!(outcome.stderr.contains("trying again"), "{outcome:#?}");
     assert_equal(&source, rig.targets[0].backing());
@@ -1000,8 +1001,8 @@ async fn connections_beyond_the_limit_wait_their_turn() {
     let config = fs::read_to_string(rig.service.config()).unwrap();
     rig.service.restart_with_config(&(config + "max_sessions = 1\n"));
     let (mut client, _) = Client::begun(&rig, "d0", 4096).await;
-    let mut second = Client::connect_raw(&rig).await;
-    let refusal = second.ask::<HelloReply>(&Hello::ours()).await.unwrap_err();
+    let mut second = Client::connect(&rig).await;
+    let refusal = second.open("d0", 4096).await.unwrap_err();
     assert_eq!(refusal.code, Code::Busy);
     assert!(refusal.code.retryable() && refusal.message.contains("`max_sessions`"), "{refusal}");
     client.data(0, 0, &[7; 4096]).await;

@@ -51,6 +51,8 @@ pub struct Config {
     pub window: ByteLen,
     /// How many connections may be open at once.
     pub max_sessions: u32,
+    /// How many connections may carry one pass.
+    pub max_connections: u32,
     /// Whether loop devices may be targets.
     pub allow_loop: bool,
     /// How long a connection may be silent, while the disk is not at work, before it is closed.
@@ -73,6 +75,7 @@ impl Default for Config {
             engine: EngineChoice::default(),
             window: ByteLen(8 * ByteLen::MIB),
             max_sessions: 64,
+            max_connections: 8,
             allow_loop: false,
             idle_timeout: Duration::from_secs(60),
             retention: Policy {

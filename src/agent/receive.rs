@@ -161,6 +161,7 @@ impl Host for Receiver {
             device_size: disk.size.0,
             block: disk.logical_block,
             window: config.window.0,
+            connections: config.max_connections,
             counters,
             passes: Box::new(ledger),
             hold: Box::new(hold),

@@ -17,8 +17,8 @@
 //!       "disk": "root", "id": "naa.6000c2939d1a4b6f0e8c2d7a5b1f3e90", "size": 10737418240,
 //!       "phase": "receiving", "pass": "000102030405060708090a0b0c0d0e0f", "total_bytes": 10737418240,
 //!       "received_bytes": 4294967296, "written_bytes": 2147483648, "zeroed_bytes": 2147483648,
-//!       "same_bytes": 0, "wire_bytes": 1610612736, "rate": 104857600, "eta": 62, "lag": 86400,
-//!       "lag_bytes": 6442450944,
+//!       "same_bytes": 0, "wire_bytes": 1610612736, "connections": 4, "rate": 104857600, "eta": 62,
+//!       "lag": 86400, "lag_bytes": 6442450944,
 //!       "last_commit": {"pass": "…", "time": "…", "bytes": 10737418240, "point_in_time": true},
 //!       "engine": {"name": "io-uring", "why": "probed"}, "error": null
 //!     }]
@@ -259,7 +259,7 @@ pub struct VolumeReport {
     pub phase: String,
     /// The pass that runs, was interrupted or faulted.
     pub pass: Option<String>,
-    /// The size of what the pass brings; `null`, as are the next eight, while no session has the volume.
+    /// The size of what the pass brings; `null`, as are the next nine, while no session has the volume.
     pub total_bytes: Option<u64>,
     /// Bytes of the volume that arrived in this pass, zeros included.
     pub received_bytes: Option<u64>,
@@ -272,6 +272,8 @@ pub struct VolumeReport {
     pub zeroed_bytes: Option<u64>,
     /// Bytes of payloads on the wire.
     pub wire_bytes: Option<u64>,
+    /// How many connections carry the pass; 0 before it begins.
+    pub connections: Option<u64>,
     /// Bytes of the volume a second, smoothed.
     pub rate: Option<u64>,
     /// Seconds until everything has arrived, at that rate.
@@ -487,6 +489,7 @@ impl Board {
             written_bytes: None,
             zeroed_bytes: None,
             wire_bytes: None,
+            connections: None,
             rate: None,
             eta: None,
             engine: None,
@@ -505,6 +508,7 @@ impl Board {
         report.received_bytes = Some(received_bytes);
         report.same_bytes = Some(same_bytes);
         report.wire_bytes = Some(wire_bytes);
+        report.connections = Some(counters.connections.load(Ordering::Relaxed));
         report.written_bytes = Some(written_bytes);
         report.zeroed_bytes = Some(zeroed_bytes);
         report.engine = Some(counters.engine().clone());

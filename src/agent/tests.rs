@@ -178,6 +178,8 @@ fn a_wrong_value_is_named_with_its_line_and_what_would_be_right() {
         ("engine = \"uring\"", "use auto, io-uring or threads"),
         ("max_sessions = 0", "1 to 4096"),
         ("max_sessions = 4097", "1 to 4096"),
+        ("max_connections = 0", "1 to 16"),
+        ("max_connections = 17", "1 to 16"),
         ("max_sessions = \"4\"", "a whole number"),
         ("max_sessions = 99999999999999999999999", "a whole number"),
         ("allow_loop = \"yes\"", "true or false"),
@@ -289,7 +291,7 @@ fn what_is_shown_is_read_as_the_same_value() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("mt-agent.toml");
     let text = "listen = \"192.0.2.7:1\"\nstate_dir = \"/a \\\"b\"\ncontrol_socket = \"/x\"\nengine = \"threads\"\n\
-        window = 2097153\nmax_sessions = 0x10\nallow_loop = true\nidle_timeout = \"90s\"\nretention_age = \"36h\"\n\
+        window = 2097153\nmax_sessions = 0x10\nmax_connections = 2\nallow_loop = true\nidle_timeout = \"90s\"\nretention_age = \"36h\"\n\
         retention_size = 1073741825\nretention_free = \"3K\"\nretention_thinning = true\n\
         allow_root_retention = true\nlog_level = \"mt_agent::net=debug,info\"\nretention_dir = \"/r\"\n";
     fs::write(&file, text).unwrap();

@@ -10,6 +10,7 @@ use mt_agent::error::chain;
 use mt_agent::name::Name;
 use mt_agent::net::address::Address;
 use mt_agent::send::hints::Hints;
+use mt_agent::send::lanes::Connections;
 use mt_agent::send::limit::Rates;
 use mt_agent::send::still::Wishes;
 use mt_agent::send::{Compression, Done, Error, Plan, Prepared, Scope};
@@ -67,6 +68,10 @@ pub struct Args {
     /// where no rate is told for the others, nothing is limited
     #[arg(long, value_name = "BYTES|HH:MM-HH:MM=BYTES,…")]
     bwlimit: Option<Rates>,
+    /// How many connections carry each disk, 1 to 8, as far as the master target allows them. auto: one, or four where an
+    /// answer takes 10 ms or longer. --bwlimit is for all of them together
+    #[arg(long, value_name = "NUMBER", default_value = "auto")]
+    connections: Connections,
     /// Send everything, also where the master target likely has most of it: by default, both sides are compared by digests
     /// then, and only what differs is sent
     #[arg(long)]
@@ -198,6 +203,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     job.plan.compression = args.compression;
     (job.plan.resized, job.plan.another) = (args.resized, args.another_disk);
     job.plan.limit = args.bwlimit;
+    job.plan.connections = args.connections;
     job.plan.scope = match (args.whole, args.verify) {
         (true, _) => Scope::Whole,
         (false, true) => Scope::CheckHints,

@@ -179,6 +179,7 @@ fn text(report: &Report) -> String {
         "DONE",
         "SIZE",
         "RATE",
+        "CONNECTIONS",
         "ETA",
         "LAG",
         "LAST COMMIT",
@@ -227,6 +228,7 @@ fn row(machine: &Name, volume: &VolumeReport) -> Vec<String> {
             .map_or_else(none, |bytes| ByteLen(bytes + volume.same_bytes.unwrap_or(0)).to_string()),
         ByteLen(volume.total_bytes.unwrap_or(volume.size)).to_string(),
         volume.rate.map_or_else(none, |rate| format!("{}/s", ByteLen(rate))),
+        volume.connections.map_or_else(none, |connections| connections.to_string()),
         volume.eta.map_or_else(none, duration),
         volume.lag.map_or_else(none, duration),
         volume.last_commit.as_ref().map_or_else(none, |commit| {

@@ -81,10 +81,14 @@ pub enum Kind {
     Covered,
     /// A range that differs: its digests are wanted in small units. Client.
     Refine,
+    /// One more connection for a session that is open. Client.
+    Join,
+    /// It carries frames of the pass. Server.
+    JoinReply,
 }
 
 /// The kinds by number: the place in this list is the byte on the wire, counted from 1.
-const KINDS: [Kind; 19] = [
+const KINDS: [Kind; 21] = [
     Kind::Hello,
     Kind::HelloReply,
     Kind::Enroll,
@@ -104,6 +108,8 @@ const KINDS: [Kind; 19] = [
     Kind::Digests,
     Kind::Covered,
     Kind::Refine,
+    Kind::Join,
+    Kind::JoinReply,
 ];
 
 impl Kind {
@@ -129,6 +135,8 @@ impl Kind {
             Kind::Digests => 17,
             Kind::Covered => 18,
             Kind::Refine => 19,
+            Kind::Join => 20,
+            Kind::JoinReply => 21,
         }
     }
 
@@ -247,9 +255,10 @@ impl Header {
         Some(Header { offset, length, payload_len, payload_crc, ..Header::bare(Kind::Digests, unit.into()) })
     }
 
-    /// The header (and all) that says that the first `bytes` of the volume are dealt with.
-    pub fn covered(bytes: u64) -> Header {
-        Header { length: bytes, ..Header::bare(Kind::Covered, 0) }
+    /// The header (and all) that says that the first `bytes` of the volume are dealt with, once the first `frames` frames
+    /// of the pass have come.
+    pub fn covered(frames: u64, bytes: u64) -> Header {
+        Header { length: bytes, ..Header::bare(Kind::Covered, frames) }
     }
 
     /// The header (and all) that asks for the digests of a range in units of [`digest::FINE`].
@@ -605,7 +614,7 @@ mod tests {
             assert_eq!(Kind::from_number(kind.number()), Some(*kind));
         }
         assert_eq!(Kind::from_number(0), None);
-        assert_eq!(Kind::from_number(20), None);
+        assert_eq!(Kind::from_number(22), None);
     }
 
     #[test]
@@ -623,7 +632,7 @@ mod tests {
 
     #[test]
     fn kind_flags_and_reserved() {
-        for number in [0, 20, 255] {
+        for number in [0, 22, 255] {
             assert_eq!(patched(data(), 5, &[number]), Err(Error::UnknownKind { number }));
         }
         for flags in [3u16, 4, 0x8000, 0xffff] {
@@ -710,7 +719,7 @@ mod tests {
 
     #[test]
     fn what_is_covered_has_no_offset_and_what_is_refined_is_no_more_than_a_data_frame() {
-        let covered = Header::covered(u64::MAX);
+        let covered = Header::covered(7, u64::MAX);
         assert_eq!(Header::parse(&covered.encode()), Ok(covered));
         let error = Error::UnexpectedExtent { kind: Kind::Covered, offset: 1, length: u64::MAX };
         assert_eq!(patched(covered, 16, &[1]), Err(error));
@@ -751,7 +760,7 @@ mod tests {
                 let payload = vec![1; length.div_ceil(1 << shift) as usize * digest::LEN];
                 Header::digests(1 << shift, offset, length, &payload).unwrap()
             }),
-            any::<u64>().prop_map(Header::covered),
+            (any::<u64>(), any::<u64>()).prop_map(|(frames, bytes)| Header::covered(frames, bytes)),
             (0..=1u64 << 50, 1..=MAX_DATA).prop_map(|(o, l)| Header::refine(o, l)),
             (prop::sample::select(KINDS.to_vec()), 1..=MAX_CONTROL, payload)
                 .prop_filter("control only", |(kind, ..)| kind.is_control())
@@ -776,7 +785,7 @@ mod tests {
 
         /// What parses is what would be encoded: no two spellings of one header.
         #[test]
-        fn what_parses_is_canonical(bytes in prop::array::uniform32(any::<u8>()), kind in 0u8..20) {
+        fn what_parses_is_canonical(bytes in prop::array::uniform32(any::<u8>()), kind in 0u8..22) {
             let mut header = [0; HEADER_LEN];
             header[8..40].copy_from_slice(&bytes);
             header[..6].copy_from_slice(&[b'M', b'T', b'A', b'G', VERSION, kind]);

@@ -237,7 +237,44 @@ pub struct OpenReply {
     /// The point of the group, which the pass must lead to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub point: Option<PointId>,
+    /// How more connections may carry the pass, if they may.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub join: Option<Invitation>,
 }
+
+/// What more connections need in order to carry frames of a pass.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Invitation {
+    /// Tells them from others of the same machine: 32 random bytes in base64url without padding.
+    pub secret: String,
+    /// How many connections may carry the pass in all, the first one among them.
+    pub connections: u32,
+}
+
+impl fmt::Debug for Invitation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Invitation").field("connections", &self.connections).finish_non_exhaustive()
+    }
+}
+
+/// One more connection for the pass of a disk that another one has opened.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Join {
+    /// The disk.
+    pub disk: Name,
+    /// The secret of its [`Invitation`].
+    pub secret: String,
+}
+
+impl fmt::Debug for Join {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Join").field("disk", &self.disk).finish_non_exhaustive()
+    }
+}
+
+/// The answer to [`Join`]: the connection belongs to the pass.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct JoinReply {}
 
 fn known_encodings<'de, D: Deserializer<'de>>(names: D) -> Result<Vec<Encoding>, D::Error> {
     let names = Vec::<String>::deserialize(names)?;
@@ -485,6 +522,8 @@ messages!(
     EnrollReply,
     Open,
     OpenReply,
+    Join,
+    JoinReply,
     Begin,
     BeginReply,
     Commit,
@@ -550,6 +589,14 @@ mod tests {
         assert_eq!(text(&begin), json);
         assert_eq!(parse::<Begin>(json.as_bytes()).unwrap(), begin);
         assert_eq!(text(&BeginReply {}), "{}");
+        let join = Join { disk: "sda".parse().unwrap(), secret: "s".into() };
+        assert_eq!(text(&join), r#"{"disk":"sda","secret":"s"}"#);
+        let reply = r#"{"window":8388608,"max_payload":1048576,"volume_size":4096,"block":512,"compression":[],"alike":false,"standing":false"#;
+        let alone = parse::<OpenReply>(format!("{reply}}}").as_bytes()).unwrap();
+        assert_eq!((&alone.join, text(&alone)), (&None, format!("{reply}}}")));
+        let json = format!(r#"{reply},"join":{{"secret":"s","connections":8}}}}"#);
+        let join = Some(Invitation { secret: "s".into(), connections: 8 });
+        assert_eq!(parse::<OpenReply>(json.as_bytes()).unwrap(), OpenReply { join, ..alone });
         let time = datetime!(2024-02-29 12:00 UTC);
         let committed = Committed { pass: pass(), written: 4096, zeroed: 8192, time };
         let json = r#"{"pass":"000102030405060708090a0b0c0d0e0f","written":4096,"zeroed":8192,"time":"2024-02-29T12:00:00Z"}"#;
@@ -661,6 +708,10 @@ mod tests {
     fn the_secret_is_not_shown() {
         let enroll = Enroll { secret: "hush".into(), csr: "request".into() };
         assert!(!format!("{enroll:?}").contains("hush"));
+        let join = Join { disk: "sda".parse().unwrap(), secret: "hush".into() };
+        assert!(!format!("{join:?}").contains("hush"));
+        let invitation = Invitation { secret: "hush".into(), connections: 8 };
+        assert!(!format!("{invitation:?}").contains("hush"));
     }
 
     proptest! {

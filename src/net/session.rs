@@ -7,7 +7,11 @@
 
 mod coverage;
 mod digester;
+mod intake;
+mod lanes;
+mod numbers;
 mod receiving;
+mod report;
 mod stage;
 
 use std::collections::HashMap;
@@ -21,10 +25,15 @@ use tokio::time::timeout;
 
 use self::digester::Comparing;
 pub use self::digester::DEPTH as DIGEST_DEPTH;
-use self::receiving::{Ended, Receiving, Report, protocol};
+use self::intake::Intake;
+pub use self::lanes::Lanes;
+use self::receiving::{Ended, Receiving, protocol};
+use self::report::Report;
 pub use self::stage::Stage;
 use super::frame::{Encoding, Kind, MAX_DATA};
-use super::message::{self, Begin, Code, Commit, Enroll, EnrollReply, Hello, HelloReply, Open, OpenReply};
+use super::message::{
+    self, Begin, Code, Commit, Enroll, EnrollReply, Hello, HelloReply, Join, JoinReply, Open, OpenReply,
+};
 use super::wire;
 use crate::error::{IoError, chain};
 use crate::journal::Writer;
@@ -65,6 +74,8 @@ pub struct Opened {
     pub group: Option<(PointId, watch::Receiver<Stage>)>,
     /// The window to grant, in bytes; at least one data frame and at most the volume's arena.
     pub window: u64,
+    /// How many connections may carry the pass.
+    pub connections: u32,
     /// What the session counts.
     pub counters: Arc<Counters>,
     /// Where passes are recorded.
@@ -161,6 +172,12 @@ pub enum Error {
     /// The peer was silent for too long.
     #[error("the peer sent nothing for {0:?}")]
     Silent(Duration),
+    /// Another connection that carries the pass ended before its commit, for this reason where the peer is to hear of one.
+    #[error("another connection of the pass ended")]
+    Lane(Option<message::Error>),
+    /// There is no room for another session.
+    #[error("refused: `max_sessions` connections are open")]
+    Full,
 }
 
 impl Error {
@@ -169,17 +186,33 @@ impl Error {
             Error::Wire(error) => error.to_peer(),
             Error::Refused(error) => Some(error.clone()),
             Error::Silent(_) => Some(message::Error::new(Code::Protocol, self.to_string())),
+            Error::Lane(why) => why.clone(),
+            Error::Full => {
+                let text = "`max_sessions` connections are open on the master target";
+                Some(message::Error::new(Code::Busy, text))
+            }
         }
     }
 }
 
-/// Speaks with one client until it closes the connection, or must end. `machine` is the one that its certificate names;
-/// without one it may only enrol.
+/// Who a connection comes from.
+pub struct Guest {
+    /// Its address.
+    pub peer: SocketAddr,
+    /// The machine that its certificate names; without one it may only enrol.
+    pub machine: Option<Name>,
+    /// What it counts as. One that carries the pass of another counts among that session's and gives this back.
+    pub place: Box<dyn Send>,
+    /// Whether there is room for a session.
+    pub room: bool,
+}
+
+/// Speaks with one client until it closes the connection, or must end.
 pub async fn serve<S>(
     stream: S,
-    peer: SocketAddr,
-    machine: Option<Name>,
+    mut guest: Guest,
     host: Arc<dyn Host>,
+    lanes: &Lanes,
     patience: Patience,
     ending: watch::Receiver<Ending>,
 ) -> Result<(), Error>
@@ -188,7 +221,7 @@ where
 {
     let (mut reader, writer) = tokio::io::split(stream);
     let writer = Mutex::new(writer);
-    let result = converse(&mut reader, &writer, peer, machine, host, patience, ending).await;
+    let result = converse(&mut reader, &writer, &mut guest, host, lanes, patience, ending).await;
     let mut writer = writer.into_inner();
     match &result {
         Ok(()) => {
@@ -197,12 +230,6 @@ where
         Err(error) => part(reader, writer, error.to_peer()).await,
     }
     result
-}
-
-/// Answers whatever a client says with `last_word`, and closes the connection.
-pub async fn turn_away<S: AsyncRead + AsyncWrite + Unpin>(stream: S, last_word: message::Error) {
-    let (reader, writer) = tokio::io::split(stream);
-    part(reader, writer, Some(last_word)).await;
 }
 
 /// Closes a connection on which something went wrong. All of it is best effort: the peer may be gone.
@@ -252,15 +279,20 @@ async fn off_runtime<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'stati
         .map_err(|_| message::Error::new(Code::Internal, "a task of the agent failed; see its log").into())
 }
 
+fn out_of_range(error: crate::volume::OutOfRange) -> Error {
+    Error::Refused(message::Error::new(Code::OutOfRange, error.to_string()))
+}
+
 async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
     reader: &mut ReadHalf<S>,
     writer: &Mutex<WriteHalf<S>>,
-    peer: SocketAddr,
-    machine: Option<Name>,
+    guest: &mut Guest,
     host: Arc<dyn Host>,
+    lanes: &Lanes,
     patience: Patience,
     mut ending: watch::Receiver<Ending>,
 ) -> Result<(), Error> {
+    let (peer, machine) = (guest.peer, guest.machine.clone());
     let greeting = tokio::select! {
         greeting = within(patience.handshake, wire::read_message(reader)) => greeting,
         error = stopped(&mut ending, machine.as_ref()) => return Err(error),
@@ -289,9 +321,20 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
         let reply = off_runtime(move || host.enroll(peer, &request)).await??;
         return Ok(wire::write_message(&mut *writer.lock().await, 0, &reply).await?);
     };
+    if header.kind == Kind::Join {
+        let join: Join = within(patience.handshake, wire::read_message_body(reader, &header)).await?;
+        tracing::Span::current().record("disk", tracing::field::display(&join.disk));
+        let lane = lanes.join(&machine, &join)?;
+        guest.place = Box::new(());
+        wire::write_message(&mut *writer.lock().await, 0, &JoinReply {}).await?;
+        return lane.run(reader).await;
+    }
+    if !guest.room {
+        return Err(Error::Full);
+    }
     let open: Open = within(patience.handshake, wire::read_message_body(reader, &header)).await?;
     tracing::Span::current().record("disk", tracing::field::display(&open.disk));
-    let source_size = open.size;
+    let (source_size, disk) = (open.size, open.disk.clone());
     if source_size == 0 {
         return Err(protocol("a source of 0 bytes"));
     }
@@ -311,48 +354,65 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
         standing,
         group,
         window,
+        connections,
         counters,
         passes,
         hold,
     } = opened;
     let (point, stage) = group.unzip();
     report.counters.get_or_init(|| counters.clone());
+    let encodings: Vec<Encoding> =
+        encodings.into_iter().filter(|encoding| *encoding != Encoding::Raw).collect();
+    let (lose, mut lost) = mpsc::channel(1);
+    let (digests, mut digested) = mpsc::channel(2);
+    let intake = Arc::new(Intake {
+        volume,
+        counters,
+        report,
+        window,
+        encodings: encodings.clone(),
+        idle: patience.idle,
+        pass: Default::default(),
+        comparing: Comparing::Possible { reader: digests_of, output: digests }.into(),
+        moved: watch::Sender::new(()),
+        lost: lose,
+        over: watch::Sender::new(false),
+    });
+    let (inviting, places, join) = lanes.invite(&machine, &disk, connections, &intake)?;
     let reply = OpenReply {
         window,
         max_payload: MAX_DATA as u32,
         volume_size: device_size,
         block,
-        compression: encodings.into_iter().filter(|encoding| *encoding != Encoding::Raw).collect(),
+        compression: encodings,
         baseline,
         alike,
         standing,
         point,
+        join,
     };
-    let (digests, mut digested) = mpsc::channel(2);
-    let mut pass = Receiving {
-        volume,
-        passes,
-        counters,
-        report: report.clone(),
-        window,
-        source_size,
-        encodings: reply.compression.clone(),
-        patience,
-        pass: None,
-        stage,
-        compressed: Vec::new(),
-        comparing: Comparing::Possible { reader: digests_of, output: digests },
+    let mut pass =
+        Receiving { intake, passes, source_size, patience, stage, inviting: Some(inviting), places };
+    let stopped = async {
+        tokio::select! {
+            error = stopped(&mut ending, Some(&machine)) => error,
+            Some(error) = lost.recv() => error,
+        }
     };
-    let stopped = stopped(&mut ending, Some(&machine));
     let result = pass.run(reader, writer, &reply, &mut fault, &mut digested, stopped).await;
     // Its thread has nobody to talk to any more, and ends.
     drop(digested);
+    let Receiving { intake, mut passes, inviting, places, .. } = pass;
+    drop(inviting);
+    intake.end();
+    places.empty().await;
     // The device is closed before the connection is: a sender that connects again finds it free. Only a disk that
     // hangs keeps it open longer, and that is no reason to let the sender wait for its answer.
-    let Receiving { volume, mut passes, comparing, .. } = pass;
     let closing = off_runtime(move || {
-        drop(comparing);
-        volume.close();
+        if let Some(Intake { volume, comparing, .. }) = Arc::into_inner(intake) {
+            drop(comparing);
+            volume.close();
+        }
         drop(hold);
     });
     timeout(CLOSING, closing).await.unwrap_or(Ok(()))?;

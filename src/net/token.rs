@@ -53,12 +53,21 @@ pub const LIFE: std::ops::RangeInclusive<Duration> = Duration::minutes(1)..=Dura
 /// For how long a token that is used or expired is remembered after its expiry, to say so where it is tried.
 const REMEMBERED: Duration = Duration::days(7);
 
-/// The one-time secret of a token: 256 random bits. Never shown by `Debug`.
-#[derive(Clone, PartialEq, Eq)]
+/// A secret that is used once, such as a token's: 256 random bits. Never shown by `Debug`.
+#[derive(Clone)]
 pub struct Secret([u8; 32]);
 
+impl PartialEq for Secret {
+    fn eq(&self, other: &Secret) -> bool {
+        same(&self.0, &other.0)
+    }
+}
+
+impl Eq for Secret {}
+
 impl Secret {
-    fn random() -> io::Result<Secret> {
+    /// A new one.
+    pub fn random() -> io::Result<Secret> {
         let mut bytes = [0; 32];
         getrandom::fill(&mut bytes)?;
         Ok(Secret(bytes))
@@ -68,12 +77,12 @@ impl Secret {
         Sha256::digest(self.0).into()
     }
 
-    /// The secret as an `Enroll` message carries it: base64url without padding.
+    /// The secret as messages carry it: base64url without padding.
     pub fn to_base64(&self) -> String {
         URL_SAFE_NO_PAD.encode(self.0)
     }
 
-    /// The secret in an `Enroll` message; `None` where the text is none.
+    /// The secret in a message; `None` where the text is none.
     pub fn from_base64(text: &str) -> Option<Secret> {
         // 32 bytes are 43 characters: nothing longer is even looked at.
         if text.len() != 43 {

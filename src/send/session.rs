@@ -5,15 +5,17 @@ use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadHalf};
 use tokio::sync::Notify;
-use tokio::time::{sleep, timeout};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
 
 use super::encode::Piece;
 use super::free::Free;
 use super::hints::Hints;
+use super::lanes::{self, Connections, Dealt, Outlet};
 use super::limit::Limiter;
 use super::source::{self, Ask, Differing, Output, Reading, Source};
 use super::still::{Still, Worth};
@@ -42,6 +44,7 @@ pub(super) struct Opening {
     pub(super) group: Option<Name>,
     /// All disks of the point.
     pub(super) disks: Vec<Name>,
+    pub(super) connections: Connections,
 }
 
 /// One disk to send.
@@ -64,9 +67,11 @@ const MAX_DAMAGED: u64 = 16;
 /// How many frames wait between the reading thread and the connection.
 const QUEUE: usize = 8;
 
-/// Carries out a pass over a connection on which the disk was opened; returns when it was acknowledged.
-pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
+/// Carries out a pass over a connection on which the disk was opened, and those that joined it; returns when it was
+/// acknowledged.
+pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     mut stream: S,
+    joined: Vec<S>,
     reply: &OpenReply,
     job: &Job,
 ) -> Result<Done, Error> {
@@ -77,6 +82,7 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
     };
     job.progress.waiting.store(false, Ordering::Relaxed);
     job.progress.target.store(reply.volume_size, Ordering::Relaxed);
+    job.progress.connections.store(1 + joined.len() as u64, Ordering::Relaxed);
     let Progress { read, zero, same, sent, done, differs, .. } = &*job.progress;
     for counter in [read, zero, same, sent, done, differs] {
         counter.store(0, Ordering::Relaxed);
@@ -110,7 +116,16 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
     };
     asks.send(first).ok();
 
-    let (mut reader, mut writer) = tokio::io::split(stream);
+    let (mut reader, writer) = tokio::io::split(stream);
+    let writer = tokio::sync::Mutex::new(writer);
+    let outlet = Outlet { limiter: job.limiter.clone(), progress: job.progress.clone() };
+    let (deal, dealt) = Dealt::new();
+    let deal = (!joined.is_empty()).then_some(deal);
+    // Tasks of their own: they encrypt side by side. They end with this future.
+    let mut lanes = JoinSet::new();
+    for lane in joined {
+        lanes.spawn(lanes::carry(lane, dealt.clone(), outlet.clone()));
+    }
     let shared = Shared {
         pass,
         window: reply.window,
@@ -128,34 +143,53 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
     };
     let failed = {
         let mut listen = pin!(shared.listen(&mut reader, job));
-        let talk = pin!(shared.talk(&mut writer, pieces, job));
+        let talk = pin!(shared.talk(&writer, pieces, deal.as_ref(), &outlet, job));
+        let first = pin!(shared.carry(&writer, &dealt, &outlet));
         let sent = tokio::select! {
             result = &mut listen => Err(result.map_err(given_up)),
             sent = talk => Ok(sent),
+            Err(error) = first => Ok(Err(error)),
+            Some(ended) = lanes.join_next() => Ok(Err(match ended {
+                Ok(Err(error)) => error,
+                // It ends by itself only when no more frames come.
+                Ok(Ok(())) => Error::Wire(wire::Error::Closed),
+                Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+            })),
         };
         match sent {
             Err(early) => Ok(Done::Committed(early?, job.point.id)),
             Ok(Ok(())) if job.scope == Scope::Verify => Ok(Done::Compared),
             Ok(Ok(())) => Ok(Done::Committed(listen.await.map_err(given_up)?, job.point.id)),
-            Ok(Err(error)) => Err((error, timeout(LAST_WORD, listen).await)),
+            Ok(Err(error)) => Err((error, timeout(REASON, listen).await)),
         }
     };
     match failed {
         Ok(done) => {
-            // Everything is acknowledged: that the goodbye arrives makes no difference.
-            timeout(LAST_WORD, writer.shutdown()).await.ok();
+            // Everything is acknowledged: that the goodbyes arrive makes no difference.
+            drop(deal);
+            let goodbye = async {
+                writer.into_inner().shutdown().await.ok();
+                while lanes.join_next().await.is_some() {}
+            };
+            timeout(LAST_WORD, goodbye).await.ok();
             Ok(done)
         }
-        // Where writing failed, the peer has likely said why before it closed: that is the better answer.
-        Err((Error::Wire(wire::Error::Io { .. }), Ok(result))) => {
-            result.map(|committed| Done::Committed(committed, job.point.id)).map_err(given_up)
-        }
+        // Where writing failed, or another connection ended, the peer has likely said why before it closed: that is the
+        // better answer.
+        Err((
+            Error::Wire(wire::Error::Io { .. } | wire::Error::Closed | wire::Error::Truncated),
+            Ok(result),
+        )) => result.map(|committed| Done::Committed(committed, job.point.id)).map_err(given_up),
         Err((error, _)) => Err(error),
     }
 }
 
-/// How long to wait for the peer's reason after writing to it failed.
+/// How long a goodbye may take.
 const LAST_WORD: Duration = Duration::from_secs(3);
+
+/// How long to wait for the peer's reason after writing to it failed, or another connection ended: it closes its disk before
+/// it tells.
+const REASON: Duration = Duration::from_secs(10);
 
 /// A pass that the master target does not want any more is no broken one.
 fn given_up(error: Error) -> Error {
@@ -189,7 +223,7 @@ async fn answer<T: Message, S: AsyncRead + Unpin>(stream: &mut S) -> Result<T, E
 }
 
 /// Says something that is answered.
-async fn ask<T: Message, S: AsyncRead + AsyncWrite + Unpin>(
+pub(super) async fn ask<T: Message, S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
     message: &impl Message,
 ) -> Result<T, Error> {
@@ -201,15 +235,23 @@ async fn ask<T: Message, S: AsyncRead + AsyncWrite + Unpin>(
     }
 }
 
-/// Opens a disk on the master target, over a fresh connection; for a group returns when all of its machines have.
-pub(super) async fn open<S: AsyncRead + AsyncWrite + Unpin>(
-    stream: &mut S,
-    opening: &Opening,
-) -> Result<OpenReply, Error> {
+/// Says hello over a fresh connection, and returns how long the answer took to come: the server has nothing to do for it.
+pub(super) async fn greet<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S) -> Result<Duration, Error> {
+    let asked = Instant::now();
     let hello: HelloReply = ask(stream, &Hello::ours()).await?;
     if hello.protocol != PROTOCOL {
         return Err(Error::Broken("it chose a version of the protocol that was not offered"));
     }
+    Ok(asked.elapsed())
+}
+
+/// Opens a disk on the master target, over a fresh connection; for a group returns when all of its machines have. Tells as
+/// well how many more connections are to join.
+pub(super) async fn open<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut S,
+    opening: &Opening,
+) -> Result<(OpenReply, u32), Error> {
+    let round_trip = greet(stream).await?;
     let open = Open {
         disk: opening.disk.clone(),
         size: opening.source.size().0,
@@ -236,7 +278,8 @@ pub(super) async fn open<S: AsyncRead + AsyncWrite + Unpin>(
     if let Ok(Some(receiver)) = tokio::task::spawn_blocking(move || source.receiver()).await {
         return Err(Error::Itself(receiver));
     }
-    Ok(reply)
+    let further = opening.connections.further(round_trip, reply.join.as_ref());
+    Ok((reply, further))
 }
 
 /// Begins the pass; returns when all passes of the point have begun.
@@ -402,14 +445,30 @@ impl Shared {
             .ok_or(Error::Broken("it gave back more window than was taken"))
     }
 
-    /// Sends everything and the commit.
-    async fn talk<S: AsyncRead + AsyncWrite>(
+    /// Writes the frames that are dealt to the first connection, beside what only that one carries. Ends only where writing
+    /// fails.
+    async fn carry<W: AsyncWrite + Unpin>(
         &self,
-        writer: &mut WriteHalf<S>,
+        writer: &tokio::sync::Mutex<W>,
+        dealt: &Dealt,
+        outlet: &Outlet,
+    ) -> Result<(), Error> {
+        while let Some(piece) = dealt.next().await {
+            outlet.deliver(&mut *writer.lock().await, &piece).await?;
+        }
+        std::future::pending().await
+    }
+
+    /// Sends everything and the commit. Frames are dealt to whichever connection is free; where there is one, they are
+    /// written in order with all else.
+    async fn talk<W: AsyncWrite + Unpin>(
+        &self,
+        writer: &tokio::sync::Mutex<W>,
         mut pieces: tokio::sync::mpsc::Receiver<Output>,
+        deal: Option<&tokio::sync::mpsc::Sender<Piece>>,
+        outlet: &Outlet,
         job: &Job,
     ) -> Result<(), Error> {
-        let lost = |source| Error::Wire(wire::Error::Io { op: "write", source });
         let (mut sequence, mut cost, mut bytes, mut finished) = (0, 0, 0, 0);
         loop {
             // The source is through when the first extent and all that were refused are.
@@ -428,49 +487,27 @@ impl Shared {
                 () = self.news.notified() => continue,
             };
             match output {
-                Some(Output::Piece(Piece { mut header, payload })) => {
-                    header.sequence = sequence;
-                    cost += header.window_cost();
-                    if self.outstanding(cost)? > self.window {
-                        // What was sent must reach the peer before it can give window back.
-                        writer.flush().await.map_err(lost)?;
-                        while self.outstanding(cost)? > self.window {
-                            self.news.notified().await;
-                        }
-                    }
-                    wire::write_header(writer, &header).await?;
-                    match &job.limiter {
-                        None => writer.write_all(payload.bytes()).await.map_err(lost)?,
-                        // Bit by bit: the peer must not take the wait for silence.
-                        Some(limiter) => {
-                            for part in payload.bytes().chunks(limiter.part()) {
-                                sleep(limiter.take(part.len() as u64)).await;
-                                writer.write_all(part).await.map_err(lost)?;
-                                writer.flush().await.map_err(lost)?;
-                            }
-                        }
-                    }
-                    if pieces.is_empty() {
-                        writer.flush().await.map_err(lost)?;
+                Some(Output::Piece(mut piece)) => {
+                    piece.header.sequence = sequence;
+                    cost += piece.header.window_cost();
+                    while self.outstanding(cost)? > self.window {
+                        self.news.notified().await;
                     }
                     sequence += 1;
-                    bytes += header.length;
-                    let progress = &job.progress;
-                    progress.sent.fetch_add(payload.bytes().len() as u64, Ordering::Relaxed);
-                    progress.done.fetch_add(header.length, Ordering::Relaxed);
-                    if header.kind == Kind::Zero {
-                        progress.zero.fetch_add(header.length, Ordering::Relaxed);
+                    bytes += piece.header.length;
+                    match deal {
+                        // The other end is kept as long as this runs.
+                        Some(deal) => drop(deal.send(piece).await),
+                        None => outlet.deliver(&mut *writer.lock().await, &piece).await?,
                     }
                 }
                 Some(Output::Covered(bytes)) => {
                     self.covered.store(bytes, Ordering::Relaxed);
-                    wire::write_header(writer, &Header::covered(bytes)).await?;
-                    writer.flush().await.map_err(lost)?;
+                    self.say(writer, &Header::covered(sequence, bytes)).await?;
                 }
                 Some(Output::Refine(extent)) => {
                     self.refining.lock().unwrap_or_else(PoisonError::into_inner).push_back(extent);
-                    wire::write_header(writer, &Header::refine(extent.offset(), extent.len())).await?;
-                    writer.flush().await.map_err(lost)?;
+                    self.say(writer, &Header::refine(extent.offset(), extent.len())).await?;
                 }
                 Some(Output::Differs(extent)) => {
                     job.progress.differs.fetch_add(extent.len(), Ordering::Relaxed);
@@ -484,10 +521,7 @@ impl Shared {
                         differences.push(extent);
                     }
                 }
-                Some(Output::Finished) => {
-                    finished += 1;
-                    writer.flush().await.map_err(lost)?;
-                }
+                Some(Output::Finished) => finished += 1,
                 Some(Output::Failed(error)) => return Err(error.into()),
                 None => unreachable!("the reading thread lives while it may be asked, or says why not"),
             }
@@ -503,7 +537,19 @@ impl Shared {
         self.committing.store(true, Ordering::Release);
         let Point { time, name, .. } = job.point.clone();
         let commit = Commit { pass: self.pass, frames: sequence, bytes, point_in_time, time, kind, name };
-        wire::write_message(writer, sequence, &commit).await?;
+        wire::write_message(&mut *writer.lock().await, sequence, &commit).await?;
+        Ok(())
+    }
+
+    /// Says something that is all header.
+    async fn say<W: AsyncWrite + Unpin>(
+        &self,
+        writer: &tokio::sync::Mutex<W>,
+        header: &Header,
+    ) -> Result<(), Error> {
+        let mut writer = writer.lock().await;
+        wire::write_header(&mut *writer, header).await?;
+        writer.flush().await.map_err(|source| wire::Error::Io { op: "write", source })?;
         Ok(())
     }
 }

@@ -18,7 +18,9 @@ use crate::net::frame::{HEADER_LEN, Header, Kind};
 use crate::net::message::{
     Begin, BeginReply, Code, Commit, Enroll, EnrollReply, Hello, HelloReply, Open, OpenReply,
 };
-use crate::net::session::{self as server, Begun, Ending, Host, Opened, Passes, Patience, Reader, Stage};
+use crate::net::session::{
+    self as server, Begun, Ending, Guest, Host, Lanes, Opened, Passes, Patience, Reader, Stage,
+};
 use crate::storage::Storage;
 use crate::storage::device::Engine;
 use crate::storage::fault::FaultDisk;
@@ -91,6 +93,7 @@ impl Host for Bench {
             standing: false,
             group: None,
             window: WINDOW,
+            connections: 8,
             counters: self.counters.clone(),
             passes,
             hold: Box::new(()),
@@ -198,7 +201,10 @@ async fn transfer_of(
     let (_keep, ending) = watch::channel(Ending::default());
     let machine = Some("web01".parse().unwrap());
     let peer = "127.0.0.1:1".parse().unwrap();
-    let serve = tokio::spawn(server::serve(server_end, peer, machine, bench.clone(), patience, ending));
+    let guest = Guest { peer, machine, place: Box::new(()), room: true };
+    let (host, lanes) = (bench.clone(), Lanes::default());
+    let serve =
+        tokio::spawn(async move { server::serve(server_end, guest, host, &lanes, patience, ending).await });
     let sender = pass(client, &job).await;
     let receiver = serve.await.unwrap();
     there.abort();
@@ -216,9 +222,10 @@ async fn pass(mut client: DuplexStream, job: &Job) -> Result<Done, Error> {
         another: false,
         group: None,
         disks: job.point.disks.clone(),
+        connections: Connections::Auto,
     };
-    let reply = open(&mut client, &opening).await?;
-    run(client, &reply, job).await
+    let (reply, _) = open(&mut client, &opening).await?;
+    run(client, Vec::new(), &reply, job).await
 }
 
 fn honest() -> Meddler {
@@ -597,6 +604,7 @@ async fn a_server_is_not_believed_what_cannot_be() {
         baseline: None,
         alike: false,
         standing: false,
+        join: None,
     };
     let sound = || Liar { hello: hello(), open: open(), early: Vec::new(), committed: Some((size, 0, true)) };
     let refused = |offset, length| Header::refused(&Header { offset, length, ..Header::zero(0, 0, 1) });

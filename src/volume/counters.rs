@@ -24,6 +24,8 @@ pub struct Counters {
     pub frames: AtomicU64,
     /// Frames of data that were refused, since their checksum did not hold.
     pub refused_frames: AtomicU64,
+    /// How many connections carry the pass, once it began.
+    pub connections: AtomicU64,
     /// Whether the journal waits for room on the retention file system.
     pub paused: AtomicBool,
     total: u64,
@@ -75,6 +77,7 @@ impl Counters {
             zeroed_bytes: AtomicU64::new(0),
             frames: AtomicU64::new(0),
             refused_frames: AtomicU64::new(0),
+            connections: AtomicU64::new(0),
             paused: AtomicBool::new(false),
             total,
             engine,

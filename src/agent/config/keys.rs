@@ -15,7 +15,8 @@ use crate::agent::logging;
 use crate::units::ByteLen;
 
 pub(in crate::agent) const WINDOW: Range<u64> = 2 * ByteLen::MIB..256 * ByteLen::MIB + 1;
-const MAX_SESSIONS: Range<i64> = 1..4097;
+const MAX_SESSIONS: Range<u32> = 1..4097;
+const MAX_CONNECTIONS: Range<u32> = 1..17;
 const IDLE: Bounds = Bounds { least: 1, most: 24 * 60 * 60, shown: "1s to 24h" };
 /// Ten years: what is longer is rather a slip, and `retention_size` and `retention_free` bound the room anyway.
 const AGE: Bounds = Bounds { least: 60, most: 10 * 365 * 24 * 60 * 60, shown: "1m to 87600h" };
@@ -120,7 +121,7 @@ macro_rules! key {
 }
 
 /// Every key, in the order in which they are shown.
-pub static KEYS: [Key; 15] = [
+pub static KEYS: [Key; 16] = [
     key!(
         "listen",
         "Address and port where the machines' blocks are taken; the port is also that of new tokens. Where \
@@ -179,7 +180,15 @@ pub static KEYS: [Key; 15] = [
         "How many disks may be received at once, 1 to 4096.",
         true,
         max_sessions,
-        max_sessions,
+        |value| number(value, MAX_SESSIONS),
+        |value: &u32| Value::Number(u64::from(*value))
+    ),
+    key!(
+        "max_connections",
+        "How many connections may carry one disk, 1 to 16: several help on a long way. 1 is one a disk.",
+        true,
+        max_connections,
+        |value| number(value, MAX_CONNECTIONS),
         |value: &u32| Value::Number(u64::from(*value))
     ),
     key!(
@@ -323,11 +332,12 @@ fn size(value: &DeValue<'_>, bounds: Range<u64>) -> Result<ByteLen, String> {
     }
 }
 
-fn max_sessions(value: &DeValue<'_>) -> Result<u32, String> {
+fn number(value: &DeValue<'_>, bounds: Range<u32>) -> Result<u32, String> {
     let given = integer(value).ok_or_else(|| expected("a whole number", value))?;
-    u32::try_from(given).ok().filter(|_| MAX_SESSIONS.contains(&given)).ok_or_else(|| {
-        format!("{given} is out of bounds: {} to {}", MAX_SESSIONS.start, MAX_SESSIONS.end - 1)
-    })
+    u32::try_from(given)
+        .ok()
+        .filter(|given| bounds.contains(given))
+        .ok_or_else(|| format!("{given} is out of bounds: {} to {}", bounds.start, bounds.end - 1))
 }
 
 /// What a time may be, in seconds, and how that is said.

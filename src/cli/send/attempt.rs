@@ -11,6 +11,7 @@ use mt_agent::disk::discover::Sysroot;
 use mt_agent::error::chain;
 use mt_agent::name::Name;
 use mt_agent::net::tls::client::Identity;
+use mt_agent::send::lanes::Connections;
 use mt_agent::send::still::{self, Still, Wishes};
 use mt_agent::send::{self, Compression, Plan, Prepared, Scope};
 use mt_agent::units::{ByteLen, Extent};
@@ -64,6 +65,7 @@ impl Job {
             compression: Compression::Auto,
             engine: what.engine,
             limit: None,
+            connections: Connections::Auto,
             scope: Scope::Differences,
             whole_disk: what.whole_disk,
             resized: false,

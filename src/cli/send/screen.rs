@@ -47,6 +47,7 @@ impl Shown {
             "same_bytes": self.progress.same.load(Ordering::Relaxed),
             "zero_bytes": self.progress.zero.load(Ordering::Relaxed),
             "sent_bytes": self.progress.sent.load(Ordering::Relaxed),
+            "connections": self.progress.connections.load(Ordering::Relaxed),
             "used_bytes": space.free.map(|free| self.size.0 - free),
             "free_bytes": space.free,
             "skipped_bytes": space.skipped,
@@ -71,7 +72,13 @@ impl Shown {
         let head = format!("{name}: {} of {size}", ByteLen(done));
         match rate.0 {
             0 => format!("{head}, nothing went out in the last {} s", period.as_secs()),
-            bytes => format!("{head}, {rate}/s, {} s left", size.0.saturating_sub(done) / bytes),
+            bytes => {
+                let over = match self.progress.connections.load(Ordering::Relaxed) {
+                    0 | 1 => String::new(),
+                    connections => format!(" over {connections} connections"),
+                };
+                format!("{head}, {rate}/s{over}, {} s left", size.0.saturating_sub(done) / bytes)
+            }
         }
     }
 }
@@ -151,8 +158,13 @@ impl Screen {
                 };
                 let rate = ByteLen((size.0 as f64 / seconds) as u64);
                 let space = progress.space.get().cloned().unwrap_or_default();
+                let over = match progress.connections.load(Ordering::Relaxed) {
+                    0 | 1 => String::new(),
+                    connections => format!(" over {connections} connections"),
+                };
                 let mut text = format!(
-                    "{name}: {size} committed in point {point} in {seconds:.1} s ({rate}/s); {sent} sent, {zero} zeros{same}\n"
+                    "{name}: {size} committed in point {point} in {seconds:.1} s ({rate}/s); {sent} sent{over}, {zero} \
+                     zeros{same}\n"
                 );
                 if let Some(free) = space.free {
                     let (used, skipped) = (ByteLen(size.0 - free), ByteLen(space.skipped));

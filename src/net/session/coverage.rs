@@ -36,7 +36,7 @@ impl Coverage {
         (extent.end() <= *end).then_some((*start, *end))
     }
 
-    /// A range that overlaps none was refused: it is to come again.
+    /// A range that was added turned out to be damaged: it is to come again.
     pub(super) fn refuse(&mut self, extent: Extent) {
         if self.refused_run(extent).is_none() {
             self.refused.insert(extent.offset(), extent.end());
@@ -49,6 +49,8 @@ impl Coverage {
         if let Some((from, to)) = self.refused_run(extent) {
             self.refused.remove(&from);
             self.refused.extend([(from, start), (end, to)].into_iter().filter(|(from, to)| from < to));
+            // It counts since it came for the first time.
+            return Ok(());
         }
         // What of it lies before is counted already.
         start = start.max(self.below);
@@ -137,11 +139,12 @@ mod tests {
                 }
                 prop_assert_eq!(coverage.overlaps(extent), !new && !again);
                 if new && step == 1 {
-                    // One run of what was refused is never told from its neighbour.
+                    // Each range that was refused is known by itself.
                     let touches = |at: usize| bytes.get(at) == Some(&Byte::Refused);
                     if touches(range.end) || range.start.checked_sub(1).is_some_and(touches) {
                         continue;
                     }
+                    prop_assert!(coverage.add(extent).is_ok());
                     coverage.refuse(extent);
                     bytes[range].fill(Byte::Refused);
                 } else if (new || again) && step == 0 {

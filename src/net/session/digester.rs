@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, WriteHalf};
 use tokio::sync::{Mutex, mpsc};
 
-use super::receiving::Report;
+use super::report::Report;
 use super::{Error, Reader};
 use crate::digest;
 use crate::error::{IoError, chain};

@@ -3,8 +3,8 @@
 
 use libfuzzer_sys::fuzz_target;
 use mt_agent::net::message::{
-    self, Begin, BeginReply, Commit, Committed, Enroll, EnrollReply, Error, Hello, HelloReply, Message, Open,
-    OpenReply,
+    self, Begin, BeginReply, Commit, Committed, Enroll, EnrollReply, Error, Hello, HelloReply, Join,
+    JoinReply, Message, Open, OpenReply,
 };
 
 fn check<T: Message + PartialEq>(payload: &[u8]) {
@@ -21,6 +21,8 @@ fuzz_target!(|payload: &[u8]| {
     check::<EnrollReply>(payload);
     check::<Open>(payload);
     check::<OpenReply>(payload);
+    check::<Join>(payload);
+    check::<JoinReply>(payload);
     check::<Begin>(payload);
     check::<BeginReply>(payload);
     check::<Commit>(payload);

@@ -3,140 +3,15 @@
 mod support;
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Duration;
 
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
+use support::proxy::{Act, Fate, Proxy};
 use support::{MACHINE, MIB, Rig, assert_equal, wait_for, write_random};
-
-/// What a way does to what passes it.
-#[derive(Clone, Copy, Debug)]
-enum Act {
-    /// Both directions end at once.
-    Cut,
-    /// One bit arrives changed.
-    Flip,
-    /// This direction ends, the other one goes on.
-    HalfClose,
-    /// Nothing passes any more, and nobody is told.
-    Swallow,
-}
-
-/// What happens to one connection.
-#[derive(Clone, Copy, Debug, Default)]
-struct Fate {
-    /// After so many bytes from the client.
-    up: Option<(u64, Act)>,
-    /// After so many bytes from the server.
-    down: Option<(u64, Act)>,
-    /// How long each piece is held back.
-    delay: Duration,
-    /// The connection ends before it begins.
-    refuse: bool,
-}
-
-/// Stands between a client and the service. Each connection takes the next fate; without one all is well.
-struct Proxy {
-    address: SocketAddr,
-    fates: Arc<Mutex<Vec<Fate>>>,
-    up: Arc<AtomicU64>,
-    connections: Arc<AtomicU64>,
-}
-
-impl Proxy {
-    fn start(server: SocketAddr) -> Proxy {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap();
-        let fates: Arc<Mutex<Vec<Fate>>> = Arc::default();
-        let (up, connections) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
-        let proxy = Proxy { address, fates: fates.clone(), up: up.clone(), connections: connections.clone() };
-        // It ends with the process.
-        thread::spawn(move || {
-            for client in listener.incoming().map_while(Result::ok) {
-                connections.fetch_add(1, Ordering::Relaxed);
-                let fate = fates.lock().unwrap().pop().unwrap_or_default();
-                if fate.refuse {
-                    continue;
-                }
-                let Ok(server) = TcpStream::connect(server) else { continue };
-                let ends =
-                    [(client.try_clone(), server.try_clone()), (server.try_clone(), client.try_clone())];
-                let acts = [fate.up, fate.down];
-                for (index, (ends, act)) in ends.into_iter().zip(acts).enumerate() {
-                    let (Ok(from), Ok(to)) = ends else { continue };
-                    let count = (index == 0).then(|| up.clone());
-                    thread::spawn(move || pump(from, to, act, fate.delay, count));
-                }
-            }
-        });
-        proxy
-    }
-
-    fn will(&self, fates: impl IntoIterator<Item = Fate>) {
-        let mut list: Vec<Fate> = fates.into_iter().collect();
-        list.reverse();
-        *self.fates.lock().unwrap() = list;
-    }
-}
-
-fn pump(
-    mut from: TcpStream,
-    mut to: TcpStream,
-    act: Option<(u64, Act)>,
-    delay: Duration,
-    count: Option<Arc<AtomicU64>>,
-) {
-    let mut buffer = vec![0; 16 << 10];
-    let mut passed = 0;
-    loop {
-        let len = match from.read(&mut buffer) {
-            Ok(0) | Err(_) => break,
-            Ok(len) => len,
-        };
-        thread::sleep(delay);
-        let bytes = &mut buffer[..len];
-        let before = passed;
-        passed += len as u64;
-        let mut pass = len;
-        match act.filter(|(at, _)| (before..passed).contains(at)) {
-            None => {}
-            Some((at, Act::Flip)) => bytes[(at - before) as usize] ^= 0x10,
-            Some((at, act)) => {
-                pass = (at - before) as usize;
-                to.write_all(&bytes[..pass]).ok();
-                match act {
-                    Act::Cut => {
-                        from.shutdown(Shutdown::Both).ok();
-                        to.shutdown(Shutdown::Both).ok();
-                        return;
-                    }
-                    Act::HalfClose => break,
-                    Act::Swallow => {
-                        // Until one of them has had enough.
-                        while from.read(&mut buffer).is_ok_and(|len| len > 0) {}
-                        to.shutdown(Shutdown::Both).ok();
-                        return;
-                    }
-                    Act::Flip => unreachable!(),
-                }
-            }
-        }
-        if let Some(count) = &count {
-            count.fetch_add(pass as u64, Ordering::Relaxed);
-        }
-        if to.write_all(bytes).is_err() {
-            from.shutdown(Shutdown::Both).ok();
-            return;
-        }
-    }
-    to.shutdown(Shutdown::Write).ok();
-}
 
 const SIZE: u64 = 12 * MIB;
 /// The smallest that can be configured.
@@ -152,7 +27,9 @@ fn rig() -> (Rig, Proxy) {
 
 fn send_through(rig: &Rig, proxy: &Proxy, source: &std::path::Path, more: &[&str]) -> support::Outcome {
     let to = proxy.address.to_string();
-    let args = ["--to", &to, "--compression", "off", "--json", "--retry-for", "60s"];
+    let args = ["--to", &to, "--compression", "off", "--json", "--retry-for", "60s", "--connections"];
+    // One, however long an answer takes on a busy machine.
+    let more = if more.is_empty() { &["1"] } else { more };
     rig.send(&[("d0", source)], &[&args[..], more].concat())
 }
 
@@ -160,8 +37,20 @@ fn send_through(rig: &Rig, proxy: &Proxy, source: &std::path::Path, more: &[&str
 #[test]
 fn whatever_happens_on_the_way() {
     require_root!();
+    break_again_and_again(20, "1");
+}
+
+/// The same where several connections carry each pass: any of them may break, and takes the pass with it.
+#[test]
+fn whatever_happens_to_one_of_several_connections() {
+    require_root!();
+    break_again_and_again(8, "4");
+}
+
+fn break_again_and_again(rounds: u64, connections: &str) {
+    let several = connections != "1";
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().unwrap());
-    let rounds = number("MT_AGENT_LINK_ROUNDS").unwrap_or(20);
+    let rounds = number("MT_AGENT_LINK_ROUNDS").unwrap_or(rounds);
     let seed = number("MT_AGENT_LINK_SEED").unwrap_or_else(|| rand::rng().random());
     println!("{rounds} rounds, MT_AGENT_LINK_SEED={seed}");
     let mut random = SmallRng::seed_from_u64(seed);
@@ -177,7 +66,7 @@ fn whatever_happens_on_the_way() {
             write_random(&source, at, len);
             changed += (len / 4096 + 2) * 4096;
         }
-        let fates: Vec<Fate> = (0..random.random_range(1..4))
+        let fates: Vec<Fate> = (0..random.random_range(1..if several { 12 } else { 4 }))
             .map(|_| {
                 let act = [Act::Cut, Act::Flip, Act::HalfClose][random.random_range(0..3)];
                 // Early, so that the handshakes have their share, and late.
@@ -189,23 +78,28 @@ fn whatever_happens_on_the_way() {
                     down: random.random_bool(0.5).then_some((down, act)),
                     delay: Duration::from_micros([0, 0, 300][random.random_range(0..3)]),
                     // The first one must get so far that the link is known to have been there.
-                    refuse: false,
+                    ..Fate::default()
                 }
             })
             .collect();
         let before = (proxy.up.load(Ordering::Relaxed), proxy.connections.load(Ordering::Relaxed));
         proxy.will(fates.clone());
-        let mut outcome = send_through(&rig, &proxy, &source, &[]);
+        let mut outcome = send_through(&rig, &proxy, &source, &[connections]);
         let mut tried = 1;
+        let again = |outcome: &support::Outcome| outcome.stderr.matches("trying again in").count() as u64;
+        let mut attempts = 1 + again(&outcome);
         // What breaks before anything arrived ends the command: the address may be wrong.
-        while outcome.code != Some(0) && tried < 6 {
+        while outcome.code != Some(0) && tried < 12 {
             tried += 1;
-            outcome = send_through(&rig, &proxy, &source, &[]);
+            outcome = send_through(&rig, &proxy, &source, &[connections]);
+            attempts += 1 + again(&outcome);
         }
         assert_eq!(outcome.code, Some(0), "round {round} (seed {seed}), {fates:?}: {outcome:#?}");
         assert_equal(&source, rig.targets[0].backing());
         rig.synchronized("d0");
-        let attempts = proxy.connections.load(Ordering::Relaxed) - before.1;
+        if !several {
+            attempts = proxy.connections.load(Ordering::Relaxed) - before.1;
+        }
         let up = proxy.up.load(Ordering::Relaxed) - before.0;
         broken += attempts - 1;
         // Each attempt may lose what was under way: the window, and what was in the buffers of the proxy's sockets; and
@@ -214,7 +108,7 @@ fn whatever_happens_on_the_way() {
         assert!(up <= bound, "round {round} (seed {seed}): {up} bytes in {attempts} attempts for {changed}");
         excess = excess.max(up.saturating_sub(changed));
     }
-    println!("{broken} connections broke; at most {excess} bytes more than had changed were sent in a round");
+    println!("{broken} attempts broke; at most {excess} bytes more than had changed were sent in a round");
     assert!(broken >= rounds / 3, "hardly anything broke");
     assert_eq!(rig.service.log().matches("volume faulted").count(), 0);
 }
@@ -251,7 +145,8 @@ fn what_waiting_does_not_help_is_told_at_once() {
     // With --retry-for 0s a link that breaks is one, too.
     proxy.will([Fate { up: Some((4 * MIB, Act::Cut)), ..Fate::default() }]);
     let to = proxy.address.to_string();
-    let outcome = rig.send(&[("d0", &source)], &["--to", &to, "--retry-for", "0s"]);
+    let args = ["--to", &to, "--retry-for", "0s", "--connections", "1"];
+    let outcome = rig.send(&[("d0", &source)], &args);
     assert_eq!(outcome.code, Some(1), "{outcome:#?}");
     assert!(!outcome.stderr.contains("trying again in"), "{outcome:#?}");
 }
@@ -264,7 +159,7 @@ fn a_sender_that_nobody_hears_goes_on() {
     let source = rig.random("source.img", SIZE);
     proxy.will([Fate { up: Some((4 * MIB, Act::Cut)), ..Fate::default() }]);
     let to = proxy.address.to_string();
-    let args = ["--to", &to, "--compression", "off", "--retry-for", "60s"];
+    let args = ["--to", &to, "--compression", "off", "--retry-for", "60s", "--connections", "1"];
     let mut command = rig.command(&[("d0", &source)], &args);
     command.stdout(std::process::Stdio::null());
     command.stderr(File::options().write(true).open("/dev/full").unwrap());
@@ -281,7 +176,8 @@ fn a_peer_that_vanishes_is_noticed() {
     proxy.will([Fate { up: Some((4 * MIB, Act::Swallow)), ..Fate::default() }]);
     // The proxy's own socket stays alive, so that only the service's silence tells; what it does tell is its own.
     let to = proxy.address.to_string();
-    let sender = rig.start(&[("d0", &source)], &["--to", &to, "--compression", "off", "--retry-for", "60s"]);
+    let args = ["--to", &to, "--compression", "off", "--retry-for", "60s", "--connections", "1"];
+    let sender = rig.start(&[("d0", &source)], &args);
     wait_for("a pass that stands still", || {
         let received = || rig.service.volume(MACHINE, "d0").received_bytes;
         let before = received()?;

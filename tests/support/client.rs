@@ -1,12 +1,14 @@
 //! A sender made of the library's own pieces, which can say what `mt-agent send` never would.
 
+use std::path::Path;
 use std::time::Duration;
 
 use mt_agent::disk::id::DiskId;
 use mt_agent::name::Name;
 use mt_agent::net::frame::{Encoding, HEADER_LEN, Header, Kind};
 use mt_agent::net::message::{
-    self, Begin, BeginReply, Code, Commit, Committed, Hello, HelloReply, Message, Open, OpenReply, PassKind,
+    self, Begin, BeginReply, Code, Commit, Committed, Hello, HelloReply, Join, JoinReply, Message, Open,
+    OpenReply, PassKind,
 };
 use mt_agent::net::tls::client::Identity;
 use mt_agent::net::{tls, wire};
@@ -22,6 +24,16 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use super::{MACHINE, Rig};
+
+/// The configuration of TLS of the rig's machine.
+pub fn config(rig: &Rig) -> Arc<ClientConfig> {
+    config_of(&rig.client(), MACHINE)
+}
+
+/// The same of a machine whose identity lies in `state`.
+pub fn config_of(state: &Path, machine: &str) -> Arc<ClientConfig> {
+    Identity::load(state, &machine.parse().unwrap()).unwrap().client_config().unwrap()
+}
 
 /// One connection.
 pub struct Client {
@@ -44,8 +56,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 impl Client {
     /// With the certificate of the rig's machine, after the greeting.
     pub async fn connect(rig: &Rig) -> Client {
-        let identity = Identity::load(&rig.client(), &MACHINE.parse().unwrap()).unwrap();
-        Client::connect_with(rig, identity.client_config().unwrap()).await
+        Client::connect_with(rig, config(rig)).await
     }
 
     /// With any configuration of TLS, after the greeting.
@@ -57,8 +68,7 @@ impl Client {
 
     /// With the certificate of the rig's machine, and nothing said yet.
     pub async fn connect_raw(rig: &Rig) -> Client {
-        let identity = Identity::load(&rig.client(), &MACHINE.parse().unwrap()).unwrap();
-        Client::secured(rig, identity.client_config().unwrap()).await
+        Client::secured(rig, config(rig)).await
     }
 
     async fn secured(rig: &Rig, config: Arc<ClientConfig>) -> Client {
@@ -106,6 +116,18 @@ impl Client {
             self.kind = PassKind::Delta;
         }
         reply
+    }
+
+    /// Another connection with this configuration of TLS that joins the pass which this answer to the opening invites to.
+    pub async fn join(rig: &Rig, config: Arc<ClientConfig>, join: &Join) -> Result<Client, message::Error> {
+        let mut client = Client::connect_with(rig, config).await;
+        client.ask::<JoinReply>(join).await.map(|_| client)
+    }
+
+    /// The same, with the certificate of the rig's machine.
+    pub async fn joined(rig: &Rig, reply: &OpenReply) -> Result<Client, message::Error> {
+        let secret = reply.join.clone().expect("an invitation").secret;
+        Client::join(rig, config(rig), &Join { disk: "d0".parse().unwrap(), secret }).await
     }
 
     pub async fn begin(&mut self) -> Result<BeginReply, message::Error> {

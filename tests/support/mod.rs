@@ -6,6 +6,7 @@
 
 pub mod client;
 pub mod house;
+pub mod proxy;
 pub mod seccomp;
 
 use std::any::Any;

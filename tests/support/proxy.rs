@@ -1,0 +1,153 @@
+//! What stands between a sender and the service, and does to what passes whatever a network does.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// What a way does to what passes it.
+#[derive(Clone, Copy, Debug)]
+pub enum Act {
+    /// Both directions end at once.
+    Cut,
+    /// One bit arrives changed.
+    Flip,
+    /// This direction ends, the other one goes on.
+    HalfClose,
+    /// Nothing passes any more, and nobody is told.
+    Swallow,
+}
+
+/// What happens to one connection.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Fate {
+    /// After so many bytes from the client.
+    pub up: Option<(u64, Act)>,
+    /// After so many bytes from the server.
+    pub down: Option<(u64, Act)>,
+    /// How long each piece is held back.
+    pub delay: Duration,
+    /// How many bytes pass each way in a second, where that is limited.
+    pub rate: Option<u64>,
+    /// The connection ends before it begins.
+    pub refuse: bool,
+}
+
+/// Stands between a client and the service. Each connection takes the next fate.
+pub struct Proxy {
+    pub address: SocketAddr,
+    fates: Arc<Mutex<Vec<Fate>>>,
+    /// The fate of all others.
+    otherwise: Arc<Mutex<Fate>>,
+    /// Bytes that passed from clients.
+    pub up: Arc<AtomicU64>,
+    pub connections: Arc<AtomicU64>,
+}
+
+impl Proxy {
+    pub fn start(server: SocketAddr) -> Proxy {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let fates: Arc<Mutex<Vec<Fate>>> = Arc::default();
+        let otherwise: Arc<Mutex<Fate>> = Arc::default();
+        let (up, connections) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+        let proxy = Proxy {
+            address,
+            fates: fates.clone(),
+            otherwise: otherwise.clone(),
+            up: up.clone(),
+            connections: connections.clone(),
+        };
+        // It ends with the process.
+        thread::spawn(move || {
+            for client in listener.incoming().map_while(Result::ok) {
+                connections.fetch_add(1, Ordering::Relaxed);
+                let fate = fates.lock().unwrap().pop().unwrap_or(*otherwise.lock().unwrap());
+                if fate.refuse {
+                    continue;
+                }
+                let Ok(server) = TcpStream::connect(server) else { continue };
+                let ends =
+                    [(client.try_clone(), server.try_clone()), (server.try_clone(), client.try_clone())];
+                let acts = [fate.up, fate.down];
+                for (index, (ends, act)) in ends.into_iter().zip(acts).enumerate() {
+                    let (Ok(from), Ok(to)) = ends else { continue };
+                    let count = (index == 0).then(|| up.clone());
+                    thread::spawn(move || pump(from, to, act, fate, count));
+                }
+            }
+        });
+        proxy
+    }
+
+    pub fn will(&self, fates: impl IntoIterator<Item = Fate>) {
+        let mut list: Vec<Fate> = fates.into_iter().collect();
+        list.reverse();
+        *self.fates.lock().unwrap() = list;
+    }
+
+    /// What happens to every connection that has no fate of its own.
+    pub fn will_all(&self, fate: Fate) {
+        *self.otherwise.lock().unwrap() = fate;
+    }
+}
+
+fn pump(
+    mut from: TcpStream,
+    mut to: TcpStream,
+    act: Option<(u64, Act)>,
+    fate: Fate,
+    count: Option<Arc<AtomicU64>>,
+) {
+    let mut buffer = vec![0; 16 << 10];
+    let mut passed = 0;
+    let mut due = Instant::now();
+    loop {
+        let len = match from.read(&mut buffer) {
+            Ok(0) | Err(_) => break,
+            Ok(len) => len,
+        };
+        thread::sleep(fate.delay);
+        if let Some(rate) = fate.rate {
+            due = due.max(Instant::now()) + Duration::from_secs_f64(len as f64 / rate as f64);
+            thread::sleep(due.saturating_duration_since(Instant::now()));
+        }
+        let bytes = &mut buffer[..len];
+        let before = passed;
+        passed += len as u64;
+        let mut pass = len;
+        match act.filter(|(at, _)| (before..passed).contains(at)) {
+            None => {}
+            Some((at, Act::Flip)) => bytes[(at - before) as usize] ^= 0x10,
+            Some((at, act)) => {
+                pass = (at - before) as usize;
+                to.write_all(&bytes[..pass]).ok();
+                match act {
+                    Act::Cut => {
+                        from.shutdown(Shutdown::Both).ok();
+                        to.shutdown(Shutdown::Both).ok();
+                        return;
+                    }
+                    Act::HalfClose => break,
+                    Act::Swallow => {
+                        // Until one of them has had enough.
+                        while from.read(&mut buffer).is_ok_and(|len| len > 0) {}
+                        to.shutdown(Shutdown::Both).ok();
+                        return;
+                    }
+                    Act::Flip => unreachable!(),
+                }
+            }
+        }
+        if let Some(count) = &count {
+            count.fetch_add(pass as u64, Ordering::Relaxed);
+        }
+        if to.write_all(bytes).is_err() {
+            from.shutdown(Shutdown::Both).ok();
+            return;
+        }
+    }
+    to.shutdown(Shutdown::Write).ok();
+}

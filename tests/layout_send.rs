@@ -358,18 +358,10 @@ impl Drop for Elsewhere {
     }
 }
 
-/// Who could be writing to a source, by what `send` would say of it.
-#[track_caller]
-fn users(rig: &Rig, source: &Path) -> Vec<String> {
-    let found = rig.send(&[("d0", source)], &["--dry-run", "--json"]).ok().json();
-    let users = found["disks"][0]["in_use"].as_array().unwrap().clone();
-    users.iter().map(|user| user.as_str().unwrap().to_owned()).collect()
-}
-
 /// Nobody, once it is seen that they are gone: a namespace takes a moment to go.
 #[track_caller]
 fn nobody(rig: &Rig, source: &Path) {
-    wait_for("a source that nobody uses", || users(rig, source).is_empty().then_some(()));
+    wait_for("a source that nobody uses", || rig.users(source).is_empty().then_some(()));
 }
 
 fn name(node: impl AsRef<Path>) -> String {
@@ -394,13 +386,13 @@ fn whoever_has_mounted_a_source_is_found() {
     // In a container, say. The other partition does not concern this one.
     let other = Elsewhere::mount(two.node().as_ref(), &mnt);
     let held = |label: &str| {
-        let found = users(&rig, whole);
+        let found = rig.users(whole);
         let text =
             format!("{label} is held: it is mounted on {} in the mount namespace of sleep", mnt.display());
         assert!(found.len() == 1 && found[0].starts_with(&text), "{found:?}");
     };
     held(&name(two.node()));
-    assert_eq!(users(&rig, part), [""; 0]);
+    assert_eq!(rig.users(part), [""; 0]);
     let sent = rig.send(&[("d0", whole)], &["--json"]).ok();
     assert!(sent.stderr.contains("is in use") && newest_is_fuzzy(&rig), "{sent:#?}");
     assert!(field(&sent.json(), "skipped_bytes") == 0 && reasons(&sent.json())[0].contains("is held"));
@@ -413,15 +405,15 @@ fn whoever_has_mounted_a_source_is_found() {
     nobody(&rig, whole);
     let shown = format!("{} on {} on {label}", name(above.node()), name(over.node()));
     mounted(above.node(), &mnt, "defaults", |_| {
-        assert_eq!((users(&rig, whole), users(&rig, part)), (at(&shown), at(&shown)));
+        assert_eq!((rig.users(whole), rig.users(part)), (at(&shown), at(&shown)));
         // And the other way round: the device is the source that the mounted one shows.
-        assert_eq!(users(&rig, over.node()), at(&format!("{} on {}", name(above.node()), name(over.node()))));
+        assert_eq!(rig.users(over.node()), at(&format!("{} on {}", name(above.node()), name(over.node()))));
         assert!(run(&["inspect", one.node()]).ok().stdout.contains("is shown by the loop device"));
     });
     let elsewhere = Elsewhere::mount(above.node(), &mnt);
     held(&shown);
     drop(elsewhere);
-    mounted(part, &mnt, "defaults", |_| assert_eq!(users(&rig, above.node()), at(&label)));
+    mounted(part, &mnt, "defaults", |_| assert_eq!(rig.users(above.node()), at(&label)));
     drop(above);
     drop(over);
 
@@ -434,8 +426,8 @@ fn whoever_has_mounted_a_source_is_found() {
         let open = File::open(&over).unwrap();
         tool("losetup", &["--detach", &over]);
         mounted(over.as_ref(), &mnt, "defaults", |_| {
-            assert_eq!(users(&rig, part), at(&name(&over)));
-            assert_eq!(users(&rig, disk.backing()).len(), 1);
+            assert_eq!(rig.users(part), at(&name(&over)));
+            assert_eq!(rig.users(disk.backing()).len(), 1);
         });
         drop(open);
     }

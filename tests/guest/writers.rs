@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::harness::small;
 use crate::lio::{Identity, Store, Target};
 use crate::mapped::Mapped;
+use crate::roles::kernel_name;
 use crate::support::{MIB, Mount, Rig, tool, wait_for, write_random};
 
 #[test]
@@ -49,8 +50,7 @@ fn writes_past_a_partition_and_mounts_of_maps_are_seen() {
         tool("mkfs.ext4", &["-q", map.node().to_str().unwrap()]);
         let mnt = rig.path("mnt");
         let mount = Mount::new(&map.node(), &mnt);
-        let dm = fs::canonicalize(map.node()).unwrap();
-        let (dm, sd) = (dm.file_name().unwrap().to_str().unwrap(), lun.name());
+        let (dm, sd) = (kernel_name(map.node().to_str().unwrap()), lun.name());
         let said = format!("{dm} (part) on {sd} is mounted on {}", mnt.display());
         assert_eq!((rig.users(&disk), rig.users(&two)), (vec![said.clone()], vec![said]));
         assert_eq!(rig.users(&map.node()), [format!("{dm} (part) is mounted on {}", mnt.display())]);

@@ -433,6 +433,12 @@ fn whoever_has_mounted_a_source_is_found() {
     }
     nobody(&rig, part);
     nobody(&rig, disk.backing());
+
+    // The whole disk, whose partitions are not there any more but for the kernel: they are claimed with it.
+    tool("mkfs.ext4", &["-q", "-F", whole.to_str().unwrap()]);
+    mounted(whole, &mnt, "defaults", |_| {
+        assert_eq!((rig.users(whole), rig.users(part)), (at(&name(whole)), at(&name(whole))));
+    });
 }
 
 /// What is written to a partition past it is only counted on the disk.
@@ -631,6 +637,13 @@ fn nothing_is_skipped_of_a_disk_that_does_not_count_its_writes() {
     fs::write(&counts, "1").unwrap();
     assert_eq!(field(&sent, "skipped_bytes"), 0, "{sent:#}");
     assert_equal(disk.node(), rig.targets[0].backing());
+    // Nor of one whose file may be written by whoever still reaches it.
+    fs::remove_file(disk.backing()).unwrap();
+    let sent = rig.send(&[("d0", disk.node())], &["--json"]).ok().json();
+    assert!(
+        field(&sent, "skipped_bytes") == 0 && reasons(&sent)[0].contains("cannot be reached here"),
+        "{sent:#}"
+    );
 }
 
 /// A disk whose free space holds what was there before.

@@ -158,13 +158,7 @@ impl Still {
         // Looked at after the hook, which may have changed it.
         let freeze = match self.wishes.freeze {
             None => Freeze::No,
-            Some(_) if !all_delta => {
-                tracing::warn!(
-                    "a disk is sent for the first time, which takes longer than anything may be frozen: this point is no moment; \
-                     the next ones are"
-                );
-                Freeze::FirstPass
-            }
+            Some(_) if !all_delta => Freeze::FirstPass,
             Some(limit) => {
                 self.freeze(&mut state, sources, limit).await?;
                 Freeze::Done
@@ -190,6 +184,12 @@ impl Still {
             Err(panic) => std::panic::resume_unwind(panic.into_panic()),
         };
         state.quiet = looked.iter().all(|(_, quiet, _)| *quiet);
+        if freeze == Freeze::FirstPass && !state.quiet {
+            tracing::warn!(
+                "a disk is sent for the first time, which takes longer than anything may be frozen: this point is no moment; \
+                 the next ones are"
+            );
+        }
         let mut reasons = Vec::new();
         for (mark, _, why) in looked {
             state.marks.push(mark);

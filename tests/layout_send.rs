@@ -447,7 +447,7 @@ fn a_write_to_a_partition_through_its_disk_is_noticed() {
     require_root!();
     let rig = rig(&[32 * MIB]);
     let disk = Loop::create(&rig.path("source.img"), 64 * MIB);
-    let part = Partition::new(&disk, 1, 2048, 65_536);
+    let part = Partition::new(&disk, 1, 2048, 16_384);
     // All of it has to be sent.
     soil(part.node().as_ref());
     let over = Loop::attach(disk.node(), 512);
@@ -456,7 +456,7 @@ fn a_write_to_a_partition_through_its_disk_is_noticed() {
         let send = rig.start_into_pass(&[("d0", part.node().as_ref())], &slow);
         if let Some(to) = to {
             let file = OpenOptions::new().write(true).open(to).unwrap();
-            file.write_all_at(&[0x5a; 4096], 12 * MIB).unwrap();
+            file.write_all_at(&[0x5a; 4096], 4 * MIB).unwrap();
             file.sync_all().unwrap();
         }
         let said = send.finish().ok().stderr.contains("somebody wrote to the source while it was read");

@@ -567,9 +567,9 @@ fn a_configuration_that_is_something_else_is_refused_in_a_moment() {
     let file = dir.path().join("mt-agent.toml");
     let path = file.to_str().unwrap();
     let keys: String = (0..60_000).map(|n| format!("windw{n} = 1\n")).collect();
-    let lines = "= \n".repeat(200_000);
+    let lines = "= \n".repeat(20_000);
     // What is no TOML at all is told once for each line.
-    for (text, count) in [(keys, 60_000), (lines, 200_000)] {
+    for (text, count) in [(keys, 60_000), (lines, 20_000)] {
         fs::write(&file, &text).unwrap();
         let start = Instant::now();
         let check = ["config", "check", "--config", path];
@@ -580,7 +580,7 @@ fn a_configuration_that_is_something_else_is_refused_in_a_moment() {
         assert!(wrong.stdout.starts_with(&format!("{path}:1: ")), "{}", wrong.stdout);
     }
     let report = run(&["config", "check", "--json", "--config", path]).fails(3, &[]).json();
-    assert_eq!((report["mistakes"].as_array().unwrap().len(), &report["more"]), (100, &199_900.into()));
+    assert_eq!((report["mistakes"].as_array().unwrap().len(), &report["more"]), (100, &19_900.into()));
 }
 
 #[test]

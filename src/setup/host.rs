@@ -98,6 +98,36 @@ impl Host {
         self.root.is_live()
     }
 
+    /// What to call in order to do this to the same host.
+    pub fn command(&self, what: &str) -> String {
+        let root = if self.is_live() { String::new() } else { format!(" --root {}", self.root.shown()) };
+        format!("mt-agent setup {what}{root}")
+    }
+
+    /// What to do on a running host, where it may have to be started first.
+    pub fn once_it_runs(&self, what: impl Into<String>) -> String {
+        let what = what.into();
+        if self.is_live() { what } else { format!("on the host, once it runs: {what}") }
+    }
+
+    /// Whether the directory that was named is the root of a host.
+    ///
+    /// # Errors
+    /// Where nothing there says what system it is.
+    pub fn expect_system(&self) -> Result<(), Error> {
+        let says = |path| self.root.exists(path);
+        if self.is_live() || says("/etc/os-release") || says("/usr/lib/os-release") {
+            return Ok(());
+        }
+        Err(Error::refused(
+            format!(
+                "{} is not the root of a host: it has neither etc/os-release nor usr/lib/os-release",
+                self.root.shown()
+            ),
+            "mount the root file system of the host there, or name with --root the directory that has its etc and usr",
+        ))
+    }
+
     /// The assigned disks, each with its machine and that machine's name for it.
     ///
     /// # Errors

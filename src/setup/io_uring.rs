@@ -47,10 +47,10 @@ fn wanted(host: &Host) -> Result<Wanted, Error> {
         }
     }
     let Some(group) = host.group(GROUP)? else {
-        return Err(Error::Refused(format!(
-            "there is no group {GROUP}, which io_uring is to be given to; install the RPM of mt-agent, which makes it; until \
-             then {THREADS}"
-        )));
+        return Err(Error::refused(
+            format!("there is no group {GROUP}, which io_uring is to be given to"),
+            format!("install the RPM of mt-agent, which makes it; until then {THREADS}"),
+        ));
     };
     wanted.evidence(format!("group {GROUP} is {group}"));
     if host

@@ -29,10 +29,15 @@ fn failed<'a>(op: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> Err
     move |source| Error::Io(IoError::new(op, path.display().to_string(), source))
 }
 
+/// What the kernel and the daemons of a running host show of it.
+const RUNNING: [&str; 4] = ["/dev", "/proc", "/run", "/sys"];
+
 /// The root directory of a host.
 #[derive(Clone, Debug)]
 pub struct Root {
     path: PathBuf,
+    /// Those of [`RUNNING`] in an image that are this machine's own, mounted into it.
+    borrowed: Vec<&'static str>,
 }
 
 impl Root {
@@ -42,16 +47,29 @@ impl Root {
     /// Where that is no directory.
     pub fn open(path: &Path) -> Result<Root, Error> {
         let path = path.canonicalize().map_err(failed("open", path))?;
-        if path.is_dir() {
-            Ok(Root { path })
-        } else {
-            Err(failed("open", &path)(io::ErrorKind::NotADirectory.into()))
+        if !path.is_dir() {
+            return Err(failed("open", &path)(io::ErrorKind::NotADirectory.into()));
         }
+        let mut root = Root { path, borrowed: Vec::new() };
+        if !root.is_live() {
+            let same = |one: &Path, other: &Path| {
+                let identity = |path| fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).ok();
+                identity(one).is_some_and(|one| identity(other) == Some(one))
+            };
+            let dirs = RUNNING.into_iter().map(|dir| (dir, root.path.join(&dir[1..])));
+            root.borrowed = dirs.filter(|(dir, own)| same(Path::new(dir), own)).map(|(dir, _)| dir).collect();
+        }
+        Ok(root)
     }
 
     /// Whether this is the machine itself.
     pub fn is_live(&self) -> bool {
         self.path == Path::new("/")
+    }
+
+    /// Its path on this machine, to be shown.
+    pub fn shown(&self) -> std::path::Display<'_> {
+        self.path.display()
     }
 
     /// Where a path of the host, whose links were followed, is on this machine.
@@ -128,7 +146,7 @@ impl Root {
         }
     }
 
-    /// As [`Root::read`], as text: what is no UTF-8 is replaced.
+    /// As [`Root::read`], as text to be understood: what is no UTF-8 is replaced, so that it must not be written back.
     ///
     /// # Errors
     /// Those of [`Root::read`].
@@ -136,9 +154,16 @@ impl Root {
         Ok(self.read(path)?.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()))
     }
 
+    /// Where a path is, unless that is true of this machine and not of the image.
+    fn own(&self, path: &Path) -> Option<PathBuf> {
+        let real = self.real(path).ok()?;
+        let is_borrowed = self.borrowed.iter().any(|dir| real.starts_with(dir));
+        (!is_borrowed).then(|| self.at(&real))
+    }
+
     /// The value in a file of sysfs or procfs, without the white space around it.
     pub fn value(&self, path: impl AsRef<Path>) -> Option<String> {
-        let path = self.at(&self.real(path.as_ref()).ok()?);
+        let path = self.own(path.as_ref())?;
         let mut bytes = Vec::new();
         let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).ok()?;
         file.take(64 << 10).read_to_end(&mut bytes).ok()?;
@@ -147,7 +172,7 @@ impl Root {
 
     /// Whether there is anything.
     pub fn exists(&self, path: impl AsRef<Path>) -> bool {
-        self.real(path.as_ref()).is_ok_and(|real| self.at(&real).exists())
+        self.own(path.as_ref()).is_some_and(|path| path.exists())
     }
 
     /// What a link points to, as it is written.
@@ -157,8 +182,8 @@ impl Root {
 
     /// The names in a directory, sorted; none where there is no such directory.
     pub fn names(&self, path: impl AsRef<Path>) -> Vec<String> {
-        let Ok(real) = self.real(path.as_ref()) else { return Vec::new() };
-        let entries = fs::read_dir(self.at(&real)).into_iter().flatten();
+        let Some(path) = self.own(path.as_ref()) else { return Vec::new() };
+        let entries = fs::read_dir(path).into_iter().flatten();
         let mut names: Vec<String> =
             entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();
         names.sort();
@@ -178,7 +203,7 @@ fn open(path: &Path) -> Result<(File, fs::Metadata), Error> {
     if meta.is_file() {
         Ok((file, meta))
     } else {
-        Err(Error::Refused(format!("{} is no regular file; move it away", path.display())))
+        Err(Error::refused(format!("{} is no regular file", path.display()), "move it away"))
     }
 }
 
@@ -298,58 +323,74 @@ pub fn clear(root: &Root, real: &Path) -> Result<(), Error> {
 /// Makes a path be `entry`, with this content where that is a file: whole or not at all, and durable on return.
 ///
 /// # Errors
-/// The step that failed. Then the path is what it was, or (where only the last flush failed) what it shall be.
+/// The step that failed. Then the path is what it was, or (where only the last flush failed) what it shall be, and nothing
+/// is left beside it.
 pub fn put(root: &Root, real: &Path, entry: &Entry, content: &[u8]) -> Result<(), Error> {
     let path = root.at(real);
-    let temporary = beside(&path);
     clear(root, real)?;
-    match entry {
-        Entry::Absent => {
-            return match fs::remove_file(&path) {
-                Err(error) if is_missing(&error) => Ok(()),
-                removed => {
-                    removed.map_err(failed("remove", &path))?;
-                    moment()?;
-                    sync_parent(&path)
-                }
-            };
+    if *entry == Entry::Absent {
+        return match fs::remove_file(&path) {
+            Err(error) if is_missing(&error) => Ok(()),
+            removed => {
+                removed.map_err(failed("remove", &path))?;
+                moment()?;
+                sync_parent(&path)
+            }
+        };
+    }
+    let temporary = beside(&path);
+    let replaced = prepare(&temporary, real, entry, content)
+        .and_then(|()| fs::rename(&temporary, &path).map_err(failed("replace", &path)));
+    if let Err(error) = replaced {
+        // A full file system, say; the first error is the one that matters. After a power cut nothing is removed.
+        if moment().is_ok() {
+            fs::remove_file(&temporary).unwrap_or_default();
         }
-        Entry::Link { target } => symlink(target, &temporary).map_err(failed("create", &temporary))?,
+        return Err(error);
+    }
+    moment()?;
+    sync_parent(&path)
+}
+
+/// Makes `temporary` be what shall be at `real`. It is a new one: whatever lies there, a link too, is in the way.
+fn prepare(temporary: &Path, real: &Path, entry: &Entry, content: &[u8]) -> Result<(), Error> {
+    match entry {
+        Entry::Absent => {}
+        Entry::Link { target } => symlink(target, temporary).map_err(failed("create", temporary))?,
         Entry::File { owner, xattrs, .. } => {
             let mut file = OpenOptions::new()
                 .write(true)
                 .create_new(true)
                 .mode(0o600)
-                .open(&temporary)
-                .map_err(failed("create", &temporary))?;
+                .open(temporary)
+                .map_err(failed("create", temporary))?;
             moment()?;
-            file.write_all(content).map_err(failed("write", &temporary))?;
+            file.write_all(content).map_err(failed("write", temporary))?;
             moment()?;
-            let meta = file.metadata().map_err(failed("look at", &temporary))?;
+            let meta = file.metadata().map_err(failed("look at", temporary))?;
             if (meta.uid(), meta.gid()) != (owner.uid, owner.gid) {
                 std::os::unix::fs::fchown(&file, Some(owner.uid), Some(owner.gid))
-                    .map_err(failed("give away", &temporary))?;
+                    .map_err(failed("give away", temporary))?;
             }
             // After the owner, whose change may take bits away.
-            file.set_permissions(Permissions::from_mode(owner.mode)).map_err(failed("chmod", &temporary))?;
+            file.set_permissions(Permissions::from_mode(owner.mode)).map_err(failed("chmod", temporary))?;
             for (name, value) in xattrs {
-                let damaged =
-                    || Error::Refused(format!("the record of {} is damaged: its attributes", real.display()));
+                let damaged = || {
+                    let what = format!("the record of {} is damaged: its attributes", real.display());
+                    Error::refused(what, "put the file back by hand")
+                };
                 let value = STANDARD.decode(value).map_err(|_| damaged())?;
                 let name = CString::new(name.as_str()).map_err(|_| damaged())?;
                 // One that it was born with, as the label of its directory, is not set for nothing: that may be forbidden.
                 if xattr::get(&file, &name).ok().as_ref() != Some(&value) {
-                    xattr::set(&file, &name, &value).map_err(failed("set an attribute of", &temporary))?;
+                    xattr::set(&file, &name, &value).map_err(failed("set an attribute of", temporary))?;
                 }
             }
             moment()?;
-            file.sync_all().map_err(failed("flush", &temporary))?;
+            file.sync_all().map_err(failed("flush", temporary))?;
         }
     }
-    moment()?;
-    fs::rename(&temporary, &path).map_err(failed("replace", &path))?;
-    moment()?;
-    sync_parent(&path)
+    moment()
 }
 
 fn sync_parent(path: &Path) -> Result<(), Error> {

@@ -283,7 +283,8 @@ fn files_of_others_keep_their_bytes() {
 /// In each state that is not as it must be: a fix for everything, in lines that a terminal shows whole.
 #[test]
 fn whatever_is_wrong_has_a_fix() {
-    let states: [(&str, fn(&Path)); 6] = [
+    type Make = fn(&Path);
+    let states: [(&str, Make); 6] = [
         ("fresh", |_| {}),
         ("no group", |root| write(root, "etc/group", "root:x:0:\n")),
         ("no zone", |root| write(root, "etc/firewalld/firewalld.conf", "DefaultZone=../x\n")),
@@ -380,6 +381,14 @@ fn what_cannot_be_meant_is_wrong_usage_or_refused() {
     for command in ["check", "plan", "apply", "revert", "status"] {
         setup(root, command, &["--only", "udev,md", "--skip", "md,udev"])
             .fails(2, &["no change is left", "--skip"]);
+    }
+    for (only, wish) in
+        [("udev,md", "--install"), ("udev", "--retention-disk=naa.6000c2939d1a4b6f0e8c2d7a5b1f3e90")]
+    {
+        for command in ["plan", "apply"] {
+            let named = wish.split('=').next().unwrap();
+            setup(root, command, &["--only", only, wish]).fails(2, &[named, "leave out"]);
+        }
     }
     assert_eq!(snapshot(root), start);
     // The directory above it, for example.

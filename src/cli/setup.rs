@@ -126,6 +126,22 @@ impl Selection {
 }
 
 impl ApplyArgs {
+    /// The changes; what is asked for besides must be for one of them.
+    fn changes(&self) -> Result<Vec<&'static Change>, Failure> {
+        let changes = self.selection.changes()?;
+        for (asked, option, of) in [
+            (self.retention_disk.is_some(), "--retention-disk", "retention"),
+            (self.install, "--install", "packages"),
+        ] {
+            if asked && !changes.iter().any(|change| change.name == of) {
+                return Err(Failure::Usage(format!(
+                    "{option} is for the change {of}, which --only or --skip leave out; name it, or leave {option} out"
+                )));
+            }
+        }
+        Ok(changes)
+    }
+
     fn open(&self) -> Result<Setup, Failure> {
         let ApplyArgs { retention_disk, overwrite, install, .. } = self;
         self.selection.open(Wishes {
@@ -232,7 +248,7 @@ fn failing(names: impl Iterator<Item = &'static str>) -> Result<(), Failure> {
 }
 
 fn plan(args: &ApplyArgs) -> Result<(), Failure> {
-    let changes = args.selection.changes()?;
+    let changes = args.changes()?;
     let setup = args.open()?;
     setup.host().expect_system()?;
     let planned = setup.plan(&changes);
@@ -317,7 +333,7 @@ fn outcomes<T: serde::Serialize>(done: &Outcomes<T>) -> Result<(Vec<Value>, Opti
 }
 
 fn apply(args: &ApplyArgs) -> Result<(), Failure> {
-    let changes = args.selection.changes()?;
+    let changes = args.changes()?;
     let done = args.open()?.apply(&changes)?;
     let mut text = String::new();
     for (name, outcome) in &done {

@@ -15,6 +15,8 @@ pub(super) const CHANGE: Change = Change {
 const PATH: &str = "/etc/sysctl.d/60-mt-agent-io-uring.conf";
 const GROUP: &str = "mt-agent";
 const THREADS: &str = "the agent writes by threads (`engine = \"threads\"`), which needs nothing";
+/// What a ring is to SELinux. No more than that: its commands, its polling thread and others' credentials are not used.
+const ANONYMOUS: &str = "{ create getattr ioctl map read write }";
 
 fn wanted(host: &Host) -> Result<Wanted, Error> {
     let mut wanted = Wanted::default();
@@ -58,10 +60,10 @@ fn wanted(host: &Host) -> Result<Wanted, Error> {
         .text("/etc/selinux/config")?
         .is_some_and(|config| config.lines().any(|line| line.trim() == "SELINUX=enforcing"))
     {
-        wanted.evidence(
-            "SELinux is enforcing: a confined service also needs the permission `io_uring { cmd }` and anonymous inodes of \
-             class `[io_uring]`, which the policy module of mt-agent has",
-        );
+        wanted.evidence(format!(
+            "SELinux is enforcing: a confined service also needs {ANONYMOUS} on anonymous inodes of its own, which the policy \
+             module of mt-agent gives it; without that {THREADS}"
+        ));
     }
     let text = format!(
         "# Written by `mt-agent setup apply`: io_uring is for the service of mt-agent alone.\n\
@@ -70,4 +72,16 @@ fn wanted(host: &Host) -> Result<Wanted, Error> {
     wanted.files.push(File::own(PATH, text));
     wanted.calls.push(Call::new("sysctl", &["-p", PATH], "to have it at once").only_if(PATH));
     Ok(wanted)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_policy_module_gives_what_is_said_to_be_needed() {
+        let module = include_str!("../../packaging/selinux/mt-agent.te");
+        let rule = format!("allow mt_agent_t self:anon_inode {ANONYMOUS};");
+        assert!(module.lines().any(|line| line.trim() == rule), "{rule}");
+    }
 }

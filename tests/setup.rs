@@ -529,6 +529,40 @@ fn kdump_is_ready_after_a_reboot_and_not_before() {
     assert_eq!(agent(another, &["setup", "apply"]).ok().stdout, "crash: nothing to do\n");
 }
 
+/// The kernel lets in one group: it is not taken away from those who have it.
+#[test]
+fn io_uring_is_not_taken_away_from_another_group() {
+    require_root!();
+    let dir = support::directory();
+    let etc = dir.path().join("etc");
+    let ours = etc.join("sysctl.d/60-mt-agent-io-uring.conf");
+    write(dir.path(), "disabled", "1\n");
+    let checked = |groups: &str, set: &str| {
+        write(&etc, "group", groups);
+        write(dir.path(), "group", set);
+        let more = format!(
+            "cd {}; mount --bind disabled /proc/sys/kernel/io_uring_disabled; mount --bind group /proc/sys/kernel/io_uring_group;",
+            dir.path().display()
+        );
+        let checked =
+            on_this_host_with(&more, &etc, &["setup", "check", "--only", "io-uring", "--json"]).json();
+        checked["changes"][0].to_string()
+    };
+    let groups = "mt-agent:x:985:\ndatabase:x:900:postgres";
+    let refused = checked(groups, "900\n");
+    assert!(
+        refused.contains("usermod --append --groups 900 mt-agent") && !refused.contains("is not there"),
+        "{refused}"
+    );
+    let member = checked(&format!("{groups},mt-agent\n"), "900\n");
+    assert!(member.contains("\"level\":\"pass\"") && !member.contains("\"fail\""), "{member}");
+    for (ours_now, set) in [("", "-1\n"), ("", "985\n"), ("kernel.io_uring_group = 900\n", "900\n")] {
+        write(&etc, ours.strip_prefix(&etc).unwrap().to_str().unwrap(), ours_now);
+        let free = checked(groups, set);
+        assert!(free.contains("60-mt-agent-io-uring.conf does not say what it must"), "{set}: {free}");
+    }
+}
+
 #[test]
 fn a_clock_that_is_to_be_kept_right_and_is_not_is_told() {
     require_root!();

@@ -159,6 +159,19 @@ impl Host {
         }))
     }
 
+    /// Who is in a group besides those whose first one it is.
+    ///
+    /// # Errors
+    /// Where `/etc/group` cannot be read.
+    pub fn members(&self, group: u32) -> Result<Vec<String>, Error> {
+        let groups = self.root.text("/etc/group")?.unwrap_or_default();
+        let mut groups = groups.lines().map(|line| line.split(':').collect::<Vec<_>>());
+        let found = groups.find(|fields| fields.get(2).is_some_and(|number| number.parse() == Ok(group)));
+        let members =
+            found.as_ref().and_then(|fields| fields.get(3)).into_iter().flat_map(|list| list.split(','));
+        Ok(members.map(|member| member.trim().to_owned()).collect())
+    }
+
     /// The file of a systemd unit.
     pub fn unit(&self, name: &str) -> Option<PathBuf> {
         let dirs = ["/etc/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system"];

@@ -55,6 +55,25 @@ fn wanted(host: &Host) -> Result<Wanted, Error> {
         ));
     };
     wanted.evidence(format!("group {GROUP} is {group}"));
+    // -1 where nobody's is set.
+    let set = host.root.value("/proc/sys/kernel/io_uring_group").filter(|_| live.as_deref() == Some("1"));
+    if let Some(other) = set.and_then(|set| set.parse::<u32>().ok()).filter(|other| *other != group) {
+        let ours = host.root.text(PATH)?.unwrap_or_default();
+        if ours.lines().any(|line| line == format!("kernel.io_uring_group = {other}")) {
+            wanted.evidence(format!("group {GROUP} was {other}"));
+        } else if host.members(other)?.iter().any(|member| member == GROUP) {
+            wanted.find(Level::Pass, format!("group {other} may use io_uring, and {GROUP} is in it"), "");
+            return Ok(wanted);
+        } else {
+            // The kernel knows one group only.
+            return Err(Error::refused(
+                format!("group {other} may use io_uring, and nobody of it might any more"),
+                format!(
+                    "usermod --append --groups {other} {GROUP}, then restart the service; until then {THREADS}"
+                ),
+            ));
+        }
+    }
     if host
         .root
         .text("/etc/selinux/config")?

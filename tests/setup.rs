@@ -280,6 +280,34 @@ fn files_of_others_keep_their_bytes() {
     assert_eq!(snapshot(root), start);
 }
 
+/// The port is opened in the default zone; of others that are in use it is told.
+#[test]
+fn a_zone_that_does_not_let_the_port_in_is_told() {
+    let dir = host(9);
+    let root = dir.path();
+    setup(root, "apply", &["--only", "network"]).ok();
+    let told = || {
+        let network = setup(root, "check", &["--only", "network", "--json"]).ok().json()["changes"][0].take();
+        let findings = network["findings"].as_array().unwrap().clone();
+        let warnings = findings.into_iter().filter(|found| found["level"] == "warn");
+        warnings.map(|found| found["fix"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    let zones = "etc/firewalld/zones";
+    write(root, &format!("{zones}/dmz.xml"), "<zone>\n  <!-- <interface name=\"a\"/> -->\n</zone>\n");
+    write(root, "etc/NetworkManager/system-connections/public.nmconnection", "[connection]\nzone=public\n");
+    assert_eq!(told(), [""; 0]);
+    write(root, &format!("{zones}/internal.xml"), "<zone>\n  <interface name=\"ens224\"/>\n</zone>\n");
+    write(root, "etc/NetworkManager/system-connections/backup.nmconnection", "[connection]\nzone=work\n");
+    let fixes = told();
+    assert!(
+        fixes.len() == 2 && fixes[0].contains("--zone=internal ") && fixes[1].contains("--zone=work "),
+        "{fixes:?}"
+    );
+    let open = "<zone>\n  <interface name=\"ens224\"/>\n  <service name=\"mt-agent\"/>\n</zone>\n";
+    write(root, &format!("{zones}/internal.xml"), open);
+    assert_eq!(told().len(), 1);
+}
+
 /// In each state that is not as it must be: a fix for everything, in lines that a terminal shows whole.
 #[test]
 fn whatever_is_wrong_has_a_fix() {

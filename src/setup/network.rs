@@ -1,5 +1,7 @@
 //! Buffers for a link that is fast and long, and the port for the data in the firewall.
 
+use std::collections::BTreeSet;
+
 use super::{Call, Change, Error, File, Host, Level, Wanted};
 
 pub(super) const CHANGE: Change = Change {
@@ -13,6 +15,7 @@ const SYSCTL: &str = "/etc/sysctl.d/60-mt-agent-network.conf";
 /// What is under way on a link of 2 Gbit/s with 250 ms there and back.
 const BUFFER: u32 = 64 << 20;
 const SERVICE: &str = "mt-agent";
+const ZONES: &str = "/etc/firewalld/zones";
 
 fn wanted(host: &Host) -> Result<Wanted, Error> {
     let mut wanted = Wanted::default();
@@ -81,22 +84,16 @@ fn firewalld(host: &Host, wanted: &mut Wanted) -> Result<(), Error> {
         .unwrap_or("public")
         .trim()
         .to_owned();
-    let name = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
-    if zone.is_empty() || !zone.chars().all(name) {
+    if zone.is_empty() || !zone.chars().all(is_name) {
         return Err(Error::refused(
             format!("/etc/firewalld/firewalld.conf: `{zone}` is no name of a zone"),
             "mend its DefaultZone, then apply this again",
         ));
     }
-    let path = format!("/etc/firewalld/zones/{zone}.xml");
-    let now = match host.root.read(&path)? {
-        Some(now) => Some(now),
-        None => host.root.read(format!("/usr/lib/firewalld/zones/{zone}.xml"))?,
-    };
-    match now.as_deref().map(with_service) {
+    match definition(host, &zone)?.as_deref().map(with_service) {
         Some(Some(new)) => {
             wanted.evidence(format!("the default zone of firewalld is {zone}"));
-            wanted.files.push(File::shared(path, new));
+            wanted.files.push(File::shared(format!("{ZONES}/{zone}.xml"), new));
         }
         _ => wanted.find(
             Level::Warn,
@@ -104,9 +101,56 @@ fn firewalld(host: &Host, wanted: &mut Wanted) -> Result<(), Error> {
             format!("firewall-cmd --permanent --add-service={SERVICE} && firewall-cmd --reload"),
         ),
     }
+    for other in other_zones(host).into_iter().filter(|other| *other != zone) {
+        let xml = definition(host, &other)?;
+        if xml.is_none_or(|xml| with_service(&xml).is_none_or(|with| with != xml)) {
+            wanted.find(
+                Level::Warn,
+                format!("some interfaces or sources are in the zone {other} of firewalld, which does not let the port in"),
+                format!(
+                    "if machines send through it: firewall-cmd --permanent --zone={other} --add-service={SERVICE}, then \
+                     firewall-cmd --reload"
+                ),
+            );
+        }
+    }
     let args = ["try-reload-or-restart", "firewalld.service"];
     wanted.calls.push(Call::new("systemctl", &args, "to open the port").only_if("/run/systemd/system"));
     Ok(())
+}
+
+/// What a zone lets in: the administrator's, or as it comes.
+fn definition(host: &Host, zone: &str) -> Result<Option<Vec<u8>>, Error> {
+    match host.root.read(format!("{ZONES}/{zone}.xml"))? {
+        Some(own) => Ok(Some(own)),
+        None => host.root.read(format!("/usr/lib/firewalld/zones/{zone}.xml")),
+    }
+}
+
+/// The zones that are named for an interface or a source, by firewalld itself or by a connection of NetworkManager's.
+fn other_zones(host: &Host) -> BTreeSet<String> {
+    let mut zones = BTreeSet::new();
+    for name in host.root.names(ZONES) {
+        let xml = host.root.value(format!("{ZONES}/{name}")).unwrap_or_default();
+        let plain = without_comments(xml.as_bytes());
+        let is_named = [&b"<interface "[..], b"<source "].iter().any(|tag| find(&plain, tag).is_some());
+        zones.extend(name.strip_suffix(".xml").filter(|_| is_named).map(str::to_owned));
+    }
+    for dir in ["/etc/NetworkManager/system-connections", "/etc/sysconfig/network-scripts"] {
+        for name in host.root.names(dir) {
+            let text = host.root.value(format!("{dir}/{name}")).unwrap_or_default();
+            let named = text.lines().filter_map(|line| {
+                let zone = line.strip_prefix("zone=").or_else(|| line.strip_prefix("ZONE="))?;
+                Some(zone.trim().trim_matches('"').to_owned())
+            });
+            zones.extend(named.filter(|zone| !zone.is_empty() && zone.chars().all(is_name)));
+        }
+    }
+    zones
+}
+
+fn is_name(c: char) -> bool {
+    c.is_ascii_alphanumeric() || c == '-' || c == '_'
 }
 
 fn find(bytes: &[u8], part: &[u8]) -> Option<usize> {

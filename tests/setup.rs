@@ -120,6 +120,35 @@ fn setup(root: &Path, command: &str, more: &[&str]) -> Outcome {
     run(&args)
 }
 
+/// Of the file and of the snippets: the machine on which this runs has nothing to say to an image.
+#[test]
+fn the_configuration_of_an_image_is_the_one_inside_of_it() {
+    let (dir, here) = (host(9), support::directory());
+    let root = dir.path();
+    let etc = root.join("etc/mt-agent");
+    write(root, "srv/ours.toml", "state_dir = \"/srv/state\"\n");
+    write(root, "srv/conf/a.toml", "retention_dir = \"/srv/retention\"\n");
+    fs::create_dir_all(&etc).unwrap();
+    symlink("/srv/ours.toml", etc.join("mt-agent.toml")).unwrap();
+    symlink("/srv/conf", etc.join("conf.d")).unwrap();
+    symlink("../../../../../../../srv/deep.toml", root.join("srv/conf/b.toml")).unwrap();
+    write(root, "srv/deep.toml", "listen = \"[::]:19443\"\n");
+    write(root, "srv/conf/.c.toml", "nonsense");
+    setup(root, "apply", &["--only", "limits,network"]).ok();
+    assert!(root.join("srv/state-setup").exists());
+    let port = "19443";
+    let all = snapshot(root);
+    assert!(all.values().any(|(.., content)| String::from_utf8_lossy(content).contains(port)));
+    // What is not inside is not there, whatever this machine has at that place.
+    let secret = here.path().join("secret.toml");
+    fs::write(&secret, "state_dir = \"/secret\"\n").unwrap();
+    symlink(&secret, root.join("srv/conf/d.toml")).unwrap();
+    setup(root, "status", &[]).fails(3, &["conf.d/d.toml", "No such file"]);
+    fs::remove_file(root.join("srv/conf/d.toml")).unwrap();
+    write(root, "srv/conf/d.toml", "windw = 1\n");
+    setup(root, "status", &[]).fails(3, &["etc/mt-agent/conf.d/d.toml:1: there is no key `windw`"]);
+}
+
 /// Each release, with and without an administrator's own files where ours would be.
 #[test]
 fn a_host_is_set_up_once_and_taken_back_whole() {

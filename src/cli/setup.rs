@@ -1,13 +1,14 @@
 //! `mt-agent setup`: the changes that make this host a master target.
 
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 
 use clap::builder::PossibleValuesParser;
 use clap::{Args, Subcommand};
 use mt_agent::agent::config::{self, Config, Sourced};
 use mt_agent::disk::id::DiskId;
-use mt_agent::error::chain;
+use mt_agent::error::{IoError, chain};
 use mt_agent::setup;
 use mt_agent::setup::{
     Applied, CHANGES, Change, Checked, Error, Finding, Host, Level, Outcomes, Planned, Reverted, Setup,
@@ -103,12 +104,7 @@ impl Selection {
         let config = match &places.config {
             Some(_) => places.load()?,
             // The host's own.
-            None => {
-                let root = Root::open(&self.root)?;
-                let at = |path: &str| Ok::<_, Error>(root.at(&root.real(path.as_ref())?));
-                let (file, snippets) = (at(config::DEFAULT_FILE)?, at(config::DEFAULT_SNIPPETS)?);
-                places.over(Sourced::load_from(&file, &snippets).map_err(Failure::failed)?.config)
-            }
+            None => places.over(configured(&Root::open(&self.root)?)?.config),
         };
         Ok(Setup::open(Host::open(&self.root, places_of(&config), wishes)?)?)
     }
@@ -150,6 +146,31 @@ impl ApplyArgs {
             install: *install,
         })
     }
+}
+
+/// What the host's own files say. Where they are links, these are meant inside of its root.
+fn configured(root: &Root) -> Result<Sourced, Failure> {
+    let mut files = Vec::new();
+    let mut take = |path: &Path| {
+        let bytes = root.read(path)?;
+        let found = bytes.is_some();
+        files.extend(bytes.map(|bytes| (root.at(path), bytes)));
+        Ok::<bool, Error>(found)
+    };
+    take(Path::new(config::DEFAULT_FILE))?;
+    let snippets = Path::new(config::DEFAULT_SNIPPETS);
+    for name in root.entries(snippets)?.iter().filter(|name| config::is_snippet(name)) {
+        let path = snippets.join(name);
+        if !take(&path)? {
+            let target = root.at(&path).display().to_string();
+            return Err(Failure::refused(IoError::new(
+                "open",
+                target,
+                io::Error::from_raw_os_error(libc::ENOENT),
+            )));
+        }
+    }
+    Ok(Sourced::of(files)?)
 }
 
 fn places_of(config: &Config) -> setup::Places {

@@ -42,11 +42,16 @@ fn failed<'a>(op: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> Err
     move |source| Error::Io(IoError::new(op, path.display().to_string(), source))
 }
 
+/// What the kernel and the daemons of a running host show of it.
+const RUNNING: [&str; 4] = ["/dev", "/proc", "/run", "/sys"];
+
 /// The root directory of a host.
 #[derive(Clone, Debug)]
 pub struct Root {
     path: PathBuf,
     dir: Arc<OwnedFd>,
+    /// Those of [`RUNNING`] in an image that are this machine's own, mounted into it.
+    borrowed: Vec<&'static str>,
 }
 
 /// A directory, held open, and a name in it.
@@ -92,12 +97,26 @@ impl Root {
         let path = path.canonicalize().map_err(failed("open", path))?;
         let dir = nix::fcntl::open(&path, STEP, Mode::empty());
         let dir = dir.map_err(|errno| failed("open", &path)(errno.into()))?;
-        Ok(Root { path, dir: Arc::new(dir) })
+        let mut root = Root { path, dir: Arc::new(dir), borrowed: Vec::new() };
+        if !root.is_live() {
+            let same = |one: &Path, other: &Path| {
+                let identity = |path| fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).ok();
+                identity(one).is_some_and(|one| identity(other) == Some(one))
+            };
+            let dirs = RUNNING.into_iter().map(|dir| (dir, root.path.join(&dir[1..])));
+            root.borrowed = dirs.filter(|(dir, own)| same(Path::new(dir), own)).map(|(dir, _)| dir).collect();
+        }
+        Ok(root)
     }
 
     /// Whether this is the machine itself.
     pub fn is_live(&self) -> bool {
         self.path == Path::new("/")
+    }
+
+    /// Its path on this machine, to be shown.
+    pub fn shown(&self) -> std::path::Display<'_> {
+        self.path.display()
     }
 
     /// Where a path of the host, whose links were followed, is on this machine.
@@ -202,7 +221,7 @@ impl Root {
         }
     }
 
-    /// As [`Root::read`], as text: what is no UTF-8 is replaced.
+    /// As [`Root::read`], as text to be understood: what is no UTF-8 is replaced, so that it must not be written back.
     ///
     /// # Errors
     /// Those of [`Root::read`].
@@ -210,9 +229,16 @@ impl Root {
         Ok(self.read(path)?.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()))
     }
 
+    /// Follows the links in a path, unless what is there is true of this machine and not of the image.
+    fn own(&self, path: &Path) -> Option<PathBuf> {
+        let real = self.real(path).ok()?;
+        let is_borrowed = self.borrowed.iter().any(|dir| real.starts_with(dir));
+        (!is_borrowed).then_some(real)
+    }
+
     /// The value in a file of sysfs or procfs, without the white space around it.
     pub fn value(&self, path: impl AsRef<Path>) -> Option<String> {
-        let real = self.real(path.as_ref()).ok()?;
+        let real = self.own(path.as_ref())?;
         let mut bytes = Vec::new();
         let file = self.spot(&real).and_then(|spot| spot.open(OFlag::O_RDONLY | OFlag::O_NONBLOCK)).ok()?;
         file.take(64 << 10).read_to_end(&mut bytes).ok()?;
@@ -221,7 +247,7 @@ impl Root {
 
     /// Whether there is anything.
     pub fn exists(&self, path: impl AsRef<Path>) -> bool {
-        self.real(path.as_ref()).is_ok_and(|real| self.is_there(&real))
+        self.own(path.as_ref()).is_some_and(|real| self.is_there(&real))
     }
 
     fn is_there(&self, real: &Path) -> bool {
@@ -259,7 +285,8 @@ impl Root {
 
     /// As [`Root::entries`]: those that are text; none where the directory cannot be read.
     pub fn names(&self, path: impl AsRef<Path>) -> Vec<String> {
-        let names = self.entries(path).unwrap_or_default();
+        let Some(real) = self.own(path.as_ref()) else { return Vec::new() };
+        let names = self.entries(real).unwrap_or_default();
         names.into_iter().filter_map(|name| name.into_string().ok()).collect()
     }
 }
@@ -275,7 +302,7 @@ fn open(spot: &Spot<'_>, path: &Path) -> Result<(File, fs::Metadata), Error> {
     if meta.is_file() {
         Ok((file, meta))
     } else {
-        Err(Error::Refused(format!("{} is no regular file; move it away", path.display())))
+        Err(Error::refused(format!("{} is no regular file", path.display()), "move it away"))
     }
 }
 
@@ -397,64 +424,82 @@ pub fn clear(root: &Root, real: &Path) -> Result<(), Error> {
 /// Makes a path be `entry`, with this content where that is a file: whole or not at all, and durable on return.
 ///
 /// # Errors
-/// The step that failed. Then the path is what it was, or (where only the last flush failed) what it shall be.
+/// The step that failed. Then the path is what it was, or (where only the last flush failed) what it shall be, and nothing
+/// is left beside it.
 pub fn put(root: &Root, real: &Path, entry: &Entry, content: &[u8]) -> Result<(), Error> {
     let path = root.at(real);
     let next = beside(real);
-    let temporary = root.at(&next);
     clear(root, real)?;
     let spot = match root.spot(real) {
         Err(error) if *entry == Entry::Absent && is_missing(&error) => return Ok(()),
         spot => spot.map_err(failed("open", &path))?,
     };
+    if *entry == Entry::Absent {
+        return match spot.remove(UnlinkatFlags::NoRemoveDir) {
+            Err(error) if is_missing(&error) => Ok(()),
+            removed => {
+                removed.map_err(failed("remove", &path))?;
+                moment()?;
+                spot.sync().map_err(failed("flush", &path))
+            }
+        };
+    }
     // In the same directory, whatever is in its place by now.
     let next = Spot { dir: spot.dir.try_clone().map_err(failed("open", &path))?, name: name_of(&next) };
-    match entry {
-        Entry::Absent => {
-            return match spot.remove(UnlinkatFlags::NoRemoveDir) {
-                Err(error) if is_missing(&error) => Ok(()),
-                removed => {
-                    removed.map_err(failed("remove", &path))?;
-                    moment()?;
-                    spot.sync().map_err(failed("flush", &path))
-                }
-            };
+    let replaced = prepare(&next, &root.at(&beside(real)), entry, content).and_then(|()| {
+        let renamed = renameat(&next.dir, next.name, &spot.dir, spot.name);
+        renamed.map_err(|errno| failed("replace", &path)(errno.into()))
+    });
+    if let Err(error) = replaced {
+        // A full file system, say; the first error is the one that matters. After a power cut nothing is removed.
+        if moment().is_ok() {
+            next.remove(UnlinkatFlags::NoRemoveDir).unwrap_or_default();
         }
-        Entry::Link { target } => symlinkat(target, &next.dir, next.name)
-            .map_err(|errno| failed("create", &temporary)(errno.into()))?,
+        return Err(error);
+    }
+    moment()?;
+    spot.sync().map_err(failed("flush", &path))
+}
+
+/// Makes what shall be renamed. It is a new one: whatever is there, a link too, is in the way.
+fn prepare(next: &Spot<'_>, path: &Path, entry: &Entry, content: &[u8]) -> Result<(), Error> {
+    match entry {
+        Entry::Absent => {}
+        Entry::Link { target } => {
+            let made = symlinkat(target, &next.dir, next.name);
+            made.map_err(|errno| failed("create", path)(errno.into()))?;
+        }
         Entry::File { owner, xattrs, .. } => {
             let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
             let made = openat(&next.dir, next.name, flags, Mode::S_IRUSR | Mode::S_IWUSR);
-            let mut file = File::from(made.map_err(|errno| failed("create", &temporary)(errno.into()))?);
+            let mut file = File::from(made.map_err(|errno| failed("create", path)(errno.into()))?);
             moment()?;
-            file.write_all(content).map_err(failed("write", &temporary))?;
+            file.write_all(content).map_err(failed("write", path))?;
             moment()?;
-            let meta = file.metadata().map_err(failed("look at", &temporary))?;
+            let meta = file.metadata().map_err(failed("look at", path))?;
             if (meta.uid(), meta.gid()) != (owner.uid, owner.gid) {
                 std::os::unix::fs::fchown(&file, Some(owner.uid), Some(owner.gid))
-                    .map_err(failed("give away", &temporary))?;
+                    .map_err(failed("give away", path))?;
             }
             // After the owner, whose change may take bits away.
-            file.set_permissions(Permissions::from_mode(owner.mode)).map_err(failed("chmod", &temporary))?;
+            file.set_permissions(Permissions::from_mode(owner.mode)).map_err(failed("chmod", path))?;
             for (name, value) in xattrs {
-                let damaged =
-                    || Error::Refused(format!("the record of {} is damaged: its attributes", real.display()));
+                let damaged = || {
+                    let what = format!("the record of {} is damaged: its attributes", path.display());
+                    Error::refused(what, "put the file back by hand")
+                };
                 let value = STANDARD.decode(value).map_err(|_| damaged())?;
                 let name = CString::new(name.as_str()).map_err(|_| damaged())?;
                 // One that it was born with, as the label of its directory, is not set for nothing: that may be forbidden.
                 if xattr::get(&file, &name).ok().as_ref() != Some(&value) {
-                    xattr::set(&file, &name, &value).map_err(failed("set an attribute of", &temporary))?;
+                    xattr::set(&file, &name, &value).map_err(failed("set an attribute of", path))?;
                 }
             }
             moment()?;
-            file.sync_all().map_err(failed("flush", &temporary))?;
+            file.sync_all().map_err(failed("flush", path))?;
         }
     }
-    moment()?;
-    renameat(&next.dir, next.name, &spot.dir, spot.name)
-        .map_err(|errno| failed("replace", &path)(errno.into()))?;
-    moment()?;
-    spot.sync().map_err(failed("flush", &path))
+    moment()
 }
 
 fn name_of(path: &Path) -> &OsStr {

@@ -555,4 +555,6 @@ impl SessionError {
 }
 
 #[cfg(test)]
+mod crash;
+#[cfg(test)]
 mod tests;

@@ -621,7 +621,7 @@ fn a_power_cut_at_any_moment_leaves_every_point_on_both_disks_or_on_neither() {
                 if let Some(number) = mark {
                     promise = &run.promises[number as usize];
                 }
-                let samples = if moments.is_certain() { 1 } else { 8 };
+                let samples = if moments.is_certain() { 1 } else { 4 };
                 for _ in 0..samples {
                     let left = Rig::with(moments.torn(&mut rng));
                     states += check(&left, promise, &run, &mut known, &mut rng);

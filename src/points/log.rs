@@ -1,15 +1,15 @@
 //! The file of the points log: read whole, appended to by one record at a time, durable before anyone is told.
 
 use std::any::Any;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
 use std::path::{Path, PathBuf};
 
 use time::OffsetDateTime;
 
 use super::{
-    Begun, Dropped, Error, GivenUp, Point, PointId, Reason, Record, Refused, Released, TakenBack, VolumeAt,
-    line,
+    Begun, Dropped, Error, GivenUp, Narrowed, Point, PointId, Reason, Record, Refused, Released, TakenBack,
+    VolumeAt, line,
 };
 use crate::error::{IoError, chain};
 use crate::name::Name;
@@ -66,7 +66,8 @@ pub struct Log {
     look_at: usize,
 }
 
-/// A point that the log still has: also a dropped one, while an older one needs its before-images.
+/// A point that the log still has: also a dropped one, while an older one needs its before-images. One that was narrowed is two:
+/// dropped for the machines that it was taken from, and behind that kept for the others.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Entry {
     /// The point.
@@ -404,6 +405,14 @@ impl State {
                 Ok(())
             }
             Record::Dropped(dropped) => dropped.points.iter().try_for_each(|&id| self.may_go(id, None)),
+            Record::Narrowed(Narrowed { point, machines, .. }) => {
+                let volumes = &self.find(*point)?.volumes;
+                let is_of = |machine: &Name| volumes.iter().any(|at| at.machine == *machine);
+                if !machines.iter().all(is_of) || volumes.iter().all(|at| machines.contains(&at.machine)) {
+                    return Err(Refused::Narrow(*point));
+                }
+                self.may_go(*point, None)
+            }
             Record::GivenUp(GivenUp { machine, points, .. }) => {
                 points.iter().try_for_each(|&id| self.may_go(id, Some(machine)))
             }
@@ -478,6 +487,9 @@ impl State {
             Record::Dropped(Dropped { time, reason, points }) => {
                 self.drop_points(&points, time, reason);
             }
+            Record::Narrowed(Narrowed { point, time, reason, machines }) => {
+                self.narrow(point, time, reason, &machines);
+            }
             Record::GivenUp(GivenUp { machine, time, points }) => {
                 self.drop_points(&points, time, Reason::Asked);
                 // In one step, so that no crash leaves a machine that is failed over to nothing, or not at all and written to.
@@ -508,6 +520,20 @@ impl State {
         }
     }
 
+    /// Takes a point from all machines but these.
+    fn narrow(&mut self, id: PointId, time: OffsetDateTime, reason: Reason, machines: &[Name]) {
+        let Some(&place) = self.places.get(&id) else { return };
+        let Some(entry) = self.entries.get_mut(place) else { return };
+        entry.dropped = Some((time, reason));
+        let mut point = entry.point.clone();
+        entry.point.volumes.retain(|at| !machines.contains(&at.machine));
+        point.volumes.retain(|at| machines.contains(&at.machine));
+        point.group = None;
+        self.entries.insert(place + 1, Entry { point, dropped: None });
+        let moved = self.entries.iter().zip(0..).skip(place + 1);
+        self.places.extend(moved.map(|(entry, place)| (entry.point.id, place)));
+    }
+
     /// The records without which something that matters would be forgotten: not those of dropped points, unless an
     /// older point of one of their disks is kept, whose way back leads through their before-images, or it is the last one
     /// of a disk: that it is there shows that the log goes as far as the disk does.
@@ -520,22 +546,40 @@ impl State {
         let mut kept = HashSet::new();
         let mut points = Vec::new();
         let mut dropped = Vec::new();
-        for (place, entry) in self.entries.iter().enumerate() {
-            let Entry { point, dropped: gone } = entry;
-            let mut volumes = point.volumes.iter().map(|volume| (&volume.machine, &volume.disk));
-            match gone {
-                None => kept.extend(volumes),
-                Some(_)
-                    if !last.contains(&place)
-                        && (!entry.has_images() || !volumes.any(|volume| kept.contains(&volume))) =>
-                {
-                    continue;
+        let mut place = 0;
+        // A point that was narrowed has several entries, one behind the other.
+        for parts in self.entries.chunk_by(|one, next| one.point.id == next.point.id) {
+            let is_needed = |(entry, place): (&Entry, usize)| {
+                let mut volumes = entry.point.volumes.iter().map(|volume| (&volume.machine, &volume.disk));
+                entry.dropped.is_none()
+                    || last.contains(&place)
+                    || entry.has_images() && volumes.any(|volume| kept.contains(&volume))
+            };
+            let first = parts.iter().zip(place..).position(is_needed);
+            place += parts.len();
+            let Some((parts, newest)) =
+                first.map(|first| &parts[first..]).and_then(|parts| Some((parts, parts.last()?)))
+            else {
+                continue;
+            };
+            let mut point = parts[0].point.clone();
+            point.volumes = parts.iter().flat_map(|part| part.point.volumes.clone()).collect();
+            let id = point.id;
+            points.push(Record::Point(point));
+            if let ([Entry { dropped: Some((time, reason)), .. }, ..], true) = (parts, parts.len() > 1) {
+                let machines: BTreeSet<&Name> = newest.point.volumes.iter().map(|at| &at.machine).collect();
+                let machines = machines.into_iter().cloned().collect();
+                let narrowed = Narrowed { point: id, time: *time, reason: *reason, machines };
+                dropped.push(Record::Narrowed(narrowed));
+            }
+            match newest.dropped {
+                Some((time, reason)) => {
+                    dropped.push(Record::Dropped(Dropped { time, reason, points: vec![id] }));
                 }
-                &Some((time, reason)) => {
-                    dropped.push(Record::Dropped(Dropped { time, reason, points: vec![point.id] }));
+                None => {
+                    kept.extend(newest.point.volumes.iter().map(|volume| (&volume.machine, &volume.disk)))
                 }
             }
-            points.push(Record::Point(point.clone()));
         }
         points.append(&mut dropped);
         points.extend(self.released.values().cloned().map(Record::Released));

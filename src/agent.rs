@@ -573,4 +573,6 @@ impl SessionError {
 }
 
 #[cfg(test)]
+mod crash;
+#[cfg(test)]
 mod tests;

@@ -42,6 +42,7 @@ fn assignment(disk: &str, number: u32) -> Assignment {
         state: State::Empty,
         last_commit: None,
         source: None,
+        released: None,
     }
 }
 

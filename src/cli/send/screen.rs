@@ -13,8 +13,7 @@ use mt_agent::send::{Done, Prepared, Progress};
 use mt_agent::units::{ByteLen, rfc3339};
 use serde_json::{Value, json};
 
-use super::Ended;
-use crate::cli::table::printable;
+use super::{Ended, of_space};
 use crate::cli::{Failure, print};
 
 /// One disk, as it is shown.
@@ -30,6 +29,14 @@ pub(in crate::cli) fn differences(progress: &Progress) -> Vec<Value> {
     // A list is whole whoever panicked beside it.
     let ranges = progress.differences.lock().unwrap_or_else(PoisonError::into_inner);
     ranges.iter().map(|extent| json!({"offset": extent.offset(), "length": extent.len()})).collect()
+}
+
+/// How many connections carry it, where that is more than one.
+fn over(progress: &Progress) -> String {
+    match progress.connections.load(Ordering::Relaxed) {
+        0 | 1 => String::new(),
+        connections => format!(" over {connections} connections"),
+    }
 }
 
 impl Shown {
@@ -73,10 +80,7 @@ impl Shown {
         match rate.0 {
             0 => format!("{head}, nothing went out in the last {} s", period.as_secs()),
             bytes => {
-                let over = match self.progress.connections.load(Ordering::Relaxed) {
-                    0 | 1 => String::new(),
-                    connections => format!(" over {connections} connections"),
-                };
+                let over = over(&self.progress);
                 format!("{head}, {rate}/s{over}, {} s left", size.0.saturating_sub(done) / bytes)
             }
         }
@@ -156,25 +160,14 @@ impl Screen {
                     0 => String::new(),
                     same => format!(", {} there already", ByteLen(same)),
                 };
-                let rate = ByteLen((size.0 as f64 / seconds) as u64);
+                let read = ByteLen(progress.read.load(Ordering::Relaxed));
+                let rate = ByteLen((read.0 as f64 / seconds) as u64);
+                let over = over(progress);
                 let space = progress.space.get().cloned().unwrap_or_default();
-                let over = match progress.connections.load(Ordering::Relaxed) {
-                    0 | 1 => String::new(),
-                    connections => format!(" over {connections} connections"),
-                };
-                let mut text = format!(
-                    "{name}: {size} committed in point {point} in {seconds:.1} s ({rate}/s); {sent} sent{over}, {zero} \
-                     zeros{same}\n"
+                let text = format!(
+                    "{name}: {size} committed in point {point} in {seconds:.1} s; {read} read ({rate}/s), {sent} sent{over}, {zero} zeros{same}\n"
                 );
-                if let Some(free) = space.free {
-                    let (used, skipped) = (ByteLen(size.0 - free), ByteLen(space.skipped));
-                    text +=
-                        &format!("{name}: {used} used, {} free, {skipped} of it skipped\n", ByteLen(free));
-                }
-                for why in &space.reasons {
-                    text += &format!("{name}: free space not skipped: {}\n", printable(why));
-                }
-                print(&text)
+                print(&(text + &of_space(name, *size, &space, "skipped")))
             }
             Ok(Done::Compared) => Ok(()),
             Err(error) => {

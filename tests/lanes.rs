@@ -88,7 +88,7 @@ fn a_slow_one_costs_no_memory() {
     let mut rig = rig_with(64 * MIB, "");
     let source = rig.random("source.img", 64 * MIB);
     let proxy = Proxy::start(rig.service.address());
-    let slow = Fate { rate: Some(1_000_000), ..Fate::default() };
+    let slow = Fate { rate: Some(2_000_000), ..Fate::default() };
     proxy.will([Fate::default(), slow]);
     let to = proxy.address.to_string();
     let start = Instant::now();

@@ -38,7 +38,7 @@ use crate::net::tls::{self, HandshakeError};
 use crate::net::{keepalive, wire};
 use crate::points::PointId;
 use crate::storage::device::EngineChoice;
-use free::Space;
+use free::{Free, Space};
 use hints::Hints;
 use limit::{Limiter, Rates};
 use source::Source;
@@ -121,6 +121,11 @@ pub struct Progress {
     pub differences: Mutex<Vec<Extent>>,
     /// How many bytes of such there are in all.
     pub differs: AtomicU64,
+    /// How many more differ in space that was free when the comparing began, of a source in use: what is free there may not
+    /// be for long, and what it holds does not matter as long as it is.
+    pub differs_free: AtomicU64,
+    /// The point at which the target stands, once it is known, if it does at any.
+    pub baseline: OnceLock<PointId>,
     /// What of the source is free, once that was looked for.
     pub space: OnceLock<Space>,
     /// The size of the target, once it is known.
@@ -336,6 +341,7 @@ pub async fn send(
             // What is only compared is not taken for anything.
             resized: plan.resized || plan.scope == Scope::Verify,
             another: plan.another || plan.scope == Scope::Verify,
+            verify: plan.scope == Scope::Verify,
             group: plan.group.clone(),
             disks: names.clone(),
         };
@@ -373,6 +379,8 @@ pub async fn send(
             return;
         }
     };
+    // Of what is only compared it is known all the same, for the report: see `Progress::differs_free`.
+    let in_doubt = |index: usize| plan.scope == Scope::Verify && !plan.whole_disk && !still_ones[index];
     let why_not = |index: usize| {
         let only_hints = plan.scope == Scope::Differences
             && plan.hints.contains_key(&names[index])
@@ -380,6 +388,7 @@ pub async fn send(
         match (plan.whole_disk, only_hints, still_ones[index]) {
             (true, _, _) => Some("--whole-disk asks for all of it"),
             (false, true, _) => Some("only the ranges are looked at that --changed-ranges tells"),
+            (false, false, false) if in_doubt(index) => None,
             (false, false, false) => Some(IN_USE),
             (false, false, true) => None,
         }
@@ -391,10 +400,14 @@ pub async fn send(
         Err(panic) => std::panic::resume_unwind(panic.into_panic()),
     };
     let mut free = Vec::new();
-    for (disk, (ranges, space)) in disks.iter().zip(found) {
+    for (index, (disk, (ranges, space))) in disks.iter().zip(found).enumerate() {
+        let (certain, doubtful, space) = match in_doubt(index) {
+            true => (Free::default(), ranges, Space::unknown(IN_USE)),
+            false => (ranges, Free::default(), space),
+        };
         // An attempt has a progress of its own.
         disk.progress.space.set(space).ok();
-        free.push(Arc::new(ranges));
+        free.push((Arc::new(certain), doubtful));
     }
     // After the pre-hook, which may have made them.
     let paths = plan.hints.clone();
@@ -418,12 +431,15 @@ pub async fn send(
     let (time, name) = (OffsetDateTime::now_utc(), plan.name.clone());
     let point = Point { id, disks: names.clone(), time, name };
     let mut passes = JoinSet::new();
-    for (index, ((disk, free), (stream, reply))) in disks.into_iter().zip(free).zip(opened).enumerate() {
+    for (index, ((disk, (free, in_doubt)), (stream, reply))) in
+        disks.into_iter().zip(free).zip(opened).enumerate()
+    {
         let job = session::Job {
             point: point.clone(),
             still: still.clone(),
             source: disk.source,
             free,
+            in_doubt,
             progress: disk.progress,
             compression: plan.compression,
             engine: plan.engine,

@@ -97,6 +97,8 @@ pub struct Segment {
     pub end: u64,
     /// Whether there is more in it than that, which a power cut may leave of the last record that was begun.
     pub torn: bool,
+    /// What tells it from another one under its name; 0 where it has no header.
+    generation: u64,
 }
 
 /// Where an image lies.
@@ -251,7 +253,7 @@ pub fn let_go(
 /// records and zeros. The cut flushes the segment, too: a service that was killed may have left a record that is whole and
 /// not durable, and is about to be relied on. A crash before it is durable leaves what was there.
 pub fn go_on(pass: &Pass, lineage: Lineage, longest: u64, shelf: &dyn Shelf) -> Result<Writer, IoError> {
-    if let Some(Segment { name, end, torn }) = pass.segments.last() {
+    if let Some(Segment { name, end, torn, .. }) = pass.segments.last() {
         shelf.settle(name, torn.then_some(*end))?;
     }
     Ok(Writer::go_on(lineage, pass, longest))
@@ -270,16 +272,24 @@ pub fn tidy(shelf: &dyn Shelf) -> Result<(), IoError> {
 }
 
 impl History {
-    /// Whether nothing was appended, created or removed on the shelf since it was read.
-    pub fn is_current(&self, shelf: &dyn Shelf) -> Result<bool, Error> {
-        let mut names = shelf.list()?;
-        names.retain(|name| parse_name(name).is_some());
-        names.sort();
-        if names != self.names {
-            return Ok(false);
+    /// Reads what was appended, created or removed on the shelf since; `ours` and `holds` are those of [`recover`]. Where
+    /// nothing was, that takes a look at the names; and where the newest pass grew, no more than what it got.
+    ///
+    /// # Errors
+    /// Those of [`recover`].
+    pub fn refresh(&mut self, shelf: &dyn Shelf, ours: Ours<'_>, holds: Holds<'_>) -> Result<(), Error> {
+        let names = names(shelf)?;
+        if names.into_values().flatten().map(|(_, name)| name).eq(self.names.iter().cloned()) {
+            // Only a pass that has not ended grows, and then in ways that its files' names do not show.
+            let Some(mut newest) = self.passes.last_entry().filter(|newest| !newest.get().ended) else {
+                return Ok(());
+            };
+            if newest.get_mut().read_on(shelf, holds)? {
+                return Ok(());
+            }
         }
-        // Only a pass that has not ended grows, and then in ways that its files' names do not show.
-        Ok(self.passes.values().next_back().is_none_or(|newest| newest.ended))
+        *self = recover(shelf, ours, holds)?;
+        Ok(())
     }
 
     /// The images of all passes after `pass`, in the order of their numbers, or which of them is damaged.
@@ -311,7 +321,7 @@ fn read_pass(
         number,
         segments: segments
             .iter()
-            .map(|(_, name)| Segment { name: name.clone(), end: 0, torn: false })
+            .map(|(_, name)| Segment { name: name.clone(), end: 0, torn: false, generation: 0 })
             .collect(),
         images: Vec::new(),
         ended: false,
@@ -362,24 +372,8 @@ fn read_pass(
             pass.damage = damage(0, "records before it are missing");
             return Ok(pass);
         }
-        let mut last = None;
-        let mut at = BLOCK;
-        while at.saturating_add(BLOCK) <= reader.size() && !pass.ended {
-            reader.read_at(at, &mut block)?;
-            let record = match format::parse_record(&block) {
-                Ok(record)
-                    if (record.generation, record.sequence) == (segment.generation, pass.next_sequence)
-                        && at.saturating_add(record.len()) <= reader.size() =>
-                {
-                    record
-                }
-                _ => break,
-            };
-            pass.add(&record, place, at);
-            at += record.len();
-            last = Some(record);
-        }
-        pass.segments[place].end = at;
+        pass.segments[place].generation = segment.generation;
+        let last = pass.take(&*reader, segment.generation, place, BLOCK)?;
         if newest && !pass.ended {
             pass.settle(&*reader, segment.generation, last, holds)?;
         }
@@ -388,6 +382,71 @@ fn read_pass(
 }
 
 impl Pass {
+    /// Takes the records that stand from `at` on in the segment with this index and generation. Gives the last one.
+    fn take(
+        &mut self,
+        reader: &dyn ReadAt,
+        generation: u64,
+        place: usize,
+        mut at: u64,
+    ) -> Result<Option<Record>, Error> {
+        let mut block = [0; BLOCK_LEN];
+        let mut last = None;
+        while at.saturating_add(BLOCK) <= reader.size() && !self.ended {
+            reader.read_at(at, &mut block)?;
+            let record = match format::parse_record(&block) {
+                Ok(record)
+                    if (record.generation, record.sequence) == (generation, self.next_sequence)
+                        && at.saturating_add(record.len()) <= reader.size() =>
+                {
+                    record
+                }
+                _ => break,
+            };
+            self.add(&record, place, at);
+            at += record.len();
+            last = Some(record);
+        }
+        self.segments[place].end = at;
+        Ok(last)
+    }
+
+    /// Takes what was appended to the newest segment since it was read; `false` where only reading all of it anew can tell.
+    fn read_on(&mut self, shelf: &dyn Shelf, holds: Holds<'_>) -> Result<bool, Error> {
+        let Some((place, newest)) = self.segments.iter().enumerate().next_back() else { return Ok(false) };
+        let (from, generation) = (newest.end, newest.generation);
+        if from < BLOCK || self.damage.is_some() {
+            return Ok(false);
+        }
+        let reader = match shelf.open(&newest.name) {
+            // Somebody let go of it.
+            Err(error) if error.source.kind() == io::ErrorKind::NotFound => return Ok(false),
+            other => other?,
+        };
+        let mut block = [0; BLOCK_LEN];
+        if reader.size() < from.max(BLOCK) {
+            return Ok(false);
+        }
+        reader.read_at(0, &mut block)?;
+        if !format::parse_segment(&block).is_ok_and(|segment| segment.generation == generation) {
+            return Ok(false);
+        }
+        if reader.size() < from + BLOCK {
+            // It is full: what comes next stands in another one.
+            return Ok(true);
+        }
+        reader.read_at(from, &mut block)?;
+        if block.iter().all(|byte| *byte == 0) {
+            return Ok(true);
+        }
+        let last = self.take(&*reader, generation, place, from)?;
+        if !self.ended {
+            self.settle(&*reader, generation, last, holds)?;
+        }
+        // Where there is damage, whoever writes may have been in the middle of it.
+        Ok(self.damage.is_none())
+    }
+
     /// Takes a record that begins at `at` in the segment with this index.
     fn add(&mut self, record: &Record, segment: usize, at: u64) {
         match &record.body {

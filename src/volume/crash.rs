@@ -259,9 +259,9 @@ impl Script<'_> {
         let (to, then) = before.iter().nth(to).unwrap();
         let shelf = self.disk().shelf();
         let session = Session::open(self.disk(), Some(Writer::new(LINEAGE, pass, SEGMENT)));
-        let view = View::after(&journal(self.disk()).unwrap(), *to, &shelf).unwrap();
+        let view = View::after(&journal(self.disk()).unwrap(), *to).unwrap();
         let mut places = Vec::new();
-        view.each(|at, bytes| {
+        view.each(&shelf, |at, bytes| {
             session.write(at, bytes);
             places.push(at as usize + bytes.len() - 1);
             Ok::<(), recover::Error>(())
@@ -270,7 +270,7 @@ impl Script<'_> {
         // It is told from a disk that has one bit of it otherwise.
         let is_on = |disk: &[u8]| {
             let part = |extent: Extent| disk[extent.offset() as usize..extent.end() as usize].to_vec();
-            view.is_on(|extent| Ok::<_, recover::Error>(part(extent))).unwrap()
+            view.is_on(&shelf, |extent| Ok::<_, recover::Error>(part(extent))).unwrap()
         };
         assert!(is_on(then));
         for place in places {
@@ -318,7 +318,7 @@ fn check(content: &Content, promise: &Promise, rng: &mut Dice) -> usize {
     history.passes.values().for_each(|pass| verify(pass, &shelf).unwrap());
     for (pass, then) in promise {
         let mut bytes = disk.bytes();
-        View::after(&history, *pass, &shelf).unwrap().overlay(0, &mut bytes).unwrap();
+        View::after(&history, *pass).unwrap().overlay(&shelf, 0, &mut bytes).unwrap();
         assert!(bytes == **then, "the point after pass {pass} is not as it was");
     }
     // The power fails again while it recovers.
@@ -465,7 +465,7 @@ fn a_flipped_byte_is_found_and_costs_only_what_needs_it() {
             }
             for point in damaged_pass..3 {
                 let mut bytes = disk.bytes();
-                View::after(&history, point, &shelf).unwrap().overlay(0, &mut bytes).unwrap();
+                View::after(&history, point).unwrap().overlay(&shelf, 0, &mut bytes).unwrap();
                 assert!(bytes == points[point as usize]);
             }
         }

@@ -150,23 +150,38 @@ pub type Holds<'a> = &'a (dyn Fn(Extent) -> Result<Vec<u8>, IoError> + Sync);
 /// apart, but the disk does: where it holds exactly what the record says that it saved, the record may be forgotten, and
 /// otherwise it is damage. What the record is about is told by its header or the copy of it behind its payload.
 pub fn recover(shelf: &dyn Shelf, ours: Ours<'_>, holds: Holds<'_>) -> Result<History, Error> {
+    recover_but(shelf, &BTreeMap::new(), ours, holds)
+}
+
+/// The same without the passes that are known.
+fn recover_but(
+    shelf: &dyn Shelf,
+    known: &BTreeMap<u64, Pass>,
+    ours: Ours<'_>,
+    holds: Holds<'_>,
+) -> Result<History, Error> {
     // Meanwhile, older passes may be let go of, and what was torn be cut off.
     let went_away =
         |kind: io::ErrorKind| matches!(kind, io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof);
     for _ in 0..AGAIN {
-        match read_all(shelf, ours, holds) {
+        match read_all(shelf, known, ours, holds) {
             Err(Error::Io(error)) if went_away(error.source.kind()) => std::thread::sleep(PAUSE),
             result => return result,
         }
     }
-    read_all(shelf, ours, holds)
+    read_all(shelf, known, ours, holds)
 }
 
-fn read_all(shelf: &dyn Shelf, ours: Ours<'_>, holds: Holds<'_>) -> Result<History, Error> {
+fn read_all(
+    shelf: &dyn Shelf,
+    known: &BTreeMap<u64, Pass>,
+    ours: Ours<'_>,
+    holds: Holds<'_>,
+) -> Result<History, Error> {
     let names = names(shelf)?;
     let segments: Vec<String> = names.values().flatten().map(|(_, name)| name.clone()).collect();
-    let many = segments.len() > ALONE;
-    let names: Vec<_> = names.into_iter().collect();
+    let names: Vec<_> = names.into_iter().filter(|(pass, _)| !known.contains_key(pass)).collect();
+    let many = names.iter().map(|(_, segments)| segments.len()).sum::<usize>() > ALONE;
     let passes = parallel::each(&names, many, |_, (number, segments)| {
         let mut pass = read_pass(shelf, *number, segments, ours, holds)?;
         // Whoever reads beside the writer may find a record half written, and the next one behind it a moment later: that
@@ -279,16 +294,23 @@ impl History {
     /// Those of [`recover`].
     pub fn refresh(&mut self, shelf: &dyn Shelf, ours: Ours<'_>, holds: Holds<'_>) -> Result<(), Error> {
         let names = names(shelf)?;
-        if names.into_values().flatten().map(|(_, name)| name).eq(self.names.iter().cloned()) {
+        if names.values().flatten().map(|(_, name)| name).eq(&self.names) {
             // Only a pass that has not ended grows, and then in ways that its files' names do not show.
-            let Some(mut newest) = self.passes.last_entry().filter(|newest| !newest.get().ended) else {
+            let Some(mut newest) = self.passes.last_entry().filter(|newest| !newest.get().is_closed()) else {
                 return Ok(());
             };
             if newest.get_mut().read_on(shelf, holds)? {
                 return Ok(());
             }
         }
-        *self = recover(shelf, ours, holds)?;
+        // One that ended is as it was as long as it has the same segments: there may be many of those.
+        let History { mut passes, .. } = std::mem::take(self);
+        passes.retain(|number, pass| {
+            let now = names.get(number).into_iter().flatten().map(|(_, name)| name);
+            pass.is_closed() && now.eq(pass.segments.iter().map(|segment| &segment.name))
+        });
+        *self = recover_but(shelf, &passes, ours, holds)?;
+        self.passes.append(&mut passes);
         Ok(())
     }
 
@@ -382,6 +404,12 @@ fn read_pass(
 }
 
 impl Pass {
+    /// Whether it ended and does not go on, as far as its segments tell: one that does so has a new one, which at first has
+    /// no header.
+    fn is_closed(&self) -> bool {
+        self.ended && self.segments.last().is_some_and(|newest| newest.end >= BLOCK)
+    }
+
     /// Takes the records that stand from `at` on in the segment with this index and generation. Gives the last one.
     fn take(
         &mut self,

@@ -529,7 +529,8 @@ fn a_history_that_is_brought_up_to_date_shows_the_point_at_every_moment() {
         let point = model.clone();
         let disk = FaultDisk::new(point.clone(), SECTOR);
         for pass in 1..=3 {
-            for end in [false, true] {
+            // Interrupted, ended without its point, and ended.
+            for end in [false, true, true] {
                 let shelf = disk.shelf();
                 let writer = match journal(&disk).unwrap().passes.get(&pass) {
                     Some(open) => go_on(open, LINEAGE, SEGMENT, &shelf).unwrap(),

@@ -155,6 +155,12 @@ pub fn recover(shelf: &dyn Shelf, ours: Ours<'_>, holds: Holds<'_>) -> Result<Hi
     recover_but(shelf, &BTreeMap::new(), ours, holds)
 }
 
+/// Whether it was there a moment ago: meanwhile, older passes may be let go of, and what was torn be cut off.
+fn went_away(error: &Error) -> bool {
+    let kind = |error: &IoError| error.source.kind();
+    matches!(error, Error::Io(error) if matches!(kind(error), io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof))
+}
+
 /// The same without the passes that are known.
 fn recover_but(
     shelf: &dyn Shelf,
@@ -162,12 +168,9 @@ fn recover_but(
     ours: Ours<'_>,
     holds: Holds<'_>,
 ) -> Result<History, Error> {
-    // Meanwhile, older passes may be let go of, and what was torn be cut off.
-    let went_away =
-        |kind: io::ErrorKind| matches!(kind, io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof);
     for _ in 0..AGAIN {
         match read_all(shelf, known, ours, holds) {
-            Err(Error::Io(error)) if went_away(error.source.kind()) => std::thread::sleep(PAUSE),
+            Err(error) if went_away(&error) => std::thread::sleep(PAUSE),
             result => return result,
         }
     }

@@ -1,16 +1,14 @@
 //! Bringing up to date what was read of a shelf, beside the one that writes there.
 
-use std::io;
-
-use super::{BLOCK, BLOCK_LEN, Error, History, Holds, Ours, Pass, format, names, recover_but};
+use super::{BLOCK, BLOCK_LEN, Error, History, Holds, Ours, Pass, format, names, recover_but, went_away};
 use crate::storage::Shelf;
 
 impl History {
-    /// Reads what was appended, created or removed on the shelf since; `ours` and `holds` are those of [`recover`]. Where
+    /// Reads what was appended, created or removed on the shelf since; `ours` and `holds` are those of [`recover`](super::recover()). Where
     /// nothing was, that takes a look at the names; and where the newest pass grew, no more than what it got.
     ///
     /// # Errors
-    /// Those of [`recover`].
+    /// Those of [`recover`](super::recover()).
     pub fn refresh(&mut self, shelf: &dyn Shelf, ours: Ours<'_>, holds: Holds<'_>) -> Result<(), Error> {
         let names = names(shelf)?;
         if names.values().flatten().map(|(_, name)| name).eq(&self.names) {
@@ -18,8 +16,10 @@ impl History {
             let Some(mut newest) = self.passes.last_entry().filter(|newest| !newest.get().is_closed()) else {
                 return Ok(());
             };
-            if newest.get_mut().read_on(shelf, holds)? {
-                return Ok(());
+            match newest.get_mut().read_on(shelf, holds) {
+                Ok(true) => return Ok(()),
+                Err(error) if !went_away(&error) => return Err(error),
+                Ok(false) | Err(_) => {}
             }
         }
         // One that ended is as it was as long as it has the same segments: there may be many of those.
@@ -48,11 +48,7 @@ impl Pass {
         if from < BLOCK || self.damage.is_some() {
             return Ok(false);
         }
-        let reader = match shelf.open(&newest.name) {
-            // Somebody let go of it.
-            Err(error) if error.source.kind() == io::ErrorKind::NotFound => return Ok(false),
-            other => other?,
-        };
+        let reader = shelf.open(&newest.name)?;
         let mut block = [0; BLOCK_LEN];
         if reader.size() < from.max(BLOCK) {
             return Ok(false);

@@ -17,6 +17,9 @@ use crate::units::Extent;
 const MARGIN: u64 = 1 << 20;
 /// A gap between partitions up to this size is one of alignment.
 const ALIGNMENT: u64 = 16 << 20;
+/// So many ranges of logical volumes are looked at on a physical one, at each stripe once; what comes behind them is used. It
+/// is several times what is known of a disk at most.
+const MAX_STEPS: usize = 1 << 24;
 /// Used at the beginning of a file system, where a boot loader's sectors are.
 const BOOT: u64 = 64 << 10;
 
@@ -136,12 +139,17 @@ fn logical_volumes(layout: &GroupLayout, member: usize, mut give: impl FnMut(Ext
         }
     }
     pieces.sort_by_key(|(extent, ..)| extent.offset());
+    let mut left = MAX_STEPS;
     for (extent, index, segment, size, content) in pieces {
         match content {
             Some(Content::FileSystem(found)) if matches!(found.allocation, Allocation::Known(_)) => {
-                of_file_system(found, size, segment.extent)
-                    .filter_map(|range| segment.on_stripe(index, range))
-                    .for_each(&mut give);
+                for range in of_file_system(found, size, segment.extent).take(left) {
+                    left = left.saturating_sub(1);
+                    segment.on_stripe(index, range).into_iter().for_each(&mut give);
+                }
+                if left == 0 {
+                    give(extent);
+                }
             }
             _ => give(extent),
         }

@@ -13,6 +13,7 @@ use super::lvm::{self, group::Group};
 use super::ranges::{Ranges, between};
 use super::table::Table;
 use super::tree::{Content, Disk, Layout, Place, read};
+use super::view::View;
 use super::{Allocation, Error, FileSystem};
 use crate::checksum::crc32;
 use crate::error::IoError;
@@ -883,4 +884,136 @@ fn an_array_s_member_is_not_taken_for_what_lies_in_the_array() {
         }
         other => panic!("{other:?}"),
     }
+}
+
+/// A large disk of zeros but for some pieces, which counts what is read of it.
+struct Sparse {
+    size: u64,
+    pieces: Vec<(u64, Vec<u8>)>,
+    read: std::cell::Cell<u64>,
+}
+
+impl Sparse {
+    fn new(size: u64, pieces: Vec<(u64, Vec<u8>)>) -> Sparse {
+        Sparse { size, pieces, read: std::cell::Cell::new(0) }
+    }
+
+    /// Why nothing is known of the file system on it.
+    #[track_caller]
+    fn whole(&self) -> String {
+        match &read(&[Disk { reader: self, sector: Some(512) }]).disks[0].content {
+            Content::FileSystem(FileSystem { allocation: Allocation::Whole { why }, .. }) => why.to_string(),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+impl ReadAt for Sparse {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), IoError> {
+        self.read.set(self.read.get() + buf.len() as u64);
+        buf.fill(0);
+        let end = offset + buf.len() as u64;
+        for (at, bytes) in &self.pieces {
+            let (from, to) = (offset.max(*at), end.min(at + bytes.len() as u64));
+            if from < to {
+                let piece = &bytes[(from - at) as usize..(to - at) as usize];
+                buf[(from - offset) as usize..(to - offset) as usize].copy_from_slice(piece);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// An ext2 of `groups` groups with blocks of `1024 << shift` bytes, whose bitmaps are these blocks in turn, and which has
+/// `free` blocks in each group: its superblock and descriptors.
+fn groups(shift: u32, groups: u32, per_group: u32, bitmaps: &[u32], free: u16) -> Vec<(u64, Vec<u8>)> {
+    let block = 1024u64 << shift;
+    let mut superblock = vec![0; 1024];
+    let mut put = |at: usize, bytes: &[u8]| superblock[at..at + bytes.len()].copy_from_slice(bytes);
+    let numbers = [
+        (0x00, groups * 512),
+        (0x04, groups * per_group),
+        (0x18, shift),
+        (0x1c, shift),
+        (0x20, per_group),
+        (0x24, per_group),
+        (0x28, 512),
+        (0x4c, 1),
+        (0x54, 11),
+        // Types in directories, and bitmaps wherever they are; few copies of the superblock.
+        (0x60, 0x202),
+        (0x64, 1),
+    ];
+    numbers.into_iter().for_each(|(at, number)| put(at, &number.to_le_bytes()));
+    put(0x38, b"\x53\xef\x01\0");
+    put(0x58, &128u16.to_le_bytes());
+    put(0x68, &[7; 16]);
+    let descriptor = |index: u32| {
+        let mut bytes = [0; 32];
+        let places = [bitmaps[index as usize % bitmaps.len()], 701, 702];
+        places
+            .iter()
+            .enumerate()
+            .for_each(|(word, at)| bytes[4 * word..][..4].copy_from_slice(&at.to_le_bytes()));
+        bytes[12..14].copy_from_slice(&free.to_le_bytes());
+        bytes
+    };
+    vec![(1024, superblock), (block.max(2048), (0..groups).flat_map(descriptor).collect())]
+}
+
+/// A million groups with two bitmaps, which lie apart: to read these is to read 64 GiB.
+#[test]
+fn what_is_read_of_a_disk_that_was_made_to_be_read_for_ever_is_limited() {
+    let disk = Sparse::new(8 << 40, groups(6, 1 << 20, 128, &[700, 1000], 128));
+    assert_eq!(disk.whole(), "so much metadata cannot be followed");
+    assert!((1 << 30..4 << 30).contains(&disk.read.get()), "{}", disk.read.get());
+}
+
+/// All groups have one bitmap, in which every other block is used.
+#[test]
+fn ranges_without_end_are_limited() {
+    let mut pieces = groups(1, 60, 16384, &[700], 8192);
+    pieces.push((700 << 11, vec![0x55; 2048]));
+    let disk = Sparse::new(60 * 16384 << 11, pieces);
+    let map = |work| super::ext4::read(&View::limited(&disk, work, 32 << 20)).unwrap().unwrap();
+    // Some of what lies in fixed places is free by that: for its ranges alone it takes this much work.
+    let says = |work| match map(work).allocation {
+        Allocation::Whole { why } => why.to_string(),
+        other => panic!("{other:?}"),
+    };
+    assert!(says(4 << 30).starts_with("metadata in blocks that its bitmap calls free"), "{}", says(4 << 30));
+    assert!(says(60 * 8192 * 64 + MIB).starts_with("metadata in blocks that its bitmap"));
+    assert_eq!(says(60 * 8192 * 64), "so much metadata cannot be followed");
+}
+
+/// Partitions that lie one over the other do not multiply what is known of one of them.
+#[test]
+fn the_memory_that_is_taken_for_a_disk_is_limited() {
+    // Its own structures are used, and then every other block.
+    let mut bitmap = vec![0xff_u8; 2048];
+    bitmap[8..808].fill(0x55);
+    let mut one = groups(1, 1, 16384, &[3], 3200);
+    one[1].1[4..12].copy_from_slice(&[4, 0, 0, 0, 5, 0, 0, 0]);
+    one.push((3 << 11, bitmap));
+    let disk = Sparse::new(32 * MIB, one);
+    let count = |memory| {
+        let view = View::limited(&disk, 1 << 30, memory);
+        let found = super::tree::file_system("ext2", &view);
+        match found {
+            Content::FileSystem(FileSystem { allocation: Allocation::Known(used), .. }) => {
+                (used.count() as u64, used.bytes(), memory - view.memory())
+            }
+            other => panic!("{other:?}"),
+        }
+    };
+    let (ranges, bytes, memory) = count(32 << 20);
+    assert!(ranges > 3000 && memory == 16 * ranges, "{ranges}");
+    // With too little it is more that is used, never less.
+    let (fewer, more, memory) = count(16 * 1000);
+    assert!(fewer <= 1000 && more > bytes && memory == 16 * fewer, "{fewer} {more}");
+    assert!(count(0).0 <= 2);
 }

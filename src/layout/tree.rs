@@ -5,7 +5,7 @@ use std::io;
 use super::lvm::group::{Group, Volume};
 use super::lvm::{self, PhysicalVolume};
 use super::table::{self, Table};
-use super::view::View;
+use super::view::{PER_READ, View};
 use super::{Allocation, Error, FileSystem, PARSERS, mbr, named, signature};
 use crate::error::IoError;
 use crate::storage::ReadAt;
@@ -214,7 +214,7 @@ fn whole(kind: &'static str, view: &View<'_>, why: &str) -> Content {
 }
 
 /// What announced itself as this.
-fn file_system(kind: &'static str, view: &View<'_>) -> Content {
+pub(super) fn file_system(kind: &'static str, view: &View<'_>) -> Content {
     let parser = PARSERS.iter().find(|parser| parser.kinds.contains(&kind));
     let found = match parser.map(|parser| (parser.read)(view)) {
         Some(Ok(Some(found))) => Ok(found),
@@ -235,6 +235,9 @@ fn lost(view: &View<'_>) -> Content {
 
 /// A file system larger than its place was cut off, or its place is not what it was.
 fn fitted(mut found: FileSystem, view: &View<'_>) -> FileSystem {
+    if let Allocation::Known(used) = &found.allocation {
+        view.keep(used.memory());
+    }
     if found.size.0 > view.size() {
         let why = Error::Corrupt { what: "a file system that is larger than its place", at: 0 };
         found.allocation = Allocation::Whole { why };
@@ -256,7 +259,7 @@ fn logical(group: &Group, volume: &Volume, begins: &[View<'_>]) -> Option<Conten
         let why = Error::unsupported("a logical volume of which a part lies on a disk that is not here");
         return Some(Content::Unread { kind: None, why });
     }
-    let reader = LogicalReader { volume, members };
+    let reader = LogicalReader { volume, members, begin };
     let (mut physical, mut inner) = (Vec::new(), Vec::new());
     let mut walk = Walk { physical: &mut physical, begins: &mut inner };
     Some(walk.content(&begin.beside(&reader), Level::LogicalVolume))
@@ -266,6 +269,8 @@ fn logical(group: &Group, volume: &Volume, begins: &[View<'_>]) -> Option<Conten
 struct LogicalReader<'a> {
     volume: &'a Volume,
     members: Vec<Option<&'a View<'a>>>,
+    /// Where it is counted what is spent.
+    begin: &'a View<'a>,
 }
 
 impl LogicalReader<'_> {
@@ -293,6 +298,8 @@ impl ReadAt for LogicalReader<'_> {
                 self.locate(at).ok_or_else(|| failed(at, io::ErrorKind::UnexpectedEof))?;
             let count = usize::try_from(len).unwrap_or(usize::MAX).min(rest.len());
             let (now, later) = rest.split_at_mut(count);
+            // Where nothing is left of that, it is the next read that fails, and this one is short enough.
+            self.begin.spend(PER_READ).ok();
             member.direct(place, now)?;
             at = at.saturating_add(len);
             rest = later;

@@ -63,7 +63,7 @@ fn used(view: &View<'_>, superblock: &Superblock, end: End) -> Result<(Used, u64
     if superblock.lsn.is_some_and(|lsn| !in_log(lsn, end.head)) {
         return Err(superblock.corrupt("a superblock that is younger than the log", 240));
     }
-    let mut used = Used::default();
+    let mut used = view.used();
     let mut free = 0u64;
     for index in 0..superblock.groups {
         let group = Group::read(view, superblock, end.head, index)?;

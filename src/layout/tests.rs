@@ -1017,3 +1017,32 @@ fn the_memory_that_is_taken_for_a_disk_is_limited() {
     assert!(fewer <= 1000 && more > bytes && memory == 16 * fewer, "{fewer} {more}");
     assert!(count(0).0 <= 2);
 }
+
+/// A boot loader's own partition is never looked into: there is code where a file system of earlier times has its name.
+#[test]
+fn a_boot_loader_s_partition_is_used_whatever_lies_in_it() {
+    // A sound ext2 of 2 MiB, at the beginning of a partition of 4 MiB.
+    let mut pieces = groups(1, 1, 1024, &[3], 960);
+    pieces[1].1[4..12].copy_from_slice(&[4, 0, 0, 0, 5, 0, 0, 0]);
+    pieces.push((3 << 11, [vec![0xff; 8], vec![0; 2040]].concat()));
+    let place = |image: &mut Image| pieces.iter().for_each(|(at, bytes)| _ = image.put(MIB + at, bytes));
+    let partition = between(MIB, 5 * MIB).unwrap();
+    for (kind, boots) in [(0x83, false), (0x41, true)] {
+        let mut image = dos();
+        image.0[446 + 4] = kind;
+        place(&mut image);
+        assert_eq!(image.layout(Some(512)).used(0).unwrap().covers(partition), boots, "{kind:x}");
+    }
+    let bios = *b"Hah!IdontNeedEFI";
+    let prep =
+        [0x38, 0x2d, 0x1a, 0x9e, 0x12, 0xc6, 0x16, 0x43, 0xaa, 0x26, 0x8b, 0x49, 0x52, 0x1e, 0x5a, 0x8b];
+    for (kind, boots) in [([0xaf; 16], false), (bios, true), (prep, true)] {
+        let mut gpt = Gpt::new(512);
+        for which in 0..2 {
+            let at = gpt.entries(which);
+            gpt.image.put(at, &kind);
+        }
+        place(&mut gpt.seal().image);
+        assert_eq!(gpt.layout().used(0).unwrap().covers(partition), boots, "{kind:x?}");
+    }
+}

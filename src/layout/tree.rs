@@ -4,6 +4,7 @@ use std::io;
 
 use super::lvm::group::{Group, Volume};
 use super::lvm::{self, PhysicalVolume};
+use super::signature::{FAR, MEMBERS};
 use super::table::{self, Table};
 use super::view::{PER_READ, View};
 use super::{Allocation, Error, FileSystem, PARSERS, mbr, named, signature};
@@ -55,7 +56,7 @@ pub struct GroupLayout {
 /// What lies in a place.
 #[derive(Debug)]
 pub enum Content {
-    /// Nothing announces itself. There may be data all the same.
+    /// Nothing announces itself, or it is a boot loader's partition. There may be data all the same.
     Unknown,
     /// More than one thing announces itself, and which of them is meant cannot be told.
     Several(Vec<&'static str>),
@@ -120,7 +121,7 @@ impl<'a> Walk<'_, 'a> {
             Err(why) => return Content::Unread { kind: None, why },
         };
         // An array's super block may lie at the end, and what lies in the array is then seen at its beginning.
-        if let Some(member) = kinds.iter().find(|kind| **kind == "linux_raid_member") {
+        if let Some(member) = kinds.iter().find(|kind| MEMBERS.contains(kind)) {
             kinds = vec![member];
         }
         let (mut tables, others): (Vec<&str>, Vec<&str>) =
@@ -156,6 +157,8 @@ impl<'a> Walk<'_, 'a> {
         for partition in table.leaves() {
             let (at, size) = (partition.extent.offset(), partition.extent.len());
             let content = match disk.part(at, size) {
+                // There is code, and what else announces itself is of an earlier time.
+                Some(_) if partition.boots() => Content::Unknown,
                 Some(view) => self.content(&view, Level::Partition),
                 None => Content::Unread {
                     kind: None,
@@ -188,18 +191,21 @@ impl<'a> Walk<'_, 'a> {
     }
 }
 
-/// How much is read at the beginning and the end of a place for its signatures: they lie in less.
+/// How much is read at the beginning and the end of a place for its signatures: but for what is [`FAR`], they lie in less.
 const HEAD: u64 = 272 << 10;
-const TAIL: u64 = 128 << 10;
+const TAIL: u64 = 132 << 10;
 
 /// What announces itself in a place.
 fn signatures(view: &View<'_>) -> Result<Vec<&'static str>, Error> {
     let size = view.size();
-    let head = view.read(0, size.min(HEAD))?;
-    let tail = size.min(TAIL);
-    let tail = view.read(size.saturating_sub(tail), tail)?;
+    let mut blocks = Vec::new();
+    for (at, len) in [(0, HEAD), FAR, (size.saturating_sub(TAIL), TAIL)] {
+        let at = at.min(size);
+        blocks.push((at, view.read(at, len.min(size.saturating_sub(at)))?));
+    }
+    let pieces: Vec<(u64, &[u8])> = blocks.iter().map(|(at, block)| (*at, block.bytes())).collect();
     let mut kinds = Vec::new();
-    for signature in signature::parse(head.bytes(), tail.bytes(), size).signatures {
+    for signature in signature::parse(&pieces, size).signatures {
         if !kinds.contains(&signature.kind) {
             kinds.push(signature.kind);
         }

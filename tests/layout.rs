@@ -834,10 +834,77 @@ fn what_holds_a_disk_is_said() {
     for path in [disk.node(), disk.backing()] {
         let notes = inspect(&[path])["disks"][0]["notes"].clone();
         assert!(notes[0].as_str().unwrap().contains(&expected), "{notes}");
-        assert!(run(&["inspect", path.to_str().unwrap()]).ok().stdout.contains(&expected));
+        let text = run(&["inspect", path.to_str().unwrap()]).ok().stdout;
+        assert!(text.contains(&expected) && !text.contains("are proven free"), "{text}");
+        assert!(
+            text.contains("are free as it stands on the disk at this moment, which is only proven"),
+            "{text}"
+        );
     }
     drop(mount);
     assert_eq!(inspect(&[disk.node()])["disks"][0]["notes"], Value::Array(Vec::new()));
+    assert!(run(&["inspect", disk.node().to_str().unwrap()]).ok().stdout.contains("are proven free"));
+}
+
+/// What a file system counted before its log was written is not said as though it were so now.
+#[test]
+fn what_cannot_be_followed_is_not_counted_as_certain() {
+    if !has("mkfs.xfs") {
+        return;
+    }
+    let dir = directory();
+    let image = sparse(&dir.path().join("xfs"), 300 * MIB);
+    sh(&format!("mkfs.xfs -q {}", image.display()));
+    let text = || run(&["inspect", image.to_str().unwrap()]).ok().stdout;
+    assert!(text().contains(" free; clean;") && !text().contains("last count"), "{}", text());
+    // The head of its log is of no cycle.
+    let log = sh(&format!(
+        "xfs_db -r -c 'sb 0' -c 'convert fsblock '$(xfs_db -r -c 'sb 0' -c 'p logstart' {0} | sed 's/.*= //')' byte' {0}",
+        image.display()
+    ));
+    let hex = log.split(['(', ')']).next().unwrap().trim().trim_start_matches("0x").to_owned();
+    let at = u64::from_str_radix(&hex, 16).unwrap();
+    OpenOptions::new().write(true).open(&image).unwrap().write_all_at(&[0; 512], at).unwrap();
+    let text = text();
+    assert!(
+        text.contains(" free by its last count, which may be old; its journal is to be replayed"),
+        "{text}"
+    );
+    assert!(text.contains("all of it is taken as used"), "{text}");
+}
+
+/// Of a group that cannot be followed it is not said that none of no volumes is here.
+#[test]
+fn a_group_whose_volumes_are_not_known_says_so() {
+    require_root!();
+    if !has("lvm") {
+        return;
+    }
+    let dir = directory();
+    let lvm = Lvm::new(dir.path(), &[64 * MIB]);
+    lvm.run("vgcreate -s 1m vg @0");
+    let text = |path: &Path| run(&["inspect", path.to_str().unwrap()]).ok().stdout;
+    let good = text(lvm.disks[0].backing());
+    assert!(
+        good.contains("volume group vg 1 of 1 physical volumes are here, extents of 1.0 MiB, UUID="),
+        "{good}"
+    );
+    // The metadata says of another size that there are none of it.
+    let mut bytes = fs::read(lvm.disks[0].backing()).unwrap();
+    let begin = bytes.windows(4).position(|four| four == b"vg {").unwrap();
+    let end = begin + bytes[begin..].iter().position(|byte| *byte == 0).unwrap();
+    let old = bytes[begin..end].windows(18).position(|some| some == b"extent_size = 2048").unwrap() + begin;
+    bytes[old..old + 18].copy_from_slice(b"extent_size = 0000");
+    let area = 4096;
+    let whole = mt_agent::layout::lvm::checksum(&bytes[begin..end + 1]).to_le_bytes();
+    bytes[area + 56..area + 60].copy_from_slice(&whole);
+    let header = mt_agent::layout::lvm::checksum(&bytes[area + 4..area + 512]).to_le_bytes();
+    bytes[area..area + 4].copy_from_slice(&header);
+    let image = dir.path().join("broken");
+    fs::write(&image, &bytes).unwrap();
+    let broken = text(&image);
+    assert!(broken.contains("volume group vg whose physical volumes are not known, UUID="), "{broken}");
+    assert!(broken.contains("a volume group without an id or an extent_size"), "{broken}");
 }
 
 #[test]

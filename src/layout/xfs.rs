@@ -31,6 +31,7 @@ pub fn read(view: &View<'_>) -> Result<Option<FileSystem>, Error> {
     let state = match &log {
         _ if superblock.needs_repair() => Some(State::Errors),
         Ok(end) if end.clean => Some(State::Clean),
+        Ok(_) => Some(State::NotUnmounted),
         // Whether there is anything in it cannot be seen from here.
         Err(Error::Io(_)) => None,
         Err(_) if superblock.log.is_none() => None,

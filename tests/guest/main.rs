@@ -20,3 +20,4 @@ mod receive;
 mod reiserfs;
 mod roles;
 mod small;
+mod striped;

@@ -761,7 +761,7 @@ fn a_log_that_is_only_covered_leaves_the_map_as_it_is() {
             let (image, tail) = covered();
             assert_eq!(image.known(), used());
             let found = image.read().unwrap().unwrap();
-            assert_eq!((found.state, found.notes.len()), (Some(State::JournalToReplay), 1));
+            assert_eq!((found.state, found.notes.len()), (Some(State::NotUnmounted), 1));
             // The count of now, and not that of the superblock.
             let (mut image, _) = covered();
             image.u64(144, 1).seal();

@@ -1,0 +1,92 @@
+//! A logical volume that is striped over two disks, which are sent without what is free: the kernel puts it together again
+//! from the copies.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use mt_agent::layout::tree::{Content, Disk, read};
+use mt_agent::layout::{Allocation, FileSystem};
+use mt_agent::storage::file::ReadFile;
+
+use crate::harness::small;
+use crate::support::{Loop, MIB, Mount, Rig, noise, tool};
+
+/// Runs one of LVM's commands, for which there are these two disks and no others.
+fn lvm(disks: &[&Path; 2], command: &str) {
+    let config =
+        "activation { udev_sync = 0\n udev_rules = 0\n monitoring = 0 } backup { backup = 0\n archive = 0 }";
+    let [one, other] = disks.map(|disk| disk.to_str().unwrap());
+    let command = command.replace("DISKS", &format!("{one} {other}"));
+    let (name, rest) = command.split_once(' ').unwrap();
+    tool("sh", &["-c", &format!("lvm {name} -qq --devices {one},{other} --config '{config}' {rest}")]);
+}
+
+fn name(index: u64) -> String {
+    format!("file {index}")
+}
+
+fn content(index: u64) -> Vec<u8> {
+    noise(index, 1 << 20 | 4097 * index as usize)
+}
+
+#[test]
+fn a_striped_volume_is_put_together_from_what_was_sent_of_its_disks() {
+    small().without_udev().run(|_| {
+        tool("modprobe", &["dm-mod"]);
+        let size = 96 * MIB;
+        let rig = Rig::new(&[size, size]);
+        let sources = ["source0", "source1"].map(|name| Loop::create(&rig.path(name), size));
+        let nodes = sources.each_ref().map(Loop::node);
+        lvm(&nodes, "vgcreate -s 1m vg DISKS");
+        lvm(&nodes, "lvcreate -y -Zn -Wn -i 2 -I 64k -L 120m -n striped vg");
+        let (volume, mounted) = (Path::new("/dev/vg/striped"), rig.path("mounted"));
+        tool("mkfs.ext4", &["-q", volume.to_str().unwrap()]);
+        let mount = Mount::new(volume, &mounted);
+        for index in 0..40 {
+            fs::write(mounted.join(name(index)), content(index)).unwrap();
+        }
+        (0..40).step_by(3).for_each(|index| fs::remove_file(mounted.join(name(index))).unwrap());
+        drop(mount);
+        lvm(&nodes, "vgchange -an vg");
+
+        let sent = rig.send(&[("d0", nodes[0]), ("d1", nodes[1])], &["--json"]).ok().json();
+        let files = sources.each_ref().map(|source| ReadFile::open(source.backing()).unwrap());
+        let layout = read(&files.each_ref().map(|reader| Disk { reader, sector: Some(512) }));
+        match &layout.groups[0].contents[0] {
+            Some(Content::FileSystem(FileSystem { allocation: Allocation::Known(_), .. })) => {}
+            other => panic!("{other:?}"),
+        }
+        for (index, source) in sources.iter().enumerate() {
+            let disk = &sent["disks"][index];
+            assert!(disk["skipped_bytes"].as_u64() > Some(40 * MIB), "{disk:#}");
+            assert_eq!(disk["not_skipped"].as_array().unwrap().len(), 0, "{disk:#}");
+            rig.synchronized(&format!("d{index}"));
+            let read = |path: &Path, at, len| {
+                let mut bytes = vec![0; len];
+                File::open(path).unwrap().read_exact_at(&mut bytes, at).unwrap();
+                bytes
+            };
+            for range in layout.used(index).unwrap().iter() {
+                let [ours, theirs] = [source.backing(), rig.targets[index].backing()]
+                    .map(|path| read(path, range.offset(), range.len() as usize));
+                assert!(ours == theirs, "{range} of disk {index}");
+            }
+        }
+
+        // The kernel must not see the same volume group twice.
+        drop(sources);
+        let targets =
+            rig.targets.iter().map(|target| Loop::attach(target.backing(), 512)).collect::<Vec<_>>();
+        let nodes = [targets[0].node(), targets[1].node()];
+        lvm(&nodes, "vgchange -ay vg");
+        tool("e2fsck", &["-fn", volume.to_str().unwrap()]);
+        let mount = Mount::new(volume, &mounted);
+        for index in (0..40).filter(|index| index % 3 != 0) {
+            assert!(fs::read(mounted.join(name(index))).unwrap() == content(index), "{}", name(index));
+        }
+        assert_eq!(fs::read_dir(&mounted).unwrap().count(), 26 + 1);
+        drop(mount);
+        lvm(&nodes, "vgchange -an vg");
+    });
+}

@@ -70,7 +70,7 @@ impl Layout {
                 outside(&group.group, member, volume, place.size)
                     .iter()
                     .for_each(|range| add(used, place.at, *range));
-                logical_volumes(group, member, |range| add(used, place.at, range));
+                logical_volumes(group, member, MAX_STEPS, |range| add(used, place.at, range));
             }
             _ => place.extent().into_iter().for_each(|range| used.add(range)),
         }
@@ -126,8 +126,14 @@ fn outside(group: &Group, member: usize, volume: &PhysicalVolume, size: u64) -> 
     own.chain(between(0, extents.start)).chain(between(extents.end, size)).collect()
 }
 
-/// Gives what the logical volumes use of a physical one, from its beginning and in ascending order.
-fn logical_volumes(layout: &GroupLayout, member: usize, mut give: impl FnMut(Extent)) {
+/// Gives what the logical volumes use of a physical one, from its beginning and in ascending order, as far as that takes no
+/// more than `left` ranges; what comes behind these is used.
+pub(super) fn logical_volumes(
+    layout: &GroupLayout,
+    member: usize,
+    mut left: usize,
+    mut give: impl FnMut(Extent),
+) {
     let mut pieces: Vec<(Extent, usize, &Segment, u64, Option<&Content>)> = Vec::new();
     for (volume, content) in layout.group.volumes.iter().zip(&layout.contents) {
         for segment in &volume.segments {
@@ -139,7 +145,6 @@ fn logical_volumes(layout: &GroupLayout, member: usize, mut give: impl FnMut(Ext
         }
     }
     pieces.sort_by_key(|(extent, ..)| extent.offset());
-    let mut left = MAX_STEPS;
     for (extent, index, segment, size, content) in pieces {
         match content {
             Some(Content::FileSystem(found)) if matches!(found.allocation, Allocation::Known(_)) => {

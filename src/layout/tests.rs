@@ -667,6 +667,14 @@ fn every_rule_of_a_group_has_its_error() {
         says(group(&layout).flaw.as_ref(), expected);
         assert!((0..2).all(|disk| layout.used(disk).unwrap().count() == 1), "{expected}");
     }
+    let stripes = |count: usize| {
+        let stripes = (0..count).map(|_| "\"pv0\", 0").collect::<Vec<_>>().join(", ");
+        format!("stripe_count = {count} stripe_size = 8 stripes = [{stripes}]")
+    };
+    for (count, expected) in [(128, "a segment that its stripes"), (129, "a segment of 129 stripes")] {
+        let many = good.replacen("stripe_count = 1 stripes = [\"pv0\", 0]", &stripes(count), 1);
+        says(group(&layout_of(&both(&many))).flaw.as_ref(), expected);
+    }
 }
 
 #[test]
@@ -745,6 +753,16 @@ fn what_a_file_system_proves_free_is_free_where_it_lies() {
     }
     assert_eq!([0, 1].map(|disk| layout.used(disk).unwrap()), expected);
     assert!(expected[0].count() > 2 && expected[1].count() > 3);
+    // Whoever has no time for all of that takes the rest as used. Each stripe of a segment is a walk of its own.
+    for steps in 0..20 {
+        let some = |steps| {
+            let mut given = Ranges::new();
+            super::map::logical_volumes(&layout.groups[0], 1, steps, |range| given.insert(range));
+            given
+        };
+        let (all, some) = (some(1000), some(steps));
+        assert!(all.subtract(&some).is_empty() && (steps < 7) == (some != all), "{steps}");
+    }
     // And right on a disk.
     let found = FileSystem::new("ext4", size, Allocation::Known(used));
     layout.disks[0] = Place { at: 0, size: 16 * MIB, content: Content::FileSystem(found) };
@@ -891,11 +909,31 @@ struct Sparse {
     size: u64,
     pieces: Vec<(u64, Vec<u8>)>,
     read: std::cell::Cell<u64>,
+    reads: std::cell::Cell<u64>,
+}
+
+/// How much of what may be spent it takes to read a file system, beside what is read of it.
+pub(super) fn spent_on_ranges(bytes: &[u8], read: fn(&View<'_>) -> Result<Option<FileSystem>, Error>) -> u64 {
+    let known = |work| {
+        let disk = Sparse::new(bytes.len() as u64, vec![(0, bytes.to_vec())]);
+        let found = read(&View::limited(&disk, work, 32 << 20));
+        let whole = matches!(found, Ok(Some(FileSystem { allocation: Allocation::Known(_), .. })));
+        whole.then(|| disk.read.get() + disk.reads.get() * super::view::PER_READ)
+    };
+    let (mut less, mut enough) = (0, 1 << 30);
+    while enough - less > 1 {
+        let middle = (less + enough) / 2;
+        match known(middle) {
+            Some(_) => enough = middle,
+            None => less = middle,
+        }
+    }
+    enough - known(enough).unwrap()
 }
 
 impl Sparse {
     fn new(size: u64, pieces: Vec<(u64, Vec<u8>)>) -> Sparse {
-        Sparse { size, pieces, read: std::cell::Cell::new(0) }
+        Sparse { size, pieces, read: 0.into(), reads: 0.into() }
     }
 
     /// Why nothing is known of the file system on it.
@@ -915,6 +953,7 @@ impl ReadAt for Sparse {
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), IoError> {
         self.read.set(self.read.get() + buf.len() as u64);
+        self.reads.set(self.reads.get() + 1);
         buf.fill(0);
         let end = offset + buf.len() as u64;
         for (at, bytes) in &self.pieces {

@@ -853,3 +853,13 @@ proptest! {
         }
     }
 }
+
+/// A tree of free extents costs what is done with its extents, and not only what it takes to read it.
+#[test]
+fn free_extents_are_paid_for() {
+    let extents: usize = FREE.iter().map(|group| group.len()).sum();
+    for v5 in [false, true] {
+        let spent = super::super::tests::spent_on_ranges(&Image::new(v5).bytes, read);
+        assert_eq!(spent, 2 * extents as u64 * super::super::view::PER_RANGE);
+    }
+}

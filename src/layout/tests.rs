@@ -608,6 +608,30 @@ fn every_rule_of_a_metadata_area_has_its_error() {
     }
 }
 
+/// Areas that keep the same text are one; of others it is not known which one counts.
+#[test]
+fn two_metadata_areas_keep_the_same_text() {
+    let other_area = 64u64 << 10;
+    let image = |first: &str, second: &str| {
+        let mut image = physical(0, first, 512);
+        let second = physical(0, second, 512);
+        let bytes = second.get(AREA, AREA_LEN).to_vec();
+        image.put(632, &other_area.to_le_bytes()).put(640, &AREA_LEN.to_le_bytes()).put(648, &[0; 32]);
+        image.put(other_area, &bytes).put(other_area + 24, &other_area.to_le_bytes());
+        let crc = lvm::checksum(image.get(other_area + 4, 508));
+        image.put(other_area, &crc.to_le_bytes());
+        seal_physical(&mut image);
+        image
+    };
+    let (one, other) = (text(1, ""), text(2, ""));
+    let layout = layout_of(&[image(&one, &one)]);
+    assert!(layout.physical[0].flaw.is_none() && layout.physical[0].text.is_some());
+    assert_eq!(layout.physical[0].metadata_areas.len(), 2);
+    let layout = layout_of(&[image(&one, &other)]);
+    says(layout.physical[0].flaw.as_ref(), "two metadata areas with different texts");
+    assert_eq!(layout.used(0).unwrap().count(), 1);
+}
+
 #[test]
 fn every_rule_of_a_group_has_its_error() {
     let good = text(1, &(volume("a", &linear(1, 0, 2, "pv0", 0)) + &volume("b", &linear(1, 0, 2, "pv0", 2))));
@@ -1027,6 +1051,26 @@ fn ranges_without_end_are_limited() {
     assert!(says(4 << 30).starts_with("metadata in blocks that its bitmap calls free"), "{}", says(4 << 30));
     assert!(says(60 * 8192 * 64 + MIB).starts_with("metadata in blocks that its bitmap"));
     assert_eq!(says(60 * 8192 * 64), "so much metadata cannot be followed");
+}
+
+/// A volume in the smallest of stripes is read piece by piece.
+#[test]
+fn each_piece_of_a_logical_volume_is_paid_for() {
+    let striped = "segment1 { start_extent = 0 extent_count = 4 type = \"striped\" stripe_count = 2 stripe_size = 1 \
+        stripes = [\"pv0\", 1, \"pv1\", 5] }";
+    let images = both(&text(1, &volume("small", striped)));
+    let layout = layout_of(&images);
+    let group = group(&layout);
+    let look = |work| {
+        let begins = images.each_ref().map(|image| View::limited(image, work, 32 << 20));
+        super::tree::logical(group, &group.volumes[0], &begins).unwrap()
+    };
+    assert!(matches!(look(16 * MIB), Content::Unknown));
+    // More than twice what is read of it.
+    match look(MIB) {
+        Content::Unread { kind: None, why } => says(Some(&why), "so much metadata cannot be followed"),
+        other => panic!("{other:?}"),
+    }
 }
 
 /// Partitions that lie one over the other do not multiply what is known of one of them.

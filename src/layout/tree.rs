@@ -252,7 +252,7 @@ fn fitted(mut found: FileSystem, view: &View<'_>) -> FileSystem {
 }
 
 /// Looks into a logical volume.
-fn logical(group: &Group, volume: &Volume, begins: &[View<'_>]) -> Option<Content> {
+pub(super) fn logical(group: &Group, volume: &Volume, begins: &[View<'_>]) -> Option<Content> {
     let begin = begins.first()?;
     if group.flaw.is_some() || !volume.is_plain() {
         return None;

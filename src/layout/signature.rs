@@ -178,8 +178,8 @@ const MAGICS: &[(&str, u64, &[u8])] = &[
 
 const STRATIS: &[u8] = b"!Stra0tis\x86\xff\x02^\x41rh";
 
-/// What lies at the end of a disk, or in the last MiB: what announces itself beside that is within it, and lies elsewhere
-/// when it is put together.
+/// Parts of arrays and the like, which most often announce themselves at their end. What announces itself at their beginning
+/// is in the array, and lies elsewhere once that is put together.
 pub const MEMBERS: [&str; 5] =
     ["linux_raid_member", "ddf_raid_member", "isw_raid_member", "lsi_mega_raid_member", "drbd"];
 

@@ -1041,7 +1041,7 @@ fn what_is_read_of_a_disk_that_was_made_to_be_read_for_ever_is_limited() {
 fn ranges_without_end_are_limited() {
     let mut pieces = groups(1, 60, 16384, &[700], 8192);
     pieces.push((700 << 11, vec![0x55; 2048]));
-    let disk = Sparse::new(60 * 16384 << 11, pieces);
+    let disk = Sparse::new((60 * 16384) << 11, pieces);
     let map = |work| super::ext4::read(&View::limited(&disk, work, 32 << 20)).unwrap().unwrap();
     // Some of what lies in fixed places is free by that: for its ranges alone it takes this much work.
     let says = |work| match map(work).allocation {

@@ -12,8 +12,8 @@ use crate::storage::ReadAt;
 /// The most that is read at once.
 pub const MAX_READ: u64 = 16 << 20;
 
-/// What may be spent on a disk: it is counted as bytes that are read, and others take as long. That is twice what the
-/// bitmaps of 64 TiB in blocks of 4 KiB take, all of them written, and a second or two.
+/// What may be spent on a disk, in bytes that are read; all else counts as what could be read meanwhile. That is twice what
+/// the bitmaps of 64 TiB in blocks of 4 KiB take, all of them written, and a second or two.
 const WORK: u64 = 4 << 30;
 /// What a read takes, however little is read.
 pub const PER_READ: u64 = 4096;

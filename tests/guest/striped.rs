@@ -45,8 +45,8 @@ fn a_striped_volume_is_put_together_from_what_was_sent_of_its_disks() {
         lvm(&nodes, "vgcreate -s 1m vg DISKS");
         // The stripes lie at different places of their disks.
         lvm(&nodes, &format!("lvcreate -an -y -Zn -Wn -L 5m -n first vg {}", nodes[1].display()));
-        lvm(&nodes, "lvcreate -y -Zn -Wn -i 2 -I 64k -L 120m -n striped vg");
-        let (volume, mounted) = (Path::new("/dev/vg/striped"), rig.path("mounted"));
+        lvm(&nodes, "lvcreate -y -Zn -Wn -i 2 -I 64k -L 120m -n data vg");
+        let (volume, mounted) = (Path::new("/dev/vg/data"), rig.path("mounted"));
         tool("mkfs.ext4", &["-q", volume.to_str().unwrap()]);
         let mount = Mount::new(volume, &mounted);
         for index in 0..FILES {

@@ -49,7 +49,7 @@ use config::{Config, KEYS};
 use control::Control;
 use receive::Receiver;
 use status::{Board, Live, Service};
-use systemd::{Pulses, tell};
+use systemd::{Pulses, Systemd};
 
 /// Why the service does not start, or ended.
 #[derive(Debug, thiserror::Error)]
@@ -138,8 +138,8 @@ async fn run(config: Config, reread: Reread) -> Result<(), Error> {
     let control = Control::bind(&config.control_socket)?;
     let (end, ending) = watch::channel(Ending::default());
     let mut asked_to_stop = ending.clone();
-    let (pulses, told) = (Arc::<Pulses>::default(), board.clone());
-    let control = tokio::spawn(control.serve(board, end.clone(), async move {
+    let (pulses, systemd) = (Arc::<Pulses>::default(), Arc::new(Systemd::of_this_process()));
+    let control = tokio::spawn(control.serve(board.clone(), end.clone(), async move {
         // An error means that the sender is gone, and with it the service.
         asked_to_stop.wait_for(|ending| ending.service).await.ok();
     }));
@@ -184,11 +184,12 @@ async fn run(config: Config, reread: Reread) -> Result<(), Error> {
             pulses: pulses.clone(),
         }),
     };
-    tell(&[NotifyState::Ready]);
-    let teller = tokio::spawn(systemd::keep_told(told, pulses));
-    let result = front.accept(listener, signals, &current, &Arc::new(reread)).await;
+    systemd.tell_ready(&board);
+    let teller = tokio::spawn(systemd.clone().keep_told(board.clone(), pulses));
+    let reloads = Reloads { current, reread: Arc::new(reread), board, systemd: systemd.clone() };
+    let result = front.accept(listener, signals, &reloads).await;
     teller.abort();
-    tell(&[NotifyState::Stopping, NotifyState::Status("stopping")]);
+    systemd.tell_stopping().await;
     end.send_modify(|ending| ending.service = true);
     let mut sessions = result?;
     let deadline = Instant::now() + DRAIN;
@@ -288,47 +289,64 @@ fn listener(config: &Config) -> Result<TcpListener, Error> {
         .map_err(|error| IoError::new("listen at", config.listen.to_string(), error))?)
 }
 
-/// Reads the configuration again and takes on what a running service can. A configuration with a mistake changes nothing.
-async fn reload(current: &watch::Sender<Arc<Config>>, reread: &Arc<Reread>) {
-    match NotifyState::monotonic_usec_now() {
-        Ok(now) => tell(&[NotifyState::Reloading, now]),
-        Err(error) => tracing::warn!(%error, "systemd could not be told of the reload"),
-    }
-    let again = reread.clone();
-    match tokio::task::spawn_blocking(move || again()).await {
-        Ok(Ok(wanted)) => {
-            let before = current.borrow().clone();
-            let mut config = Config::clone(&before);
-            let (mut taken, mut left) = (Vec::new(), Vec::new());
-            for key in KEYS.iter().filter(|key| (key.show)(&before) != (key.show)(&wanted)) {
-                if key.reloads {
-                    (key.copy)(&mut config, &wanted);
-                    taken.push(format!("{} = {}", key.name, (key.show)(&wanted)));
-                } else {
-                    left.push(key.name);
-                }
-            }
-            current.send_replace(Arc::new(config));
-            tracing::info!(changed = taken.join(", "), "the configuration was read again");
-            if !left.is_empty() {
-                tracing::warn!(
-                    keys = left.join(", "),
-                    "these keys were changed too, which only a restart of the service takes on"
-                );
-            }
-        }
-        Ok(Err(error)) => {
-            tracing::error!(
-                error = chain(&error),
-                "the configuration stays what it was, since it has mistakes now"
-            );
-        }
-        Err(_) => tracing::error!("the configuration could not be read again"),
-    }
-    tell(&[NotifyState::Ready]);
+/// What a reload of the configuration takes.
+struct Reloads {
+    current: watch::Sender<Arc<Config>>,
+    reread: Arc<Reread>,
+    board: Arc<Board>,
+    systemd: Arc<Systemd>,
 }
 
-/// Takes connections.
+impl Reloads {
+    /// Reads the configuration again and takes on what a running service can. A configuration with a mistake changes nothing.
+    async fn reload(&self) {
+        match NotifyState::monotonic_usec_now() {
+            Ok(now) => _ = self.systemd.tell(&[NotifyState::Reloading, now]),
+            Err(error) => tracing::warn!(%error, "systemd could not be told of the reload"),
+        }
+        let again = self.reread.clone();
+        let refused = match tokio::task::spawn_blocking(move || again()).await {
+            Ok(Ok(wanted)) => {
+                self.take_on(&wanted);
+                None
+            }
+            Ok(Err(error)) => {
+                let error = chain(&error);
+                tracing::error!(error, "the configuration stays what it was, since it has mistakes now");
+                Some(error)
+            }
+            Err(_) => {
+                tracing::error!("the configuration could not be read again");
+                Some("it could not be read".to_owned())
+            }
+        };
+        self.board.reload_refused(refused.as_deref());
+        self.systemd.tell_ready(&self.board);
+    }
+
+    fn take_on(&self, wanted: &Config) {
+        let before = self.current.borrow().clone();
+        let mut config = Config::clone(&before);
+        let (mut taken, mut left) = (Vec::new(), Vec::new());
+        for key in KEYS.iter().filter(|key| (key.show)(&before) != (key.show)(wanted)) {
+            if key.reloads {
+                (key.copy)(&mut config, wanted);
+                taken.push(format!("{} = {}", key.name, (key.show)(wanted)));
+            } else {
+                left.push(key.name);
+            }
+        }
+        self.current.send_replace(Arc::new(config));
+        tracing::info!(changed = taken.join(", "), "the configuration was read again");
+        if !left.is_empty() {
+            tracing::warn!(
+                keys = left.join(", "),
+                "these keys were changed too, which only a restart of the service takes on"
+            );
+        }
+    }
+}
+
 /// The signals that the service waits for.
 struct Signals {
     terminate: Signal,
@@ -347,6 +365,7 @@ impl Signals {
     }
 }
 
+/// Takes connections.
 #[derive(Clone)]
 struct Front {
     acceptor: TlsAcceptor,
@@ -364,8 +383,7 @@ impl Front {
         &self,
         listener: TcpListener,
         mut signals: Signals,
-        current: &watch::Sender<Arc<Config>>,
-        reread: &Arc<Reread>,
+        reloads: &Reloads,
     ) -> Result<JoinSet<()>, Error> {
         let mut sessions = JoinSet::new();
         loop {
@@ -376,7 +394,7 @@ impl Front {
                 _ = signals.terminate.recv() => return Ok(sessions),
                 _ = signals.interrupt.recv() => return Ok(sessions),
                 Some(()) = signals.hangup.recv() => {
-                    reload(current, reread).await;
+                    reloads.reload().await;
                     continue;
                 }
             };
@@ -554,5 +572,7 @@ impl SessionError {
     }
 }
 
+#[cfg(test)]
+mod crash;
 #[cfg(test)]
 mod tests;

@@ -35,7 +35,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use mt_agent::agent::logging;
-use mt_agent::error::{IoError, chain};
+use mt_agent::error::{IoError, chain, plain};
 use serde::Serialize;
 
 /// Where the agent keeps its keys and records unless told otherwise.
@@ -133,7 +133,9 @@ pub fn run() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            note!("mt-agent: {failure}");
+            // Its lines are ours; what else would be done to the terminal is somebody else's name.
+            let text = failure.to_string();
+            note!("mt-agent: {}", text.split('\n').map(plain).collect::<Vec<_>>().join("\n"));
             ExitCode::from(match failure {
                 Failure::Failed(_) => 1,
                 Failure::Usage(_) => 2,

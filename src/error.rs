@@ -1,5 +1,6 @@
 //! The I/O error that says what was done to what, and where.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::io;
 
@@ -37,12 +38,25 @@ impl IoError {
 
 impl fmt::Display for IoError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {}", self.op, self.target)?;
+        write!(f, "{} {}", self.op, plain(&self.target))?;
         if let Some(offset) = self.offset {
             write!(f, " at byte {offset}")?;
         }
         Ok(())
     }
+}
+
+/// Text from elsewhere, such as the name of a file, with its control characters as in `\n` and `\u{1b}`: it does nothing to a
+/// terminal, and is no line of its own in a log.
+pub fn plain(text: &str) -> Cow<'_, str> {
+    if !text.contains(char::is_control) {
+        return Cow::Borrowed(text);
+    }
+    let mut plain = String::with_capacity(text.len() + 8);
+    for c in text.chars() {
+        if c.is_control() { plain.extend(c.escape_debug()) } else { plain.push(c) }
+    }
+    Cow::Owned(plain)
 }
 
 /// An error and all its sources on one line, outermost first: for where it is shown for good.
@@ -55,4 +69,16 @@ pub fn chain(error: &dyn std::error::Error) -> String {
         next = cause.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_with_control_characters_stays_on_its_line() {
+        let error = IoError::new("open", "/a\n\u{1b}[2Jb\u{9b}ä", io::Error::from_raw_os_error(libc::ENOENT));
+        assert_eq!(error.to_string(), "open /a\\n\\u{1b}[2Jb\\u{9b}ä");
+        assert!(matches!(plain("/a b\\"), Cow::Borrowed("/a b\\")));
+    }
 }

@@ -179,6 +179,22 @@ pub struct GivenUp {
     pub points: Vec<PointId>,
 }
 
+/// A point of several machines went as such, from all of them at once: it is from now on a point of those alone that stand at
+/// it, as their newest, and belongs to no group.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Narrowed {
+    /// The point.
+    pub point: PointId,
+    /// When.
+    #[serde(with = "time::serde::rfc3339")]
+    pub time: OffsetDateTime,
+    /// Why.
+    pub reason: Reason,
+    /// The machines that it still is of: never none, none twice, and not all that it was of.
+    pub machines: Vec<Name>,
+}
+
 /// A machine was failed over: its disks are no longer ours to write.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -275,6 +291,8 @@ pub enum Record {
     Point(Point),
     /// Points were let go.
     Dropped(Dropped),
+    /// A point went, but for machines that stand at it.
+    Narrowed(Narrowed),
     /// Points were given up for a machine.
     GivenUp(GivenUp),
     /// A failover begins, or its undoing.
@@ -366,6 +384,11 @@ pub enum Refused {
         /// The number of its newest point.
         last: u64,
     },
+    /// The point has no machine but these, or none of them.
+    #[error(
+        "point {0} cannot be narrowed to these machines: it has others than them, and each of them, or it stays as it is"
+    )]
+    Narrow(PointId),
     /// The disks of the machine are not ours.
     #[error("machine {machine} was failed over to point {point}")]
     Released {

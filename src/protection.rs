@@ -32,7 +32,7 @@
 //! id = "naa.6000c29b7d3e5f1a2b4c6d8e0f102132"  # where it has an identity
 //! ```
 //!
-//! `seed = true` beside `overwrite` says that what the disk carried is an older copy of the machine's (`--seed`).
+//! `released = "<a point>"` beside `state` says that the machine is failed over to it. `seed = true` beside `overwrite` says that what the disk carried is an older copy of the machine's (`--seed`).
 //!
 //! The states and what leads from one to the other:
 //!
@@ -57,6 +57,7 @@ use crate::disk::id::DiskId;
 use crate::error::IoError;
 use crate::name::Name;
 use crate::pass::PassId;
+use crate::points::PointId;
 use crate::units::ByteLen;
 
 pub use store::{Hold, Listed, Store};
@@ -105,6 +106,9 @@ pub struct Assignment {
     pub last_commit: Option<Commit>,
     /// The source of the newest pass that began.
     pub source: Option<Source>,
+    /// The point at which it is released: others may use it. The points log says so too, and for longer; here it shows that a
+    /// log which does not has lost its end.
+    pub released: Option<PointId>,
 }
 
 /// A disk of the protected machine: what tells it from another one, or from itself after it was resized.

@@ -69,6 +69,21 @@ pub enum Error {
         /// When the newest point was committed.
         time: OffsetDateTime,
     },
+    /// The log does not know that the disk is released, which the protection does: the end of the log is missing.
+    #[error(
+        "points.log does not know that machine {machine} was failed over to point {point}: it is an older copy, or lines were cut \
+         off its end; disk {disk} may not be what it tells any more, and in use elsewhere. Put the log back as it \
+         was, or give the points up with `mt-agent check {machine} --give-up`: then the machine can be received again, from an \
+         initial pass on"
+    )]
+    Forgotten {
+        /// The machine.
+        machine: Name,
+        /// The disk.
+        disk: Name,
+        /// Where it was failed over to.
+        point: PointId,
+    },
     /// The points log.
     #[error(transparent)]
     Points(#[from] points::Error),
@@ -198,6 +213,11 @@ impl Journal {
     /// Reads it, and changes nothing. `disk` was loaded before the log was read, or nobody commits a pass meanwhile.
     pub fn read(retention: &Path, machine: &Name, disk: &Assignment, log: &Log) -> Result<Journal, Error> {
         let Assignment { name, id, .. } = disk;
+        if let Some(point) = disk.released
+            && log.released(machine).is_none_or(|released| released.point != point)
+        {
+            return Err(Error::Forgotten { machine: machine.clone(), disk: name.clone(), point });
+        }
         let shelf = Directory::at(place(retention, machine, name));
         let standing = Standing::of(machine, name, id, log);
         // Not opened unless it is asked: most journals say all by themselves.

@@ -11,6 +11,7 @@ pub mod freeze;
 pub mod hints;
 pub mod hook;
 pub mod limit;
+mod mark;
 mod session;
 pub mod source;
 pub mod still;
@@ -42,7 +43,7 @@ use free::Space;
 use hints::Hints;
 use limit::{Limiter, Rates};
 use source::Source;
-use still::Still;
+use still::{Freeze, Still, unsteady};
 
 use crate::units::Extent;
 
@@ -108,9 +109,9 @@ pub struct Point {
 pub struct Progress {
     /// Bytes of the source that were read.
     pub read: AtomicU64,
-    /// Of these, how many were found to be zeros and not sent.
+    /// How many bytes of the source are zeros, or count as such, and were not sent.
     pub zero: AtomicU64,
-    /// Of these, how many the receiver has already.
+    /// How many bytes of the source the receiver has already.
     pub same: AtomicU64,
     /// Bytes of payload that went over the wire.
     pub sent: AtomicU64,
@@ -365,27 +366,22 @@ pub async fn send(
     };
     let all_delta = replies.iter().all(|reply| reply.baseline.is_some());
     let sources: Vec<_> = disks.iter().map(|disk| (disk.name.clone(), disk.source.clone())).collect();
-    let still_ones = match still.begin(id, plan.group.as_ref(), &sources, all_delta).await {
-        Ok(still_ones) => still_ones,
+    let unsteady = match still.begin(id, plan.group.as_ref(), &sources, all_delta).await {
+        Ok(unsteady) => unsteady,
         Err(error) => {
             let error = Arc::new(error);
             (0..names.len()).for_each(|index| ended(index, Err(Error::Still(error.clone()))));
             return;
         }
     };
-    let why_not = |index: usize| {
-        let only_hints = plan.scope == Scope::Differences
-            && plan.hints.contains_key(&names[index])
-            && replies[index].standing;
-        match (plan.whole_disk, only_hints, still_ones[index]) {
-            (true, _, _) => Some("--whole-disk asks for all of it"),
-            (false, true, _) => Some("only the ranges are looked at that --changed-ranges tells"),
-            (false, false, false) => Some(IN_USE),
-            (false, false, true) => None,
-        }
-    };
-    let look: Vec<_> = sources.into_iter().map(|(_, source)| source).enumerate().collect();
-    let look: Vec<_> = look.into_iter().map(|(index, source)| (source, why_not(index))).collect();
+    let look: Vec<_> = disks
+        .iter()
+        .zip(&replies)
+        .zip(unsteady)
+        .map(|((disk, reply), unsteady)| {
+            (disk.source.clone(), plan.why_not(&disk.name, reply.standing).or(unsteady))
+        })
+        .collect();
     let found = match tokio::task::spawn_blocking(move || free::find(&look)).await {
         Ok(found) => found,
         Err(panic) => std::panic::resume_unwind(panic.into_panic()),
@@ -444,9 +440,35 @@ pub async fn send(
     }
 }
 
-/// Why the free space of a source is sent that somebody may be writing to.
-const IN_USE: &str = "it is in use, so that what is free of it may be in use before it is read: with --freeze it is left out \
-                      (not in a first pass), and so it is of a snapshot";
+impl Plan {
+    /// Why free space is sent although it may be known which is. `standing`: whether the target stands at a point.
+    fn why_not(&self, disk: &Name, standing: bool) -> Option<String> {
+        let only_hints = self.scope == Scope::Differences && self.hints.contains_key(disk) && standing;
+        let why = match (self.whole_disk, only_hints) {
+            (true, _) => "--whole-disk asks for all of it",
+            (false, true) => "only the ranges are looked at that --changed-ranges tells",
+            (false, false) => return None,
+        };
+        Some(why.to_owned())
+    }
+}
+
+/// What of the sources would be skipped now, and who may be writing to each: for a dry run. Nothing is frozen, and no hook is
+/// run. `freeze`: whether what is mounted will be frozen.
+pub fn preview(plan: &Plan, freeze: bool, disks: &[Prepared]) -> Vec<(Vec<String>, Space)> {
+    let freeze = if freeze { Freeze::Later } else { Freeze::No };
+    let writers: Vec<Vec<String>> = disks.iter().map(|disk| disk.source.writers(&[])).collect();
+    let look: Vec<_> = disks
+        .iter()
+        .zip(&writers)
+        .map(|(disk, writers)| {
+            let why = plan.why_not(&disk.name, true);
+            (disk.source.clone(), why.or_else(|| unsteady(&disk.source, writers, freeze)))
+        })
+        .collect();
+    let spaces = free::find(&look).into_iter().map(|(_, space)| space);
+    writers.into_iter().zip(spaces).collect()
+}
 
 /// Waits for what is done with all disks, and gives the place of one that failed, if any did. There is no point without
 /// that one: what the others would still do is for nothing, and they end. `each` hears of those that ended by themselves.

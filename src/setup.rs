@@ -53,7 +53,7 @@ mod udev;
 
 pub use host::{Host, Places, Wishes};
 pub use machine::Setup;
-pub use report::{Applied, Checked, Outcomes, Planned, Reverted, Status};
+pub use report::{Applied, Checked, Outcomes, Planned, Reverted, Standing, Status};
 
 /// All changes, in the order in which they are applied.
 pub const CHANGES: &[Change] = &[
@@ -225,7 +225,7 @@ pub struct Finding {
     pub level: Level,
     /// What.
     pub what: String,
-    /// What to do about it; empty where nothing is to be done.
+    /// What to do about it; empty where it is as it should be.
     pub fix: String,
 }
 
@@ -246,9 +246,9 @@ pub enum Error {
     /// Which disks are assigned is not known.
     #[error("which disks are assigned is not known")]
     Protection(#[source] Box<protection::Error>),
-    /// A rule, or the present state, speaks against it. Nothing was touched.
-    #[error("{0}")]
-    Refused(String),
+    /// A rule, or the present state, speaks against it: a line for each reason. Nothing was touched.
+    #[error("{}", .0.iter().map(Refusal::to_string).collect::<Vec<_>>().join("\n"))]
+    Refused(Vec<Refusal>),
     /// A program failed.
     #[error("`{call}` ({}) failed: {why}; then run the same command again", call.why)]
     Call {
@@ -259,7 +259,22 @@ pub enum Error {
     },
 }
 
+/// What speaks against a change, and how to go on.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{what}; {fix}")]
+pub struct Refusal {
+    /// What.
+    pub what: String,
+    /// What to do about it.
+    pub fix: String,
+}
+
 impl Error {
+    /// A refusal for one reason.
+    pub fn refused(what: impl Into<String>, fix: impl Into<String>) -> Error {
+        Error::Refused(vec![Refusal { what: what.into(), fix: fix.into() }])
+    }
+
     /// Whether it was refused, rather than failed.
     pub fn is_refusal(&self) -> bool {
         match self {

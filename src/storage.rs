@@ -1,17 +1,21 @@
 //! What a device looks like to the code above it.
 //!
-//! Two traits. [`ReadAt`] is a plain positioned read, for everything that only looks. [`Storage`] is a queue:
+//! [`ReadAt`] is a plain positioned read, for everything that only looks. [`Storage`] is a queue:
 //! requests are submitted, run several at a time, and complete in any order; it is how a volume writes. Its
 //! backends are an io_uring, a pool of threads ([`device`]), and the fault-injecting one of the tests
 //! ([`fault`]). A volume's journal goes through the same queue: beside the disk it has one segment file at a time, out
-//! of a [`Shelf`] of them.
+//! of a [`Shelf`] of them. And the points log is a [`Scroll`], so that the tests can cut the power of all of these at once.
 
 pub mod ahead;
 pub mod device;
 pub mod fault;
 pub mod file;
+pub mod scroll;
 pub mod shelf;
 mod threads;
+
+use std::any::Any;
+use std::fmt::Debug;
 
 use crate::error::IoError;
 use crate::sys::aligned::Buffer;
@@ -138,4 +142,36 @@ pub trait Shelf: Send + Sync {
     /// Removes some. Their names are gone for good when this returns; after a crash within it any of them may be back,
     /// whole.
     fn remove(&self, names: &[String]) -> Result<(), IoError>;
+}
+
+/// A file that grows at its end, to which other processes append as well, one at a time. What is changed about it is durable
+/// where that is said, and else once it was flushed.
+pub trait Scroll: Debug + Send {
+    /// Waits for the right to change it, which lasts until what is given back is dropped.
+    fn lock(&self) -> Result<Box<dyn Any>, IoError>;
+
+    /// All of it, which must not be longer than `limit` bytes; `None` where there is none.
+    fn read(&self, limit: u64) -> Result<Option<Vec<u8>>, IoError>;
+
+    /// Whether there is anything of this name beside it.
+    fn is_beside(&self, name: &str) -> Result<bool, IoError>;
+
+    /// Puts these bytes in its place, durably: a crash leaves what was there, or them.
+    fn replace(&mut self, bytes: &[u8]) -> Result<(), IoError>;
+
+    /// Opens it, cuts it off behind `end`, and makes all of it durable, its name too. Says how many bytes that cut off.
+    /// What follows is about the file that is open.
+    fn settle(&mut self, end: u64) -> Result<u64, IoError>;
+
+    /// Whether the file that is open has the name still, and ends there.
+    fn ends_at(&self, end: u64) -> Result<bool, IoError>;
+
+    /// Writes behind `end`, where it ends.
+    fn append(&mut self, end: u64, bytes: &[u8]) -> Result<(), IoError>;
+
+    /// Makes what was written durable.
+    fn flush(&mut self) -> Result<(), IoError>;
+
+    /// Cuts it off behind `end`.
+    fn cut(&mut self, end: u64) -> Result<(), IoError>;
 }

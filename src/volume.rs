@@ -197,6 +197,6 @@ impl fmt::Debug for Volume {
 }
 
 #[cfg(test)]
-mod crash;
+pub(crate) mod crash;
 #[cfg(test)]
 mod tests;

@@ -340,6 +340,10 @@ fn roles_are_found_through_partitions_dm_and_md() {
     // d: swap on the whole disk. e: partitions that nobody uses.
     tree.swap("/dev/sdd");
     tree.partition("sde", 1, "8:65", GIB);
+    // i: a partition that a loop device shows, and that one by another.
+    let i = tree.partition("sdi", 1, "8:129", GIB);
+    tree.loop_device("loop4", "7:4", &format!("/dev/{i}"), GIB);
+    tree.loop_device("loop5", "7:5", "/dev/loop4", GIB);
     // f: the retention. g: btrfs, which has a device number of its own; h is its second member.
     tree.mount("8:80", "/var/lib/mt-agent/retention", "/dev/sdf");
     tree.mount("0:44", "/pool", "/dev/sdg");
@@ -368,7 +372,13 @@ fn roles_are_found_through_partitions_dm_and_md() {
     assert!(
         named(&found, "sdf").evidence[0].ends_with("/var/lib/mt-agent/retention, which holds the retention")
     );
-    assert_eq!((role("sdg"), role("sdh"), role("sdi")), (Role::System, Role::System, Role::Free));
+    assert_eq!((role("sdg"), role("sdh"), role("sdi")), (Role::System, Role::System, Role::InUse));
+    let shown = ["sdi1 is shown by the loop device loop4", "loop4 on sdi1 is shown by the loop device loop5"];
+    assert_eq!(named(&found, "sdi").evidence, shown);
+    tree.mount("7:5", "/mnt", "/dev/loop5");
+    let found = disks(&tree);
+    assert_eq!(named(&found, "sdi").role, Role::System);
+    assert_eq!(named(&found, "sdi").evidence[2], "loop5 on loop4 on sdi1 is mounted on /mnt");
     assert_eq!(named(&found, "sdh").evidence, ["sdh belongs to the mounted btrfs 0b1c"]);
     // Without being told of the retention it is a mount like any other.
     assert_eq!(named(&disks(&tree), "sdf").role, Role::System);

@@ -5,10 +5,11 @@ mod support;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use mt_agent::digest::is_zero;
 use mt_agent::layout::ranges::{Ranges, between};
@@ -286,6 +287,276 @@ fn a_mounted_ext4_is_only_skipped_while_it_is_frozen() {
     tool("e2fsck", &["-fn", rig.targets[0].node().to_str().unwrap()]);
 }
 
+/// A partition of a loop device: in the table, and known to the kernel.
+struct Partition {
+    node: String,
+    disk: String,
+    number: String,
+}
+
+impl Partition {
+    /// In sectors. The first one makes a new table.
+    fn new(disk: &Loop, number: u32, start: u64, sectors: u64) -> Partition {
+        let disk = disk.node().to_str().unwrap().to_owned();
+        let (append, label) = if number > 1 { ("--append", "") } else { ("--wipe=always", "label: gpt\n") };
+        let script = format!(
+            "printf '{label}start={start}, size={sectors}\n' | sfdisk -q --no-reread {append} {disk}"
+        );
+        tool("sh", &["-c", &script]);
+        let (node, number) = (format!("{disk}p{number}"), number.to_string());
+        // A kernel that read the table has it already.
+        if !Path::new(&node).exists() {
+            tool("addpart", &[&disk, &number, &start.to_string(), &sectors.to_string()]);
+        }
+        wait_for("the partition", || Path::new(&node).exists().then_some(()));
+        Partition { node, disk, number }
+    }
+
+    fn node(&self) -> &str {
+        &self.node
+    }
+}
+
+impl Drop for Partition {
+    fn drop(&mut self) {
+        // Whoever looks at all devices has it open for a moment.
+        for _ in 0..100 {
+            let delpart =
+                Command::new("delpart").args([&self.disk, &self.number]).stderr(Stdio::null()).status();
+            if delpart.is_ok_and(|status| status.success()) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        eprintln!("{} stays", self.node);
+    }
+}
+
+/// A file system that is mounted in a mount namespace of its own, in which a process waits until this is dropped.
+struct Elsewhere {
+    process: Child,
+}
+
+impl Elsewhere {
+    fn mount(node: &Path, dir: &Path) -> Elsewhere {
+        fs::create_dir_all(dir).unwrap();
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c", "mount \"$0\" \"$1\" && echo mounted && exec sleep 600"]);
+        let mut process = command.args([node, dir]).stdout(Stdio::piped()).spawn().unwrap();
+        let mut said = String::new();
+        BufReader::new(process.stdout.as_mut().unwrap()).read_line(&mut said).unwrap();
+        assert_eq!(said, "mounted\n");
+        Elsewhere { process }
+    }
+}
+
+impl Drop for Elsewhere {
+    fn drop(&mut self) {
+        // The namespace goes with its only process, and the mount with that.
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+    }
+}
+
+/// Nobody, once it is seen that they are gone: a namespace takes a moment to go.
+#[track_caller]
+fn nobody(rig: &Rig, source: &Path) {
+    wait_for("a source that nobody uses", || rig.users(source).is_empty().then_some(()));
+}
+
+fn name(node: impl AsRef<Path>) -> String {
+    node.as_ref().file_name().unwrap().to_str().unwrap().to_owned()
+}
+
+/// Whoever has mounted the bytes of a source is found, in whatever mount namespace and through whatever loop devices.
+#[test]
+fn whoever_has_mounted_a_source_is_found() {
+    require_root!();
+    let rig = rig(&[64 * MIB]);
+    let disk = Loop::create(&rig.path("source.img"), 64 * MIB);
+    let (one, two) = (Partition::new(&disk, 1, 2048, 81_920), Partition::new(&disk, 2, 83_968, 30_000));
+    tool("mkfs.ext4", &["-q", one.node()]);
+    tool("mkfs.ext4", &["-q", two.node()]);
+    let (whole, part) = (disk.node(), Path::new(one.node()));
+    let (label, mnt) = (name(part), rig.path("mnt"));
+    let at = |label: &str| vec![format!("{label} is mounted on {}", mnt.display())];
+    nobody(&rig, whole);
+    nobody(&rig, part);
+
+    // In a container, say. The other partition does not concern this one.
+    let other = Elsewhere::mount(two.node().as_ref(), &mnt);
+    let held = |label: &str| {
+        let found = rig.users(whole);
+        let text =
+            format!("{label} is held: it is mounted on {} in the mount namespace of sleep", mnt.display());
+        assert!(found.len() == 1 && found[0].starts_with(&text), "{found:?}");
+    };
+    held(&name(two.node()));
+    assert_eq!(rig.users(part), [""; 0]);
+    let sent = rig.send(&[("d0", whole)], &["--json"]).ok();
+    assert!(sent.stderr.contains("is in use") && newest_is_fuzzy(&rig), "{sent:#?}");
+    assert!(field(&sent.json(), "skipped_bytes") == 0 && reasons(&sent.json())[0].contains("is held"));
+    drop(other);
+    nobody(&rig, whole);
+
+    // Through a loop device over the partition, and one over that; here and elsewhere.
+    let over = Loop::attach(part, 512);
+    let above = Loop::attach(over.node(), 512);
+    nobody(&rig, whole);
+    let shown = format!("{} on {} on {label}", name(above.node()), name(over.node()));
+    mounted(above.node(), &mnt, "defaults", |_| {
+        assert_eq!((rig.users(whole), rig.users(part)), (at(&shown), at(&shown)));
+        // And the other way round: the device is the source that the mounted one shows.
+        assert_eq!(rig.users(over.node()), at(&format!("{} on {}", name(above.node()), name(over.node()))));
+        assert!(run(&["inspect", one.node()]).ok().stdout.contains("is shown by the loop device"));
+    });
+    let elsewhere = Elsewhere::mount(above.node(), &mnt);
+    held(&shown);
+    drop(elsewhere);
+    mounted(part, &mnt, "defaults", |_| assert_eq!(rig.users(above.node()), at(&label)));
+    drop(above);
+    drop(over);
+
+    // Of a partition, through one over the whole disk, or over its file.
+    // What it read of the disk was there before the file system.
+    tool("blockdev", &["--flushbufs", whole.to_str().unwrap()]);
+    for from in [whole, disk.backing()] {
+        let over = tool("losetup", &["--find", "--show", "--offset", "1048576", from.to_str().unwrap()]);
+        // It goes with this.
+        let open = File::open(&over).unwrap();
+        tool("losetup", &["--detach", &over]);
+        mounted(over.as_ref(), &mnt, "defaults", |_| {
+            assert_eq!(rig.users(part), at(&name(&over)));
+            assert_eq!(rig.users(disk.backing()).len(), 1);
+        });
+        drop(open);
+    }
+    nobody(&rig, part);
+    nobody(&rig, disk.backing());
+
+    // The whole disk, whose partitions are not there any more but for the kernel: they are claimed with it.
+    tool("mkfs.ext4", &["-q", "-F", whole.to_str().unwrap()]);
+    mounted(whole, &mnt, "defaults", |_| {
+        assert_eq!((rig.users(whole), rig.users(part)), (at(&name(whole)), at(&name(whole))));
+    });
+}
+
+/// What is written to a partition past it is only counted on the disk.
+#[test]
+fn a_write_to_a_partition_through_its_disk_is_noticed() {
+    require_root!();
+    let rig = rig(&[32 * MIB]);
+    let disk = Loop::create(&rig.path("source.img"), 64 * MIB);
+    let part = Partition::new(&disk, 1, 2048, 16_384);
+    // All of it has to be sent.
+    soil(part.node().as_ref());
+    let over = Loop::attach(disk.node(), 512);
+    let slow = ["--whole", "--compression", "off", "--bwlimit", "8M"];
+    for to in [Some(disk.node()), Some(over.node()), None] {
+        let send = rig.start_into_pass(&[("d0", part.node().as_ref())], &slow);
+        if let Some(to) = to {
+            let file = OpenOptions::new().write(true).open(to).unwrap();
+            file.write_all_at(&[0x5a; 4096], 4 * MIB).unwrap();
+            file.sync_all().unwrap();
+        }
+        let said = send.finish().ok().stderr.contains("somebody wrote to the source while it was read");
+        assert_eq!((said, newest_is_fuzzy(&rig)), (to.is_some(), to.is_some()));
+    }
+}
+
+/// Of several sources only those count as frozen on which something was, and nothing counts that is mounted where it cannot be
+/// frozen.
+#[test]
+fn only_what_was_frozen_counts_as_frozen() {
+    require_root!();
+    let rig = rig(&[64 * MIB, 64 * MIB]);
+    let disks = ["one.img", "two.img"].map(|file| Loop::create(&rig.path(file), 64 * MIB));
+    let sources = [("d0", disks[0].node()), ("d1", disks[1].node())];
+    for (_, node) in sources {
+        tool("mkfs.ext4", &["-q", node.to_str().unwrap()]);
+    }
+    let newest = || {
+        let list = run(&["points", MACHINE, "--json", "--config", &rig.service.config()]).ok().json();
+        let newest = list["points"].as_array().unwrap().last().unwrap().clone();
+        (newest["kind"].as_str().unwrap().to_owned(), newest["fuzzy"].as_bool().unwrap())
+    };
+    let not_skipped =
+        |sent: &Value, disk: usize| sent["disks"][disk]["not_skipped"][0].as_str().map(str::to_owned);
+    mounted(disks[0].node(), &rig.path("mnt"), "defaults", |_| {
+        // Nobody who gave --freeze is told to give it.
+        let first = rig.send(&sources, &["--freeze", "--json"]).ok().json();
+        let why = not_skipped(&first, 0).unwrap();
+        assert!(why.contains("nothing is frozen in a first pass") && !why.contains("--freeze"), "{why}");
+        assert_eq!(not_skipped(&first, 1), None);
+        let sent = rig.send(&sources, &["--freeze", "--json"]).ok().json();
+        assert_eq!((not_skipped(&sent, 0), not_skipped(&sent, 1)), (None, None));
+        assert_eq!(newest(), ("filesystem".to_owned(), false));
+        let elsewhere = Elsewhere::mount(disks[1].node(), &rig.path("mnt1"));
+        let sent = rig.send(&sources, &["--freeze", "--json"]).ok();
+        assert!(sent.stderr.contains("that is not frozen, so the point is no moment"), "{sent:#?}");
+        let sent = sent.json();
+        let why = not_skipped(&sent, 1).unwrap();
+        assert!(why.contains("is held") && why.contains("--freeze does not reach that"), "{why}");
+        assert_eq!((not_skipped(&sent, 0), sent["disks"][1]["skipped_bytes"].as_u64()), (None, Some(0)));
+        assert_eq!(newest(), ("crash".to_owned(), true));
+        drop(elsewhere);
+        // Without it, it is named.
+        let sent = rig.send(&sources, &["--json"]).ok().json();
+        let why = not_skipped(&sent, 0).unwrap();
+        assert!(why.contains("it is in use (loop") && why.contains("with --freeze it is left out"), "{why}");
+    });
+}
+
+/// A file system that nobody can write to stands still, until somebody can.
+#[test]
+fn what_is_mounted_read_only_stands_still() {
+    require_root!();
+    let rig = rig(&[64 * MIB]);
+    let (disk, _) = used_before(&rig, 64 * MIB);
+    let disks = [("d0", disk.node())];
+    mounted(disk.node(), &rig.path("mnt"), "ro", |dir| {
+        // That nothing is frozen in a first pass does not matter where nothing has to be.
+        let sent = rig.send(&disks, &["--json", "--freeze"]).ok();
+        assert!(!newest_is_fuzzy(&rig) && sent.stderr.is_empty(), "{sent:#?}");
+        let sent = rig.send(&disks, &["--json", "--whole"]).ok();
+        assert!(!newest_is_fuzzy(&rig) && sent.stderr.is_empty(), "{sent:#?}");
+        let sent = sent.json();
+        assert!(field(&sent, "skipped_bytes") > 30 * MIB && reasons(&sent).is_empty(), "{sent:#}");
+        // What counts as zeros was not read.
+        assert!(field(&sent, "read_bytes") < field(&sent, "size") - field(&sent, "skipped_bytes") + MIB);
+        let slow = ["--whole", "--compression", "off", "--bwlimit", "8M"];
+        let send = rig.start_into_pass(&disks, &slow);
+        tool("mount", &["-o", "remount,rw", dir.to_str().unwrap()]);
+        let sent = send.finish().ok();
+        assert!(sent.stderr.contains("somebody wrote to the source while it was read"), "{sent:#?}");
+        assert!(newest_is_fuzzy(&rig));
+    });
+}
+
+/// A dry run says what would be skipped, and why not.
+#[test]
+fn a_dry_run_tells_of_free_space() {
+    require_root!();
+    let rig = rig(&[64 * MIB]);
+    let (disk, _) = used_before(&rig, 64 * MIB);
+    let disks = [("d0", disk.node())];
+    let dry = |args: &[&str]| {
+        let json = rig.send(&disks, &[&["--dry-run", "--json"], args].concat()).ok().json();
+        (field(&json, "skipped_bytes"), reasons(&json).join("; "))
+    };
+    let free = free(&[disk.node()]).remove(0).bytes();
+    assert_eq!(dry(&[]), (free, String::new()));
+    assert_eq!(dry(&["--whole-disk"]), (0, "--whole-disk asks for all of it".to_owned()));
+    let text = rig.send(&disks, &["--dry-run"]).ok().stdout;
+    assert!(text.contains("MiB free, ") && text.contains("of it would be skipped"), "{text}");
+    mounted(disk.node(), &rig.path("mnt"), "defaults", |_| {
+        let text = rig.send(&disks, &["--dry-run"]).ok().stdout;
+        assert!(text.contains("d0: free space not skipped: it is in use (loop"), "{text}");
+        let (skipped, why) = dry(&["--freeze"]);
+        assert!(skipped == 0 && why.contains("it is looked for once that is frozen"), "{why}");
+    });
+}
+
 /// A disk of which a partition is mounted has a page cache of its own, in which is what was read of it before: not what the
 /// file system has written since.
 #[test]
@@ -294,18 +565,10 @@ fn what_the_page_cache_holds_of_a_frozen_disk_is_not_believed() {
     let rig = rig(&[128 * MIB]);
     let disk = Loop::create(&rig.path("source.img"), 128 * MIB);
     let node = disk.node().to_str().unwrap();
-    let script = rig.path("table");
-    fs::write(&script, "label: gpt\nstart=2048, size=250000\n").unwrap();
-    let table = Command::new("sfdisk").args(["-q", node]).stdin(File::open(&script).unwrap()).status();
-    assert!(table.unwrap().success());
-    let part = PathBuf::from(format!("{node}p1"));
-    if !part.exists() {
-        tool("addpart", &[node, "1", "2048", "250000"]);
-    }
-    wait_for("the partition", || part.exists().then_some(()));
-    tool("mkfs.ext4", &["-q", "-E", "lazy_itable_init=0", part.to_str().unwrap()]);
+    let part = Partition::new(&disk, 1, 2048, 250_000);
+    tool("mkfs.ext4", &["-q", "-E", "lazy_itable_init=0", part.node()]);
     let mut files = Files::default();
-    mounted(&part, &rig.path("mnt"), "defaults", |dir| {
+    mounted(part.node().as_ref(), &rig.path("mnt"), "defaults", |dir| {
         rig.send(&[("d0", disk.node())], &[]).ok();
         run(&["inspect", node]).ok();
         files.work(dir, 0);
@@ -314,7 +577,7 @@ fn what_the_page_cache_holds_of_a_frozen_disk_is_not_believed() {
         assert!(!newest_is_fuzzy(&rig));
         rig.synchronized("d0");
     });
-    tool("delpart", &[node, "1"]);
+    drop(part);
     let (copy, inner) = (rig.targets[0].backing(), rig.path("inner.img"));
     let partition = fs::read(copy).unwrap()[MIB as usize..][..250_000 * 512].to_vec();
     fs::write(&inner, partition).unwrap();
@@ -377,6 +640,13 @@ fn nothing_is_skipped_of_a_disk_that_does_not_count_its_writes() {
     fs::write(&counts, "1").unwrap();
     assert_eq!(field(&sent, "skipped_bytes"), 0, "{sent:#}");
     assert_equal(disk.node(), rig.targets[0].backing());
+    // Nor of one whose file may be written by whoever still reaches it.
+    fs::remove_file(disk.backing()).unwrap();
+    let sent = rig.send(&[("d0", disk.node())], &["--json"]).ok().json();
+    assert!(
+        field(&sent, "skipped_bytes") == 0 && reasons(&sent)[0].contains("cannot be reached here"),
+        "{sent:#}"
+    );
 }
 
 /// A disk whose free space holds what was there before.

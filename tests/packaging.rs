@@ -7,6 +7,20 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Command;
 
+/// What is refused is refused again a moment later: exit code 3, and wrong usage, 2.
+#[test]
+fn nothing_that_is_refused_is_started_again_and_again() {
+    for name in ["mt-agent.service", "mt-agent-send@.service"] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging").join(name);
+        let unit = fs::read_to_string(path).unwrap();
+        let codes = unit.lines().find_map(|line| line.strip_prefix("RestartPreventExitStatus=")).unwrap();
+        assert!(
+            ["2", "3"].iter().all(|code| codes.split(' ').any(|given| given == *code)),
+            "{name}: {codes}"
+        );
+    }
+}
+
 /// systemd finds nothing wrong with the units, and the program knows every option in them.
 #[test]
 fn units_are_what_systemd_reads() {

@@ -372,6 +372,7 @@ fn status_shows_a_service_that_runs_and_says_so_of_one_that_does_not() {
         state: mt_agent::protection::State::Empty,
         last_commit: None,
         source: None,
+        released: None,
     };
     store.assign(&name("web01"), &[assignment]).unwrap();
     store

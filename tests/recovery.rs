@@ -382,6 +382,49 @@ fn a_log_that_lost_its_end_is_noticed() {
     }
 }
 
+/// The same of a log that does not know any more that the disks are released, whatever else it knows: they are not written to.
+#[test]
+fn a_log_that_lost_a_release_is_noticed() {
+    require_root!();
+    let mut dice = Dice::seed_from_u64(15);
+    let (mut rig, source, versions) = with_versions(2, &mut dice);
+    let log = PathBuf::from(rig.service.state_dir()).join("retention/points.log");
+    let first = id(&points(&rig)[0]);
+    command(&rig, &["failover", MACHINE, "--to", &first]).ok();
+    let whole = fs::read(&log).unwrap();
+    let lines: Vec<&[u8]> = whole.split_inclusive(|byte| *byte == b'\n').collect();
+    // The release is missing; that it began, too.
+    for left in [lines.len() - 1, lines.len() - 2] {
+        rig.service.process().kill();
+        fs::write(&log, lines[..left].concat()).unwrap();
+        rig.service.spawn();
+        rig.service.wait_for_log("listening");
+        let lost =
+            ["was failed over to point", "lines were cut off its end", "mt-agent check web01 --give-up"];
+        if left < lines.len() - 1 {
+            rig.send(&[("d0", &source)], &[]).fails(3, &lost);
+        }
+        command(&rig, &["failover", MACHINE, "--to", "latest"]).fails(1, &lost);
+        assert_eq!(sound(&rig), [false, false]);
+        assert_equal(&versions[0], rig.targets[0].backing());
+    }
+    rig.service.process().kill();
+    fs::write(&log, &whole).unwrap();
+    rig.service.spawn();
+    assert_eq!(sound(&rig), [true, true]);
+    command(&rig, &["failover", MACHINE, "--undo"]).ok();
+    rig.send(&[("d0", &source)], &[]).ok();
+    // And given up, where it cannot be had back.
+    command(&rig, &["failover", MACHINE, "--to", &first]).ok();
+    rig.service.process().kill();
+    fs::write(&log, lines[..lines.len() - 2].concat()).unwrap();
+    rig.service.spawn();
+    command(&rig, &["check", MACHINE, "--give-up"]).ok();
+    change(&source, &mut dice);
+    rig.send(&[("d0", &source)], &[]).ok();
+    exported(&rig, "latest", &source);
+}
+
 /// Files of another machine's disk are in the way: they are put aside, whole, and the machine goes on.
 #[test]
 fn files_of_another_machine_are_put_aside() {

@@ -908,7 +908,7 @@ fn a_service_that_cannot_start_says_why() {
     let bad = rig.path("bad.toml");
     fs::write(&bad, "listen = \"127.0.0.1:0\"\nallow_lop = true\n").unwrap();
     run(&["serve", "--config", bad.to_str().unwrap()])
-        .fails(1, &["bad.toml:2", "did you mean `allow_loop`?"]);
+        .fails(3, &["bad.toml:2", "did you mean `allow_loop`?"]);
     goes_on(&rig, "d0");
 }
 

@@ -354,12 +354,21 @@ fn a_hangup_takes_on_what_can_change_and_names_what_cannot() {
     rig.send(&[("d0", &source)], &[]).fails(3, &["`allow_loop` is not set"]);
 
     let wrong = format!("{text}windw = 1\nmax_sessions = 0\n");
+    let refused = Instant::now();
     hangup(&mut rig, &wrong, "mt-agent.toml:6: max_sessions: 0 is out of bounds");
+    let status =
+        format!("; reload refused, the configuration stays what it was: {file}:5: there is no key `windw`");
+    heard.wait(refused, &status);
+    heard.wait(refused, " (and more: see the log)");
     assert!(rig.service.log().contains("mt-agent.toml:5: there is no key `windw`"), "{}", rig.service.log());
     rig.send(&[("d0", &source)], &[]).fails(3, &["`allow_loop` is not set"]);
 
     let other = text.replace("127.0.0.1:0", "127.0.0.1:1") + "max_sessions = 1\nlog_level = \"debug\"\n";
+    let taken = Instant::now();
     hangup(&mut rig, &other, "only a restart of the service takes on");
+    let lines = heard.lines(taken);
+    let status = lines.iter().rfind(|line| line.starts_with("STATUS=")).unwrap();
+    assert!(!status.contains("refused"), "{lines:?}");
     assert!(rig.service.log().contains("keys=\"listen\""), "{}", rig.service.log());
     let [first, second] = [
         rig.start_into_pass(&[("d0", &source)], &["--whole", "--bwlimit", "6M", "--compression", "off"]),
@@ -540,5 +549,117 @@ fn the_configuration_is_checked_and_shown_before_the_service_reads_it() {
     let lines: Vec<_> =
         report["mistakes"].as_array().unwrap().iter().map(|one| one["line"].clone()).collect();
     assert_eq!((lines, report["files"][0].as_str()), (vec![1.into(), 2.into()], Some(path)));
-    run(&["serve", "--config", path]).fails(1, &["there is no key `windw`", "there is no key `x`"]);
+    assert_eq!(report["more"], 0);
+    // systemd must not start it again and again: it does not pass by itself. Nor does a file that is none.
+    run(&["serve", "--config", path]).fails(3, &["there is no key `windw`", "there is no key `x`"]);
+    for (path, said) in [("nowhere", "No such file"), (".", "directory"), ("pipe", "no regular file")] {
+        let path = dir.path().join(path);
+        if path.ends_with("pipe") {
+            nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        }
+        run(&["serve", "--config", path.to_str().unwrap()]).fails(3, &[said]);
+    }
+}
+
+#[test]
+fn a_configuration_that_is_something_else_is_refused_in_a_moment() {
+    let dir = directory();
+    let file = dir.path().join("mt-agent.toml");
+    let path = file.to_str().unwrap();
+    let keys: String = (0..60_000).map(|n| format!("windw{n} = 1\n")).collect();
+    let lines = "= \n".repeat(20_000);
+    // What is no TOML at all is told once for each line.
+    for (text, count) in [(keys, 60_000), (lines, 20_000)] {
+        fs::write(&file, &text).unwrap();
+        let start = Instant::now();
+        let check = ["config", "check", "--config", path];
+        let wrong = run(&check).fails(3, &[&format!("the configuration has {count} mistakes")]);
+        assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+        let last = format!("and {} more", count - 100);
+        assert_eq!((wrong.stdout.lines().count(), wrong.stdout.lines().last()), (101, Some(last.as_str())));
+        assert!(wrong.stdout.starts_with(&format!("{path}:1: ")), "{}", wrong.stdout);
+    }
+    let report = run(&["config", "check", "--json", "--config", path]).fails(3, &[]).json();
+    assert_eq!((report["mistakes"].as_array().unwrap().len(), &report["more"]), (100, &19_900.into()));
+}
+
+#[test]
+fn names_do_nothing_to_a_terminal_and_are_no_lines_of_their_own() {
+    let dir = directory();
+    let file = dir.path().join("a\u{1b}[2J\nretention_dir = '\u{9b}2J'.toml");
+    let (path, shown) = (file.to_str().unwrap(), "a\\u{1b}[2J\\nretention_dir = '\\u{9b}2J'.toml");
+    let raw = |text: &str| text.contains(|c: char| c.is_control() && c != '\n');
+    fs::write(&file, "state_dir = \"/a\"\n").unwrap();
+    for args in [&["config", "check"][..], &["config", "show"], &["config", "show", "--effective"]] {
+        let found = run(&[args, &["--config", path]].concat()).ok().stdout;
+        assert!(found.contains(shown) && !raw(&found), "{found:?}");
+        assert!(!found.lines().any(|line| line.starts_with("retention_dir = '")), "{found}");
+    }
+    // In values too: no path has any of these, and NUL would end it.
+    for (text, said) in [
+        ("state_dir = \"/a\\u0000b\"", "`/a\\0b` has a control character in it"),
+        ("retention_dir = \"/a\\nb\"", "`/a\\nb` has a control character"),
+        ("control_socket = \"/a\\u001b[2J\"", "`/a\\u{1b}[2J` has a control character"),
+        ("log_level = \"\\u001b[2J\"", "has a control character"),
+        ("engine = \"\\u001b[2J\"", "has a control character"),
+        ("window = \"\\u001b[2J\"", "no size"),
+        ("retention_age = \"999999h\\n\\n\"", "999999h\\n\\n is out of bounds"),
+        ("\"\\u001b[2J\" = 1", "there is no key `\\u{1b}[2J`"),
+        ("\u{1b}[2J = 1", ""),
+    ] {
+        fs::write(&file, text).unwrap();
+        let wrong =
+            run(&["config", "check", "--config", path]).fails(3, &["the configuration has a mistake"]);
+        assert!(wrong.stdout.contains(&format!("{shown}:1: ")) && wrong.stdout.contains(said), "{wrong:?}");
+        let refused = run(&["serve", "--config", path]).fails(3, &[shown, said]);
+        assert!(!raw(&wrong.stdout) && !raw(&refused.stderr), "{wrong:?} {refused:?}");
+        assert_eq!((wrong.stdout.lines().count(), refused.stderr.lines().count()), (1, 1), "{refused:?}");
+    }
+    let missing = run(&["serve", "--config", &format!("{path}2")]).fails(3, &["No such file"]);
+    assert!(missing.stderr.contains(shown) && missing.stderr.lines().count() == 1, "{missing:?}");
+    run(&["serve", "--log-level", "mt_agent=\u{1b}"]).fails(2, &["`mt_agent=\\u{1b}` is no filter"]);
+}
+
+/// A socket that takes nothing more until somebody reads it.
+fn stuff(socket: &UnixDatagram, path: &Path) {
+    socket.set_nonblocking(true).unwrap();
+    let sender = UnixDatagram::unbound().unwrap();
+    sender.set_nonblocking(true).unwrap();
+    while sender.send_to(b"NOISE=1\n", path).is_ok() {}
+}
+
+#[test]
+fn nobody_who_does_not_read_what_is_said_to_systemd_holds_up_the_service() {
+    require_root!();
+    let (dir, mute) = (directory(), directory());
+    let path = mute.path().join("notify");
+    let socket = UnixDatagram::bind(&path).unwrap();
+    stuff(&socket, &path);
+    let variables = vec![
+        ("NOTIFY_SOCKET", path.display().to_string()),
+        // It is tried four times as often.
+        ("WATCHDOG_USEC", "400000".to_owned()),
+    ];
+    let surroundings = Surroundings { variables, ..Surroundings::default() };
+    let mut service = Service::start_in(dir.path(), &[], surroundings);
+    service.wait_for_log("its socket is full");
+    std::thread::sleep(Duration::from_millis(500));
+    service.process().signal(Signal::SIGHUP);
+    service.wait_for_log("the configuration was read again");
+    assert_eq!(service.log().matches("its socket is full").count(), 1, "{}", service.log());
+    // Who reads at last hears that it is ready, and that it lives.
+    let mut heard = String::new();
+    wait_for("READY=1 and what follows", || {
+        let mut buffer = [0; 4096];
+        while let Ok(len) = socket.recv(&mut buffer) {
+            heard.push_str(&String::from_utf8_lossy(&buffer[..len]));
+        }
+        ["READY=1\n", "STATUS=listening at ", "WATCHDOG=1\n"]
+            .iter()
+            .all(|what| heard.contains(what))
+            .then_some(())
+    });
+    stuff(&socket, &path);
+    service.process().signal(Signal::SIGTERM);
+    assert_eq!(service.process().wait_within(Duration::from_secs(5)).code(), Some(0), "{}", service.log());
 }

@@ -490,6 +490,44 @@ fn lvm_settings_of_an_administrator_stay() {
     host.refuses("lvm", "/etc/lvm/lvm.conf cannot be understood");
 }
 
+/// Whatever the encoding and the ends of the lines are.
+#[test]
+fn files_of_others_keep_their_bytes() {
+    let comment = &b"# f\xfcr uns\r\n"[..];
+    let applied = |host: &Fixture, name: &str, path: &str, before: &[u8]| {
+        host.tree.write(path, before);
+        let start = host.snapshot();
+        host.apply(name).unwrap();
+        let after = fs::read(host.path(path)).unwrap();
+        assert_eq!(host.apply(name), Ok(Vec::new()));
+        host.revert(name).unwrap();
+        assert!(host.snapshot() == start, "{path}");
+        after.escape_ascii().to_string()
+    };
+    let shown = |parts: &[&[u8]]| parts.concat().escape_ascii().to_string();
+
+    let host = Fixture::new(8, true);
+    let local = [comment, b"local {\n\tsystem_id = \"\"\n} "].concat();
+    let after = applied(&host, "lvm", "etc/lvm/lvmlocal.conf", &local);
+    assert!(after.starts_with(&shown(&[&local, b"\n# BEGIN mt-agent"])), "{after}");
+    // Of a block without an end nobody knows what is whose.
+    host.tree.write("etc/lvm/lvmlocal.conf", [b"# BEGIN mt-agent: x\n", &local[..]].concat());
+    host.refuses("lvm", "none with `# END mt-agent`");
+
+    let host = Fixture::new(9, true);
+    let line = |digits: &str, node: &str, id: &str| {
+        format!("IDTYPE=sys_wwid IDNAME=naa.{digits} DEVNAME={node} PVID={}\r\n", id.replace('-', ""))
+    };
+    let (own, foreign) = (line(VMWARE_A, "/dev/sda2", PV), line(VMWARE_B, "/dev/sdb", FOREIGN_PV));
+    let before = [comment, own.as_bytes(), foreign.as_bytes(), b"# \xff"].concat();
+    let after = applied(&host, "lvm", "etc/lvm/devices/system.devices", &before);
+    assert_eq!(after, shown(&[comment, own.as_bytes(), b"# \xff"]));
+
+    let before = [comment, b"AUTO +all\r\nMAILADDR b\xfcro"].concat();
+    let after = applied(&host, "md", "etc/mdadm.conf", &before);
+    assert_eq!(after, shown(&[comment, b"AUTO -all\n# before mt-agent: AUTO +all\r\nMAILADDR b\xfcro"]));
+}
+
 fn lvm_tools() -> bool {
     let there = ["/usr/sbin/lvm", "/sbin/lvm"].iter().any(|path| Path::new(path).exists());
     if !there {
@@ -727,7 +765,10 @@ fn a_desktop_mounts_nothing() {
     let checked = host.check("automount");
     assert_eq!(checked.level, Level::Fail);
     assert!(
-        checked.findings.iter().any(|found| found.fix == "mt-agent setup apply --only udev"),
+        checked
+            .findings
+            .iter()
+            .any(|found| found.fix.starts_with("mt-agent setup apply --only udev --root /")),
         "{checked:?}"
     );
     host.apply("udev").unwrap();

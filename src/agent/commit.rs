@@ -336,11 +336,8 @@ impl Inner {
 
     /// After a failure nobody knows what the log holds until it was read again and settled.
     fn reopen(&mut self) {
-        let Some(dir) = self.log.path().parent() else { return };
-        let reopened = Log::open(dir).and_then(|mut log| log.settle().map(|()| log));
-        match reopened {
-            Ok(log) => self.log = log,
-            Err(error) => tracing::error!(error = chain(&error), "the points log cannot be opened again"),
+        if let Err(error) = self.log.reopen() {
+            tracing::error!(error = chain(&error), "the points log cannot be opened again");
         }
     }
 }

@@ -7,7 +7,8 @@
 
 mod keys;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
 use std::fmt;
 use std::fs;
 use std::io::{self, Read};
@@ -19,7 +20,7 @@ use toml::de::DeTable;
 
 pub use self::keys::{KEYS, Key, Value};
 use crate::durable;
-use crate::error::IoError;
+use crate::error::{IoError, plain};
 use crate::points::retention::Policy;
 use crate::storage::device::EngineChoice;
 use crate::units::ByteLen;
@@ -32,6 +33,8 @@ pub const DEFAULT_SNIPPETS: &str = "/etc/mt-agent/conf.d";
 pub const DEFAULT_CONTROL_SOCKET: &str = "/run/mt-agent/control.sock";
 
 const MAX_LEN: u64 = 1 << 20;
+/// How many mistakes are told. Who has more has a file of something else, and the rest is only counted.
+const MOST_TOLD: usize = 100;
 pub(super) use self::keys::WINDOW;
 
 /// The configuration in effect: what the files say, and the defaults for the rest.
@@ -94,17 +97,59 @@ pub enum Error {
     #[error(transparent)]
     Io(#[from] IoError),
     /// Files say what they cannot.
-    #[error("{}", lines(mistakes))]
+    #[error("{mistakes}")]
     Mistakes {
         /// The files that were read.
         files: Vec<PathBuf>,
-        /// All of them, in the order of the files and lines.
-        mistakes: Vec<Mistake>,
+        /// What is wrong in them.
+        mistakes: Mistakes,
     },
 }
 
-fn lines(mistakes: &[Mistake]) -> String {
-    mistakes.iter().map(Mistake::to_string).collect::<Vec<_>>().join("\n")
+impl Error {
+    /// Whether it does not pass by itself: somebody has to write the files differently, or where they can be read.
+    pub fn is_refusal(&self) -> bool {
+        match self {
+            Error::Mistakes { .. } => true,
+            Error::Io(error) => matches!(
+                error.source.kind(),
+                io::ErrorKind::NotFound
+                    | io::ErrorKind::PermissionDenied
+                    | io::ErrorKind::NotADirectory
+                    | io::ErrorKind::IsADirectory
+                    | io::ErrorKind::FileTooLarge
+                    // It is no regular file.
+                    | io::ErrorKind::Other
+            ),
+        }
+    }
+}
+
+/// What is wrong in some files.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Mistakes {
+    /// The first ones, in the order of the files and lines.
+    pub told: Vec<Mistake>,
+    /// How many there are beyond.
+    pub more: usize,
+}
+
+impl Mistakes {
+    fn are_none(&self) -> bool {
+        self.told.is_empty()
+    }
+}
+
+impl fmt::Display for Mistakes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (n, mistake) in self.told.iter().enumerate() {
+            write!(f, "{}{mistake}", if n == 0 { "" } else { "\n" })?;
+        }
+        if self.more > 0 {
+            write!(f, "\nand {} more", self.more)?;
+        }
+        Ok(())
+    }
 }
 
 /// Something that a file says and cannot.
@@ -133,8 +178,14 @@ pub struct Place {
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.file.display(), self.line)
+        write!(f, "{}:{}", plain(&self.file.to_string_lossy()), self.line)
     }
+}
+
+/// What is wrong on a line. Which key is near one that there is not is looked for only where it is told.
+enum Wrong<'a> {
+    Said(String),
+    Key(&'a str),
 }
 
 /// A configuration and where it comes from.
@@ -175,33 +226,46 @@ impl Sourced {
     /// See [`Config::load`].
     pub fn load(file: Option<&Path>) -> Result<Sourced, Error> {
         match file {
-            Some(file) => Sourced::of(vec![file.to_owned()]),
+            Some(file) => Sourced::of(vec![(file.to_owned(), read(file)?)]),
             None => Sourced::load_from(Path::new(DEFAULT_FILE), Path::new(DEFAULT_SNIPPETS)),
         }
     }
 
     /// The configuration of a main file and a directory of snippets, either of which may be missing.
     pub fn load_from(file: &Path, snippets: &Path) -> Result<Sourced, Error> {
-        let main = Some(file.to_owned()).filter(|file| file.exists());
-        Sourced::of(main.into_iter().chain(list(snippets)?).collect())
+        // One that cannot be looked at is not taken for one that is missing.
+        let is_there = file.try_exists();
+        let is_there = is_there.map_err(|error| IoError::new("open", file.display().to_string(), error))?;
+        let main = Some(file.to_owned()).filter(|_| is_there);
+        let mut files = Vec::new();
+        for file in main.into_iter().chain(list(snippets)?) {
+            let bytes = read(&file)?;
+            files.push((file, bytes));
+        }
+        Sourced::of(files)
     }
 
-    fn of(files: Vec<PathBuf>) -> Result<Sourced, Error> {
+    /// The configuration that files say which were read already, in this order.
+    pub fn of(files: Vec<(PathBuf, Vec<u8>)>) -> Result<Sourced, Error> {
         let mut sourced = Sourced::default();
-        let mut mistakes = Vec::new();
-        for file in &files {
-            sourced.take(file, &read(file)?, &mut mistakes);
+        let mut mistakes = Mistakes::default();
+        for (file, bytes) in files {
+            if bytes.len() as u64 > MAX_LEN {
+                let target = file.display().to_string();
+                return Err(IoError::new("read", target, io::Error::from(io::ErrorKind::FileTooLarge)).into());
+            }
+            sourced.take(&file, &bytes, &mut mistakes);
+            sourced.files.push(file);
         }
-        sourced.files = files;
         let Sourced { config, set, .. } = &mut sourced;
         if !set.contains_key("retention_dir") {
             config.retention_dir = config.state_dir.join("retention");
         }
         // What is not a value at all contradicts nothing yet.
-        if mistakes.is_empty() {
-            mistakes = sourced.contradictions();
+        if mistakes.are_none() {
+            mistakes.told = sourced.contradictions();
         }
-        if mistakes.is_empty() {
+        if mistakes.are_none() {
             Ok(sourced)
         } else {
             Err(Error::Mistakes { files: sourced.files, mistakes })
@@ -209,50 +273,55 @@ impl Sourced {
     }
 
     /// Takes what one file sets, and notes everything that is wrong in it, from its top to its bottom.
-    fn take(&mut self, file: &Path, bytes: &[u8], mistakes: &mut Vec<Mistake>) {
-        let place = |offset: usize| Place {
-            file: file.to_owned(),
-            line: bytes.iter().take(offset).filter(|&&byte| byte == b'\n').count() + 1,
-        };
-        let text = match std::str::from_utf8(bytes) {
-            Ok(text) => text,
+    fn take(&mut self, file: &Path, bytes: &[u8], mistakes: &mut Mistakes) {
+        let ends: Vec<usize> =
+            bytes.iter().enumerate().filter(|(_, byte)| **byte == b'\n').map(|(at, _)| at).collect();
+        let line = |offset: usize| ends.partition_point(|end| *end < offset) + 1;
+        let place = |line: usize| Place { file: file.to_owned(), line };
+        let mut found: Vec<(usize, Wrong<'_>)> = Vec::new();
+        let table;
+        match std::str::from_utf8(bytes) {
             Err(error) => {
-                let what = "this is not UTF-8".to_owned();
-                return mistakes.push(Mistake { place: place(error.valid_up_to()), what });
+                found.push((line(error.valid_up_to()), Wrong::Said("this is not UTF-8".to_owned())));
             }
-        };
-        let (table, errors) = DeTable::parse_recoverable(text);
-        let mut found: Vec<Mistake> = Vec::new();
-        for error in errors {
-            let place = place(error.span().map_or(0, |span| span.start));
-            // Of what follows from one slip, the first tells enough.
-            if found.iter().all(|known| known.place != place) {
-                found.push(Mistake { place, what: error.message().trim_end().to_owned() });
-            }
-        }
-        let broken: Vec<usize> = found.iter().map(|mistake| mistake.place.line).collect();
-        for (key, value) in table.get_ref() {
-            let (named, at) = (key.get_ref().as_ref(), place(key.span().start));
-            // What stands on a line that is no TOML may be anything.
-            if broken.contains(&at.line) {
-                continue;
-            }
-            let result = match KEYS.iter().find(|known| known.name == named) {
-                None => Err((at, keys::unknown(named))),
-                Some(known) => match (known.take)(&mut self.config, value.get_ref()) {
-                    Ok(()) => {
-                        self.set.insert(known.name, at);
-                        Ok(())
+            Ok(text) => {
+                let errors;
+                (table, errors) = DeTable::parse_recoverable(text);
+                let mut broken = BTreeSet::new();
+                for error in errors {
+                    let line = line(error.span().map_or(0, |span| span.start));
+                    // Of what follows from one slip, the first tells enough.
+                    if broken.insert(line) {
+                        found.push((line, Wrong::Said(error.message().trim_end().to_owned())));
                     }
-                    Err(what) => Err((place(value.span().start), format!("{named}: {what}"))),
-                },
-            };
-            if let Err((place, what)) = result {
-                found.push(Mistake { place, what });
+                }
+                for (key, value) in table.get_ref() {
+                    let (named, at) = (key.get_ref().as_ref(), line(key.span().start));
+                    // What stands on a line that is no TOML may be anything.
+                    if broken.contains(&at) {
+                        continue;
+                    }
+                    match KEYS.iter().find(|known| known.name == named) {
+                        None => found.push((at, Wrong::Key(named))),
+                        Some(known) => match (known.take)(&mut self.config, value.get_ref()) {
+                            Ok(()) => _ = self.set.insert(known.name, place(at)),
+                            Err(what) => found
+                                .push((line(value.span().start), Wrong::Said(format!("{named}: {what}")))),
+                        },
+                    }
+                }
             }
         }
-        found.sort_by_key(|mistake| mistake.place.line);
-        mistakes.append(&mut found);
+        found.sort_by_key(|(line, _)| *line);
+        let room = MOST_TOLD.saturating_sub(mistakes.told.len());
+        mistakes.more += found.len().saturating_sub(room);
+        mistakes.told.extend(found.into_iter().take(room).map(|(line, wrong)| Mistake {
+            place: place(line),
+            what: match wrong {
+                Wrong::Said(what) => plain(&what).into_owned(),
+                Wrong::Key(key) => keys::unknown(key),
+            },
+        }));
     }
 
     /// Values of which each is sound, and that cannot hold together.
@@ -332,14 +401,17 @@ fn read(path: &Path) -> Result<Vec<u8>, IoError> {
     let file = durable::regular(path)?;
     let mut bytes = Vec::new();
     file.take(MAX_LEN + 1).read_to_end(&mut bytes).map_err(|error| failed("read", error))?;
-    if bytes.len() as u64 > MAX_LEN {
-        let error = io::Error::other(format!("longer than {MAX_LEN} bytes: this is no configuration"));
-        return Err(failed("read", error));
-    }
     Ok(bytes)
 }
 
-/// The `*.toml` of a directory by name, without those that begin with a dot (what editors leave).
+/// Whether a file of the snippets' directory is one, by its name: `*.toml`, but not what editors leave, which begins with a
+/// dot.
+pub fn is_snippet(name: &OsStr) -> bool {
+    let name = name.as_encoded_bytes();
+    name.ends_with(b".toml") && !name.starts_with(b".")
+}
+
+/// The snippets of a directory, by name.
 fn list(directory: &Path) -> Result<Vec<PathBuf>, IoError> {
     let failed = |error| IoError::new("list", directory.display().to_string(), error);
     let entries = match fs::read_dir(directory) {
@@ -349,10 +421,9 @@ fn list(directory: &Path) -> Result<Vec<PathBuf>, IoError> {
     };
     let mut files = Vec::new();
     for entry in entries {
-        let path = entry.map_err(failed)?.path();
-        let hidden = path.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b"."));
-        if !hidden && path.extension().is_some_and(|extension| extension == "toml") {
-            files.push(path);
+        let entry = entry.map_err(failed)?;
+        if is_snippet(&entry.file_name()) {
+            files.push(entry.path());
         }
     }
     files.sort();

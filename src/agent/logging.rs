@@ -8,7 +8,7 @@ use tracing_subscriber::reload;
 use tracing_subscriber::util::{SubscriberInitExt, TryInitError};
 use tracing_subscriber::{EnvFilter, Layer, Registry};
 
-use crate::error::IoError;
+use crate::error::{IoError, plain};
 
 /// The variable that holds a filter where no `--log-level` is given.
 pub const FILTER_VARIABLE: &str = "MT_AGENT_LOG";
@@ -53,7 +53,8 @@ pub enum Error {
     Io(#[from] IoError),
     /// The filter cannot be understood.
     #[error(
-        "`{given}` is no filter of log lines: use error, warn, info, debug or trace, or mt_agent::net=debug,info"
+        "`{}` is no filter of log lines: use error, warn, info, debug or trace, or mt_agent::net=debug,info",
+        plain(given)
     )]
     Config {
         /// What was given. What its parser says of it is the advice above once more.

@@ -36,7 +36,7 @@ use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
 use super::commit::Coordinator;
-use crate::error::chain;
+use crate::error::{chain, plain};
 use crate::name::Name;
 use crate::points;
 use crate::protection::{self, Assignment, State, Store};
@@ -52,6 +52,8 @@ pub const SCHEMA_VERSION: u32 = 1;
 const SMOOTHING: Duration = Duration::from_secs(5);
 /// Samples closer together than this say more of the scheduler than of the rate.
 const CLOSEST: Duration = Duration::from_millis(200);
+/// How many characters of a reason are in the line of [`Board::line`].
+const LONGEST_REASON: usize = 200;
 
 /// The volumes that are open, by machine and disk. Clones share them.
 #[derive(Clone, Debug, Default)]
@@ -320,6 +322,7 @@ pub struct Board {
     store: Store,
     points: Option<Arc<Coordinator>>,
     rates: Mutex<HashMap<(Name, Name), Smoothed>>,
+    reload_refused: Mutex<Option<String>>,
 }
 
 /// The rate of one pass, as an exponentially weighted mean of what each interval between two samples had.
@@ -345,10 +348,26 @@ impl Smoothed {
     }
 }
 
+/// So much of a text as fits in a line.
+fn shortened(text: &str) -> String {
+    let mut short: String = plain(text).chars().take(LONGEST_REASON).collect();
+    if text.chars().nth(LONGEST_REASON).is_some() {
+        short.push('…');
+    }
+    short
+}
+
 impl Board {
     /// A board for a service with these protections.
     pub fn new(service: Arc<Service>, live: Live, store: Store) -> Board {
-        Board { service, live, store, points: None, rates: Mutex::default() }
+        Board {
+            service,
+            live,
+            store,
+            points: None,
+            rates: Mutex::default(),
+            reload_refused: Mutex::default(),
+        }
     }
 
     /// The same, which knows the machines that were failed over.
@@ -396,15 +415,32 @@ impl Board {
             .filter(|(_, counters)| matches!(counters.phase(), Phase::Receiving | Phase::Committing))
             .collect();
         let mut line = format!("listening at {}", self.service.listen);
-        if at_work.is_empty() {
-            return line;
+        if !at_work.is_empty() {
+            self.add_work(&mut line, &at_work);
         }
+        if let Some(why) = &*self.reload_refused.lock().unwrap_or_else(PoisonError::into_inner) {
+            line += &format!("; reload refused, the configuration stays what it was: {why}");
+        }
+        line
+    }
+
+    /// Keeps why the last reload of the configuration was refused, for [`Board::line`]; or that it was not.
+    pub(super) fn reload_refused(&self, why: Option<&str>) {
+        // A line for people, and one only: the rest is in the log.
+        let first = why.map(|why| match why.split_once('\n') {
+            Some((first, _)) => format!("{} (and more: see the log)", shortened(first)),
+            None => shortened(why),
+        });
+        *self.reload_refused.lock().unwrap_or_else(PoisonError::into_inner) = first;
+    }
+
+    fn add_work(&self, line: &mut String, at_work: &[(&(Name, Name), &Arc<Counters>)]) {
         let machines: BTreeSet<&Name> = at_work.iter().map(|((machine, _), _)| machine).collect();
         let sum =
             |figure: fn(&Counters) -> u64| at_work.iter().map(|(_, counters)| figure(counters)).sum::<u64>();
         let (done, total) = (sum(Counters::done), sum(Counters::total));
         let rate: f64 = at_work.iter().filter_map(|(key, counters)| self.rate(key, counters)).sum();
-        line += &format!(
+        *line += &format!(
             "; receiving {} disks of {} machines: {}% of {}, {}/s",
             at_work.len(),
             machines.len(),
@@ -414,9 +450,8 @@ impl Board {
         );
         let paused = at_work.iter().filter(|(_, counters)| counters.is_paused()).count();
         if paused > 0 {
-            line += &format!("; {paused} wait for room on the retention file system");
+            *line += &format!("; {paused} wait for room on the retention file system");
         }
-        line
     }
 
     /// The report of this moment. Reads the protections' files: to be called where that may block.

@@ -42,6 +42,7 @@ fn assignment(disk: &str, number: u32) -> Assignment {
         state: State::Empty,
         last_commit: None,
         source: None,
+        released: None,
     }
 }
 
@@ -55,8 +56,8 @@ fn wrong(text: &str) -> (usize, String) {
     let text = error.to_string();
     match error {
         ConfigError::Mistakes { mut mistakes, .. } => {
-            assert_eq!(mistakes.len(), 1, "{text}");
-            let Mistake { place, what } = mistakes.remove(0);
+            assert_eq!((mistakes.told.len(), mistakes.more), (1, 0), "{text}");
+            let Mistake { place, what } = mistakes.told.remove(0);
             assert!(text.starts_with(&format!("{}:{}: ", file.display(), place.line)), "{text}");
             (place.line, what)
         }
@@ -208,6 +209,7 @@ fn all_mistakes_of_all_files_are_told_at_once_in_their_order() {
     let Err(ConfigError::Mistakes { files, mistakes }) = Sourced::load_from(&main, &snippets) else {
         panic!("it is not sound")
     };
+    let mistakes = mistakes.told;
     assert_eq!(files.len(), 4);
     let places: Vec<(String, usize)> = mistakes
         .iter()
@@ -248,7 +250,7 @@ fn what_cannot_hold_together_is_named_where_it_was_set() {
         let Err(ConfigError::Mistakes { mistakes, .. }) = Sourced::load(Some(&file)) else {
             panic!("{text}: it is not sound")
         };
-        let said = &mistakes[0];
+        let said = &mistakes.told[0];
         assert!(said.place.line == line && said.what.contains(what), "{text}: {mistakes:?}");
     }
     // Below one another, the other way about, is how it is by default.

@@ -1,12 +1,14 @@
 //! `mt-agent config`: the configuration of the service, before the service reads it.
 //!
-//! `check --json`: `{"schema_version": 1, "files": ["…"], "mistakes": [{"file": "…", "line": 3, "what": "…"}]}`.
+//! `check --json`: `{"schema_version": 1, "files": ["…"], "mistakes": [{"file": "…", "line": 3, "what": "…"}],
+//! "more": 0}`: how many mistakes there are beyond the first hundred.
 //! `show --json`: `{"schema_version": 1, "keys": [{"key": "window", "value": 8388608, "file": "…", "line": 3, "reloads":
 //! true}]}`, with sizes in bytes, times in seconds, and `null` for file and line of a default.
 
 use std::path::PathBuf;
 
-use mt_agent::agent::config::{Error, KEYS, Mistake, Place, Sourced, Value};
+use mt_agent::agent::config::{Error, KEYS, Mistake, Mistakes, Place, Sourced, Value};
+use mt_agent::error::plain;
 use serde::Serialize;
 
 use super::{Failure, print, print_json, table};
@@ -50,6 +52,7 @@ struct Checked {
     schema_version: u32,
     files: Vec<PathBuf>,
     mistakes: Vec<Wrong>,
+    more: usize,
 }
 
 #[derive(Serialize)]
@@ -88,19 +91,21 @@ pub fn run(command: &Command) -> Result<(), Failure> {
 
 fn check(args: &Check) -> Result<(), Failure> {
     let (files, mistakes) = match Sourced::load(args.config.as_deref()) {
-        Ok(sourced) => (sourced.files, Vec::new()),
+        Ok(sourced) => (sourced.files, Mistakes::default()),
         Err(Error::Mistakes { files, mistakes }) => (files, mistakes),
-        Err(error) => return Err(Failure::failed(error)),
+        Err(error) => return Err(error.into()),
     };
-    let count = mistakes.len();
+    let count = mistakes.told.len() + mistakes.more;
     if args.json {
+        let more = mistakes.more;
         let wrong = |Mistake { place: Place { file, line }, what }| Wrong { file, line, what };
-        let mistakes = mistakes.into_iter().map(wrong).collect();
-        print_json(&Checked { schema_version: SCHEMA_VERSION, files, mistakes })?;
+        let mistakes = mistakes.told.into_iter().map(wrong).collect();
+        print_json(&Checked { schema_version: SCHEMA_VERSION, files, mistakes, more })?;
     } else {
-        let mut text: String = mistakes.iter().map(|mistake| format!("{mistake}\n")).collect();
+        let mut text = format!("{mistakes}\n");
         if count == 0 {
-            let files: Vec<String> = files.iter().map(|file| file.display().to_string()).collect();
+            let files: Vec<String> =
+                files.iter().map(|file| plain(&file.to_string_lossy()).into_owned()).collect();
             text = match files.as_slice() {
                 [] => "There is no configuration: all keys have their defaults.\n".to_owned(),
                 _ => format!("The configuration is sound: {}.\n", files.join(", ")),
@@ -116,7 +121,7 @@ fn check(args: &Check) -> Result<(), Failure> {
 }
 
 fn show(args: &Show) -> Result<(), Failure> {
-    let Sourced { config, set, .. } = Sourced::load(args.config.as_deref()).map_err(Failure::failed)?;
+    let Sourced { config, set, .. } = Sourced::load(args.config.as_deref())?;
     let keys = KEYS.iter().filter(|key| args.effective || set.contains_key(key.name));
     if args.json {
         let keys = keys.map(|key| {

@@ -140,7 +140,7 @@ fn read(path: &Path, engine: EngineChoice) -> Result<(String, u64), Failure> {
         let counted = progress.clone();
         let reading = scope.spawn(move || source::digest(source, engine, counted));
         while !reading.is_finished() {
-            bar.set_position(progress.read.load(Ordering::Relaxed));
+            bar.set_position(progress.done.load(Ordering::Relaxed));
             std::thread::sleep(Duration::from_millis(20));
         }
         reading.join()

@@ -102,7 +102,11 @@ fn configuration(date: &str) -> Roff {
         bold("mt-agent config check"),
         roman(" finds mistakes without starting anything, and "),
         bold("mt-agent config show --effective"),
-        roman(" tells what holds and which file says so."),
+        roman(
+            " tells what holds and which file says so. With a mistake in it, or where it cannot be read, every command that goes by \
+             it ends with 3, and systemd does not start the service again; a reload is refused, which `systemctl status` shows, \
+             and the service goes on with what it had. No value may have control characters in it.",
+        ),
     ]);
     page.control("SH", ["KEYS"]);
     for key in &KEYS {

@@ -22,10 +22,16 @@ pub struct Places {
     pub retention: Option<PathBuf>,
 }
 
+impl From<config::Error> for Failure {
+    fn from(error: config::Error) -> Failure {
+        if error.is_refusal() { Failure::refused(error) } else { Failure::failed(error) }
+    }
+}
+
 impl Places {
     /// The configuration, with what was given on the command line in its place.
     pub fn load(&self) -> Result<Config, Failure> {
-        self.read().map_err(Failure::failed)
+        Ok(self.read()?)
     }
 
     /// The same, for who can go on without.

@@ -9,15 +9,18 @@ use std::time::Duration;
 use mt_agent::error::chain;
 use mt_agent::name::Name;
 use mt_agent::net::address::Address;
+use mt_agent::send::free::Space;
 use mt_agent::send::hints::Hints;
 use mt_agent::send::limit::Rates;
 use mt_agent::send::still::Wishes;
-use mt_agent::send::{Compression, Done, Error, Plan, Prepared, Scope};
+use mt_agent::send::{Compression, Done, Error, Plan, Prepared, Scope, preview};
 use mt_agent::storage::device::EngineChoice;
+use mt_agent::units::ByteLen;
 use serde_json::json;
 
+use self::attempt::prepare;
 pub(super) use self::attempt::{Job, Signals};
-use self::attempt::{mounts, prepare};
+use super::table::printable;
 use super::{Failure, print, print_json};
 
 /// The version of the JSON that this command prints.
@@ -78,7 +81,7 @@ pub struct Args {
     /// Send a disk although it is another one, of whatever size, than the one that was sent last under its name
     #[arg(long, conflicts_with = "every")]
     another_disk: bool,
-    /// Check that the sources can be read and show what would be sent, and send nothing
+    /// Check that the sources can be read and show what would be sent and what skipped, and send nothing
     #[arg(long)]
     dry_run: bool,
     /// What has changed on a disk since its last point, as a tracker knows it: a file of `offset length` a line, or a JSON
@@ -221,7 +224,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         freeze: args.freeze,
     };
     if args.dry_run {
-        return dry_run(&job.machine, &job.plan, args.what.json);
+        return dry_run(&job.machine, &job.plan, args.freeze.is_some(), args.what.json);
     }
     job.lines = args.every.is_some();
     let runtime = tokio::runtime::Runtime::new().map_err(Failure::failed)?;
@@ -234,16 +237,20 @@ pub fn run(args: Args) -> Result<(), Failure> {
     result
 }
 
-fn dry_run(machine: &Name, plan: &Plan, json: bool) -> Result<(), Failure> {
+fn dry_run(machine: &Name, plan: &Plan, freeze: bool, json: bool) -> Result<(), Failure> {
     let disks = prepare(plan)?;
-    let mounts = mounts(&disks);
+    let previews = preview(plan, freeze, &disks);
     if json {
-        let disk = |(disk, mounts): (&Prepared, &Vec<String>)| {
+        let disk = |(disk, (writers, space)): (&Prepared, &(Vec<String>, Space))| {
             json!({
                 "disk": disk.name,
                 "source": disk.source.path().display().to_string(),
                 "size": disk.source.size(),
-                "in_use": mounts,
+                "in_use": writers,
+                "used_bytes": space.free.map(|free| disk.source.size().0 - free),
+                "free_bytes": space.free,
+                "skipped_bytes": space.skipped,
+                "not_skipped": space.reasons,
             })
         };
         return print_json(&json!({
@@ -251,12 +258,26 @@ fn dry_run(machine: &Name, plan: &Plan, json: bool) -> Result<(), Failure> {
             "machine": machine,
             "dry_run": true,
             "to": plan.to.to_string(),
-            "disks": disks.iter().zip(&mounts).map(disk).collect::<Vec<_>>(),
+            "disks": disks.iter().zip(&previews).map(disk).collect::<Vec<_>>(),
         }));
     }
-    for disk in &disks {
+    for (disk, (_, space)) in disks.iter().zip(&previews) {
         let (name, path, size) = (&disk.name, disk.source.path().display(), disk.source.size());
-        print(&format!("would send {path} ({size}) as disk {name} of {machine} to {}\n", plan.to))?;
+        let text = format!("would send {path} ({size}) as disk {name} of {machine} to {}\n", plan.to);
+        print(&(text + &of_space(name, size, space, "would be skipped")))?;
     }
     Ok(())
+}
+
+/// What is told of a disk's free space, in lines. `skipped` is what becomes of that which need not be read.
+fn of_space(name: &Name, size: ByteLen, space: &Space, skipped: &str) -> String {
+    let mut text = String::new();
+    if let Some(free) = space.free {
+        let (used, not_read) = (ByteLen(size.0 - free), ByteLen(space.skipped));
+        text += &format!("{name}: {used} used, {} free, {not_read} of it {skipped}\n", ByteLen(free));
+    }
+    for why in &space.reasons {
+        text += &format!("{name}: free space not skipped: {}\n", printable(why));
+    }
+    text
 }

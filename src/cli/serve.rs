@@ -52,7 +52,7 @@ impl Args {
 }
 
 pub fn run(args: Args) -> Result<(), Failure> {
-    let config = args.read().map_err(Failure::failed)?;
+    let config = args.read()?;
     let level = logging::init(args.log_format, args.log_level.as_deref(), &config.log_level);
     let level = level.map_err(log_failure)?;
     let reread = Box::new(move || {

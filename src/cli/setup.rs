@@ -1,18 +1,18 @@
 //! `mt-agent setup`: the changes that make this host a master target.
 
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 
 use clap::builder::PossibleValuesParser;
 use clap::{Args, Subcommand};
 use mt_agent::agent::config::{self, Config, Sourced};
 use mt_agent::disk::id::DiskId;
-use mt_agent::error::chain;
+use mt_agent::error::{IoError, chain};
 use mt_agent::setup;
-use mt_agent::setup::record::State;
 use mt_agent::setup::{
     Applied, CHANGES, Change, Checked, Error, Finding, Host, Level, Outcomes, Planned, Reverted, Setup,
-    Status, Wishes, tree::Root,
+    Standing, Status, Wishes, tree::Root,
 };
 use mt_agent::units::rfc3339;
 use serde_json::{Value, json};
@@ -84,12 +84,19 @@ impl From<Error> for Failure {
 }
 
 impl Selection {
-    fn changes(&self) -> Vec<&'static Change> {
+    fn changes(&self) -> Result<Vec<&'static Change>, Failure> {
         let named = |names: &[String], change: &Change| names.iter().any(|name| name == change.name);
         let wanted = |change: &&Change| {
             (self.only.is_empty() || named(&self.only, change)) && !named(&self.skip, change)
         };
-        CHANGES.iter().filter(wanted).collect()
+        let left: Vec<&Change> = CHANGES.iter().filter(wanted).collect();
+        if left.is_empty() {
+            let of = if self.only.is_empty() { "there are" } else { "--only names" };
+            return Err(Failure::Usage(format!(
+                "no change is left: --skip takes away all that {of}; leave one of them out of it"
+            )));
+        }
+        Ok(left)
     }
 
     fn open(&self, wishes: Wishes) -> Result<Setup, Failure> {
@@ -97,12 +104,7 @@ impl Selection {
         let config = match &places.config {
             Some(_) => places.load()?,
             // The host's own.
-            None => {
-                let root = Root::open(&self.root)?;
-                let at = |path: &str| Ok::<_, Error>(root.at(&root.real(path.as_ref())?));
-                let (file, snippets) = (at(config::DEFAULT_FILE)?, at(config::DEFAULT_SNIPPETS)?);
-                places.over(Sourced::load_from(&file, &snippets).map_err(Failure::failed)?.config)
-            }
+            None => places.over(configured(&Root::open(&self.root)?)?.config),
         };
         Ok(Setup::open(Host::open(&self.root, places_of(&config), wishes)?)?)
     }
@@ -120,6 +122,22 @@ impl Selection {
 }
 
 impl ApplyArgs {
+    /// The changes; what is asked for besides must be for one of them.
+    fn changes(&self) -> Result<Vec<&'static Change>, Failure> {
+        let changes = self.selection.changes()?;
+        for (asked, option, of) in [
+            (self.retention_disk.is_some(), "--retention-disk", "retention"),
+            (self.install, "--install", "packages"),
+        ] {
+            if asked && !changes.iter().any(|change| change.name == of) {
+                return Err(Failure::Usage(format!(
+                    "{option} is for the change {of}, which --only or --skip leave out; name it, or leave {option} out"
+                )));
+            }
+        }
+        Ok(changes)
+    }
+
     fn open(&self) -> Result<Setup, Failure> {
         let ApplyArgs { retention_disk, overwrite, install, .. } = self;
         self.selection.open(Wishes {
@@ -128,6 +146,31 @@ impl ApplyArgs {
             install: *install,
         })
     }
+}
+
+/// What the host's own files say. Where they are links, these are meant inside of its root.
+fn configured(root: &Root) -> Result<Sourced, Failure> {
+    let mut files = Vec::new();
+    let mut take = |path: &Path| {
+        let bytes = root.read(path)?;
+        let found = bytes.is_some();
+        files.extend(bytes.map(|bytes| (root.at(path), bytes)));
+        Ok::<bool, Error>(found)
+    };
+    take(Path::new(config::DEFAULT_FILE))?;
+    let snippets = Path::new(config::DEFAULT_SNIPPETS);
+    for name in root.entries(snippets)?.iter().filter(|name| config::is_snippet(name)) {
+        let path = snippets.join(name);
+        if !take(&path)? {
+            let target = root.at(&path).display().to_string();
+            return Err(Failure::refused(IoError::new(
+                "open",
+                target,
+                io::Error::from_raw_os_error(libc::ENOENT),
+            )));
+        }
+    }
+    Ok(Sourced::of(files)?)
 }
 
 fn places_of(config: &Config) -> setup::Places {
@@ -155,7 +198,9 @@ pub fn follow_disks(config: &Config) -> Result<Vec<String>, Failure> {
     let mut lines = Vec::new();
     for (name, outcome) in done {
         let applied = outcome.map_err(|error| failed(&format!("{name}: {}", chain(&error))))?;
-        lines.extend(applied.files.iter().map(|path| format!("setup {name}: wrote {}", path.display())));
+        lines.extend(
+            files_text(&applied.files, &applied.removed, "wrote").map(|text| format!("setup {name}: {text}")),
+        );
         lines.extend(
             applied
                 .findings
@@ -183,21 +228,34 @@ fn value(of: impl serde::Serialize) -> Result<Value, Failure> {
 }
 
 fn check(args: &Selection) -> Result<(), Failure> {
-    let checked = args.open(Wishes::default())?.check(&args.changes());
-    let mut rows = Vec::new();
-    for Checked { name, findings, .. } in &checked {
-        for Finding { level, what, fix } in findings {
-            rows.push(vec![
-                level.as_str().to_owned(),
-                (*name).to_owned(),
-                table::printable(what),
-                table::printable(fix),
-            ]);
-        }
-    }
-    let text = table::lines(&["RESULT", "CHANGE", "WHAT", "FIX"], &rows).join("\n") + "\n";
+    let changes = args.changes()?;
+    let setup = args.open(Wishes::default())?;
+    setup.host().expect_system()?;
+    let checked = setup.check(&changes);
+    let text = checked_text(&checked).join("\n") + "\n";
     args.print(checked.iter().map(value).collect::<Result<_, _>>()?, &text)?;
     failing(checked.iter().filter(|checked| checked.level == Level::Fail).map(|checked| checked.name))
+}
+
+/// A table, in lines of the narrowest terminal: of each change what was found, and below that how to mend it and, where
+/// anything is to be mended, what that was seen by.
+fn checked_text(checked: &[Checked]) -> Vec<String> {
+    let width = CHANGES.iter().map(|change| change.name.len()).max().unwrap_or_default();
+    let mut lines = vec![format!("RESULT  {:width$}  WHAT", "CHANGE")];
+    for Checked { name, level, findings, evidence, .. } in checked {
+        for (at, Finding { level, what, fix }) in findings.iter().enumerate() {
+            let head = format!("{:6}  {name:width$}  ", level.as_str());
+            lines.extend(table::wrapped(&head, &table::printable(what)));
+            // One for all that it mends.
+            let is_last = findings.get(at + 1).is_none_or(|next| next.fix != *fix);
+            if is_last && !fix.is_empty() {
+                lines.extend(table::wrapped("        fix: ", &table::printable(fix)));
+            }
+        }
+        let shown = evidence.iter().filter(|_| *level > Level::Pass);
+        lines.extend(shown.flat_map(|fact| table::wrapped("        seen: ", &table::printable(fact))));
+    }
+    lines
 }
 
 /// Exit code 3 where any change is not as it must be.
@@ -211,10 +269,13 @@ fn failing(names: impl Iterator<Item = &'static str>) -> Result<(), Failure> {
 }
 
 fn plan(args: &ApplyArgs) -> Result<(), Failure> {
-    let planned = args.open()?.plan(&args.selection.changes());
+    let changes = args.changes()?;
+    let setup = args.open()?;
+    setup.host().expect_system()?;
+    let planned = setup.plan(&changes);
     let mut text = String::new();
     for plan in &planned {
-        text.push_str(&plan_text(plan));
+        text.push_str(&plan_text(plan, setup.host().is_live()));
     }
     args.selection.print(planned.iter().map(value).collect::<Result<_, _>>()?, &text)?;
     let refused: Vec<&str> =
@@ -226,7 +287,7 @@ fn plan(args: &ApplyArgs) -> Result<(), Failure> {
     }
 }
 
-fn plan_text(plan: &Planned) -> String {
+fn plan_text(plan: &Planned, is_live: bool) -> String {
     let mut text = format!("# {}: {}\n", plan.name, plan.about);
     let mut say = |line: String| {
         text.push_str(&line);
@@ -244,11 +305,17 @@ fn plan_text(plan: &Planned) -> String {
             .map_or(String::new(), |path| format!(", where {} is there", path.display()));
         format!("{when}: {}  # {}{only}", call.command, call.why)
     };
-    plan.prepare.iter().for_each(|planned| say(call("first call", planned)));
+    // In an image nothing is called.
+    let (first, then) =
+        if is_live { ("first call", "call") } else { ("left for the host itself", "on a running host") };
+    plan.prepare.iter().for_each(|planned| say(call(first, planned)));
     if !plan.diff.is_empty() {
         say(plan.diff.trim_end_matches('\n').to_owned());
     }
-    plan.calls.iter().for_each(|planned| say(call("call", planned)));
+    plan.calls.iter().for_each(|planned| say(call(then, planned)));
+    if plan.reboot {
+        say("then reboot: all of it is in effect only after that".to_owned());
+    }
     if plan.is_empty() {
         say("nothing to do".to_owned());
     }
@@ -287,7 +354,8 @@ fn outcomes<T: serde::Serialize>(done: &Outcomes<T>) -> Result<(Vec<Value>, Opti
 }
 
 fn apply(args: &ApplyArgs) -> Result<(), Failure> {
-    let done = args.open()?.apply(&args.selection.changes())?;
+    let changes = args.changes()?;
+    let done = args.open()?.apply(&changes)?;
     let mut text = String::new();
     for (name, outcome) in &done {
         match outcome {
@@ -313,9 +381,17 @@ fn lines_of(text: &mut String, name: &str, error: &Error) {
     }
 }
 
+/// What became of each file: it was removed, or what `done` says.
+fn files_text(files: &[PathBuf], removed: &[PathBuf], done: &str) -> impl Iterator<Item = String> {
+    files.iter().map(move |path| {
+        format!("{} {}", if removed.contains(path) { "removed" } else { done }, path.display())
+    })
+}
+
 fn applied_text(name: &str, applied: &Applied) -> String {
     let mut text = String::new();
-    applied.files.iter().for_each(|path| _ = writeln!(text, "{name}: wrote {}", path.display()));
+    files_text(&applied.files, &applied.removed, "wrote")
+        .for_each(|line| _ = writeln!(text, "{name}: {line}"));
     applied.calls.iter().for_each(|call| _ = writeln!(text, "{name}: called {call}"));
     applied.left.iter().for_each(|call| _ = writeln!(text, "{name}: left for the host itself: {call}"));
     if text.is_empty() {
@@ -330,16 +406,15 @@ fn applied_text(name: &str, applied: &Applied) -> String {
 }
 
 fn revert(args: &Selection) -> Result<(), Failure> {
-    let done = args.open(Wishes::default())?.revert(&args.changes())?;
+    let changes = args.changes()?;
+    let done = args.open(Wishes::default())?.revert(&changes)?;
     let mut text = String::new();
     for (name, outcome) in &done {
         match outcome {
             Ok(Reverted { applied: false, .. }) => _ = writeln!(text, "{name}: was not applied"),
             Ok(reverted) => {
-                reverted
-                    .files
-                    .iter()
-                    .for_each(|path| _ = writeln!(text, "{name}: put back {}", path.display()));
+                files_text(&reverted.files, &reverted.removed, "put back")
+                    .for_each(|line| _ = writeln!(text, "{name}: {line}"));
                 reverted.calls.iter().for_each(|call| _ = writeln!(text, "{name}: called {call}"));
                 _ = writeln!(text, "{name}: is taken back");
                 if reverted.reboot {
@@ -355,7 +430,8 @@ fn revert(args: &Selection) -> Result<(), Failure> {
 }
 
 fn status(args: &Selection) -> Result<(), Failure> {
-    let found = args.open(Wishes::default())?.status(&args.changes())?;
+    let changes = args.changes()?;
+    let found = args.open(Wishes::default())?.status(&changes)?;
     let mut rows = Vec::new();
     for Status { name, applied } in &found {
         let mut row = vec![(*name).to_owned()];
@@ -363,10 +439,10 @@ fn status(args: &Selection) -> Result<(), Failure> {
             None => row.extend(["not applied", "-", "-", "-"].map(str::to_owned)),
             Some(applied) => {
                 let state = match applied.state {
-                    State::Applied if applied.edited.is_empty() => "applied",
-                    State::Applied => "changed since",
-                    State::Applying => "interrupted: apply again",
-                    State::Reverting => "interrupted: revert again",
+                    Standing::Applied => "applied",
+                    Standing::ChangedSince => "changed since",
+                    Standing::Applying => "interrupted: apply again",
+                    Standing::Reverting => "interrupted: revert again",
                 };
                 let reboot = if applied.reboot_due { "due" } else { "-" };
                 row.extend([state, &rfc3339(applied.time), &applied.version, reboot].map(str::to_owned));

@@ -17,6 +17,37 @@ pub fn lines(head: &[&str], rows: &[Vec<String>]) -> Vec<String> {
     lines
 }
 
+/// The narrowest terminal that is reckoned with.
+const WIDTH: usize = 80;
+
+/// `head` and `text` in lines of at most 80 characters, the text below itself. It is broken between words: where one of them
+/// is too long for what `head` leaves, all of it begins further left, on the next line.
+pub fn wrapped(head: &str, text: &str) -> Vec<String> {
+    const LEFT: &str = "        ";
+    let indent = head.chars().count();
+    if indent > LEFT.len() && text.split(' ').any(|word| indent + word.chars().count() > WIDTH) {
+        return [vec![head.trim_end().to_owned()], wrapped(LEFT, text)].concat();
+    }
+    let mut lines = Vec::new();
+    let mut line = head.to_owned();
+    let mut used = indent;
+    for word in text.split(' ') {
+        let len = word.chars().count();
+        if used > indent && used + 1 + len > WIDTH {
+            lines.push(std::mem::replace(&mut line, " ".repeat(indent)));
+            used = indent;
+        }
+        if used > indent {
+            line.push(' ');
+            used += 1;
+        }
+        line.push_str(word);
+        used += len;
+    }
+    lines.push(line);
+    lines
+}
+
 /// Text of foreign origin as one line of printable characters.
 pub fn printable(text: &str) -> String {
     let plain = |c: char| if c.is_control() { ' ' } else { c };
@@ -31,6 +62,15 @@ mod tests {
     fn columns_line_up_and_lines_end_without_spaces() {
         let rows = vec![vec!["a".to_owned(), String::new()], vec!["äöü".to_owned(), "x".to_owned()]];
         assert_eq!(lines(&["ID", "B"], &rows), ["ID   B", "a", "äöü  x"]);
+        let text = format!("{} {}", "words ".repeat(20).trim_end(), "x".repeat(90));
+        let lines = wrapped("head: ", &text);
+        assert_eq!(lines[0], format!("head: {}", "words ".repeat(12).trim_end()));
+        assert_eq!(lines[1], format!("      {}", "words ".repeat(8).trim_end()));
+        assert_eq!(lines[2..], [format!("      {}", "x".repeat(90))]);
+        let path = "x".repeat(60);
+        let lines = wrapped("fail    something      ", &format!("{path} is away"));
+        assert_eq!(lines, ["fail    something".to_owned(), format!("        {path} is away")]);
+        assert_eq!(wrapped("fix: ", "é"), ["fix: é"]);
         assert_eq!(printable("a\u{1b}[31m\n b"), "a [31m b");
     }
 }

@@ -11,8 +11,9 @@ pub(super) fn each<T: Sync, R: Send>(
     worth: bool,
     work: impl Fn(usize, &T) -> R + Sync,
 ) -> Vec<R> {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = if worth { THREADS.min(cores).min(items.len()) } else { 1 };
+    // Only asked where it is needed: to find out, files below /proc and /sys are read.
+    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = if worth { THREADS.min(cores()).min(items.len()) } else { 1 };
     let next = AtomicUsize::new(0);
     let some = || {
         let places = std::iter::repeat_with(|| next.fetch_add(1, Ordering::Relaxed));

@@ -26,6 +26,8 @@ pub const MAX_LINE: usize = 4 << 20;
 pub const MAX_VOLUMES: usize = 4096;
 /// The most points that one record drops.
 pub const MAX_DROPPED: usize = 65536;
+/// The most machines of a point that was narrowed.
+pub const MAX_MACHINES: usize = MAX_VOLUMES;
 /// The most disks of a machine that was failed over.
 pub const MAX_RELEASED: usize = 256;
 
@@ -184,6 +186,12 @@ fn check(record: &Record) -> Result<(), Error> {
                 return Err(Error::None("points"));
             }
             list("points", &dropped.points, MAX_DROPPED, |point| point)
+        }
+        Record::Narrowed(narrowed) => {
+            if narrowed.machines.is_empty() {
+                return Err(Error::None("machines"));
+            }
+            list("machines", &narrowed.machines, MAX_MACHINES, |machine| machine)
         }
         Record::GivenUp(given_up) => {
             if given_up.points.is_empty() {

@@ -1,21 +1,19 @@
 //! The file of the points log: read whole, appended to by one record at a time, durable before anyone is told.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
-use std::fs::{self, File, OpenOptions};
+use std::any::Any;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::{FallocateFlags, Flock, fallocate};
 use time::OffsetDateTime;
 
 use super::{
-    Begun, Dropped, Error, GivenUp, Point, PointId, Reason, Record, Refused, Released, TakenBack, VolumeAt,
-    line,
+    Begun, Dropped, Error, GivenUp, Narrowed, Point, PointId, Reason, Record, Refused, Released, TakenBack,
+    VolumeAt, line,
 };
-use crate::durable;
 use crate::error::{IoError, chain};
 use crate::name::Name;
+use crate::storage::{Scroll, scroll};
 
 /// The name of the log in the retention directory.
 pub const FILE_NAME: &str = "points.log";
@@ -23,8 +21,6 @@ pub const FILE_NAME: &str = "points.log";
 const MAX_LOG: u64 = 1 << 30;
 /// The directory of the journals, beside the log.
 pub const JOURNALS: &str = "journals";
-/// How much room is held for the records to come, so that points can be let go where nothing else has room.
-const SPARE: u64 = 64 << 10;
 /// A log of fewer lines is not worth compacting.
 const WORTH: usize = 1000;
 
@@ -47,7 +43,7 @@ const WORTH: usize = 1000;
 /// the same without the part. [`Log::settle`] does this alone: whoever *acts* on a point that it did not record itself
 /// settles first.
 ///
-/// *Making the log*, and *compacting* it, replaces the file whole ([`durable::write`]): a crash leaves the old one
+/// *Making the log*, and *compacting* it, replaces the file whole ([`Scroll::replace`]): a crash leaves the old one
 /// or the new one, which mean the same, and perhaps a temporary file whose name begins with a dot. Should the flush
 /// of the directory fail, either may be there after a power cut; so nothing is appended before the directory was
 /// flushed with the file that has the name. So there is never a log without its first line, and since it is made before
@@ -57,29 +53,21 @@ const WORTH: usize = 1000;
 ///
 /// After a *failed write or flush* the kernel may have thrown away what it could not write and call it clean. The line
 /// is taken out of the file as far as that can be done, and the `Log` takes nothing more. Nobody knows then
-/// whether the record is there: open the log again, and `settle` it, before going on.
+/// whether the record is there: [`reopen`](Log::reopen) the log before going on.
 #[derive(Debug)]
 pub struct Log {
     path: PathBuf,
+    scroll: Box<dyn Scroll>,
     state: State,
-    /// Where to append, while nobody else did since.
-    tail: Option<Tail>,
+    /// Where to append, while nobody else did since: every line before it is durable, and so is the file's name.
+    end: Option<u64>,
     latched: bool,
     /// At how many lines to look whether compacting pays.
     look_at: usize,
 }
 
-/// The end of a file whose every line is durable, and so is its name.
-#[derive(Debug)]
-struct Tail {
-    /// Open, so that no other file can have its inode number.
-    file: File,
-    end: u64,
-    /// Up to where blocks are allocated.
-    reserved: u64,
-}
-
-/// A point that the log still has: also a dropped one, while an older one needs its before-images.
+/// A point that the log still has: also a dropped one, while an older one needs its before-images. One that was narrowed is two:
+/// dropped for the machines that it was taken from, and behind that kept for the others.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Entry {
     /// The point.
@@ -114,8 +102,13 @@ impl Log {
     /// [`Error::Corrupt`] or [`Error::Unsupported`] where it cannot be understood.
     pub fn open(dir: impl AsRef<Path>) -> Result<Log, Error> {
         let path = dir.as_ref().join(FILE_NAME);
-        let (state, _) = read_unlocked(&path)?;
-        Ok(Log { path, state, tail: None, latched: false, look_at: WORTH })
+        Log::on(Box::new(scroll::File::at(path.clone())), path)
+    }
+
+    /// The same, of what is called `path` and lies anywhere.
+    pub(crate) fn on(scroll: Box<dyn Scroll>, path: PathBuf) -> Result<Log, Error> {
+        let (state, _) = read_unlocked(&*scroll, &path)?;
+        Ok(Log { path, scroll, state, end: None, latched: false, look_at: WORTH })
     }
 
     /// The file.
@@ -129,7 +122,7 @@ impl Log {
     /// As [`Log::open`]; then what was read before stays.
     pub fn refresh(&mut self) -> Result<(), Error> {
         if !self.is_current()? {
-            self.state = read_unlocked(&self.path)?.0;
+            self.state = read_unlocked(&*self.scroll, &self.path)?.0;
         }
         Ok(())
     }
@@ -141,6 +134,15 @@ impl Log {
     pub fn settle(&mut self) -> Result<(), Error> {
         let _exclusive = self.exclusive()?;
         self.ready().map(drop)
+    }
+
+    /// Opens it again after a failure, and settles it.
+    ///
+    /// # Errors
+    /// Then it takes nothing, as before, and what was read before stays.
+    pub fn reopen(&mut self) -> Result<(), Error> {
+        (self.latched, self.end) = (false, None);
+        self.settle().inspect_err(|_| self.latched = true)
     }
 
     /// Appends a record. It is durable when this returns, and before, in effect, nobody was told of it.
@@ -156,74 +158,57 @@ impl Log {
         if self.state.lines >= self.look_at {
             self.compact_if_it_pays();
         }
-        let target = self.path.display().to_string();
-        let tail = self.ready()?;
-        if tail.end + line.len() as u64 > MAX_LOG {
+        let end = self.ready()?;
+        if end + line.len() as u64 > MAX_LOG {
             return Err(Refused::Full(MAX_LOG).into());
         }
-        if let Err((op, source)) = tail.append(&line) {
-            let error = IoError::at(op, target, tail.end, source);
+        if let Err(error) = self.scroll.append(end, &line).and_then(|()| self.scroll.flush()) {
             // Where this fails too there is nothing more to be done about it; the first error is the one to report.
-            tail.file.set_len(tail.end).unwrap_or_default();
-            self.latch();
+            self.scroll.cut(end).unwrap_or_default();
+            (self.latched, self.end) = (true, None);
             return Err(error.into());
         }
+        self.end = Some(end + line.len() as u64);
         self.state.apply(record);
         Ok(())
     }
 
-    fn latch(&mut self) {
-        self.latched = true;
-        self.tail = None;
-    }
-
     /// Waits for the right to append. It is held for one record.
-    fn exclusive(&mut self) -> Result<Flock<File>, Error> {
+    fn exclusive(&mut self) -> Result<Box<dyn Any>, Error> {
         if self.latched {
             return Err(Error::Latched { file: self.path.clone() });
         }
-        if self.tail.is_none() {
-            durable::private_dir(self.dir()).inspect_err(|_| self.latched = true)?;
-        }
-        Ok(durable::lock(&self.dir().join(".points.lock"))?)
-    }
-
-    fn dir(&self) -> &Path {
-        // `open` joined a name to it.
-        self.path.parent().unwrap_or(Path::new("."))
+        Ok(self.scroll.lock().inspect_err(|_| self.latched = true)?)
     }
 
     /// Whether the file is as this `Log` left it.
     fn is_current(&self) -> Result<bool, IoError> {
-        let failed = |error| IoError::new("look at", self.path.display().to_string(), error);
-        let Some(tail) = &self.tail else { return Ok(false) };
-        let named = match fs::metadata(&self.path) {
-            Ok(named) => named,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
-            Err(error) => return Err(failed(error)),
-        };
-        let ours = tail.file.metadata().map_err(failed)?;
-        Ok((named.dev(), named.ino(), named.len()) == (ours.dev(), ours.ino(), tail.end))
+        self.end.map_or(Ok(false), |end| self.scroll.ends_at(end))
     }
 
     /// The end to append at, after reading and settling what others left. The caller has the lock.
-    fn ready(&mut self) -> Result<&mut Tail, Error> {
-        if !self.is_current()? {
-            self.tail = None;
-            let (state, mut end) = read(&self.path)?;
-            if end == 0 {
-                let head = line::head();
-                durable::write(&self.path, &head, 0o600)?;
-                end = head.len() as u64;
-            }
-            let settled = settle_file(&self.path, end);
-            // After a failed flush the next one may succeed without having written a thing.
-            let file = settled.inspect_err(|_| self.latched = true)?;
-            durable::sync_dir(self.dir()).inspect_err(|_| self.latched = true)?;
-            self.state = state;
-            self.tail = Some(Tail { file, end, reserved: 0 });
+    fn ready(&mut self) -> Result<u64, Error> {
+        if let Some(end) = self.end
+            && self.is_current()?
+        {
+            return Ok(end);
         }
-        self.tail.as_mut().ok_or_else(|| Error::Latched { file: self.path.clone() })
+        self.end = None;
+        let (state, mut end) = read(&*self.scroll, &self.path)?;
+        if end == 0 {
+            let head = line::head();
+            self.scroll.replace(&head)?;
+            end = head.len() as u64;
+        }
+        // After a failed flush the next one may succeed without having written a thing.
+        let bytes = self.scroll.settle(end).inspect_err(|_| self.latched = true)?;
+        if bytes > 0 {
+            let log = self.path.display();
+            tracing::warn!(%log, bytes, "a part of a line is cut off, of a record that was being written and nobody was told of");
+        }
+        self.state = state;
+        self.end = Some(end);
+        Ok(end)
     }
 
     /// Replaces the file by one without the records that nobody needs, where these are most of them. That it fails
@@ -234,10 +219,10 @@ impl Log {
         if self.state.lines <= needed.len() * 4 {
             return;
         }
-        self.tail = None;
+        self.end = None;
         let written = encode_all(&needed)
             .map_err(|error| IoError::new("encode", self.path.display().to_string(), io::Error::other(error)))
-            .and_then(|bytes| durable::write(&self.path, &bytes, 0o600));
+            .and_then(|bytes| self.scroll.replace(&bytes));
         match written {
             Ok(()) => self.look_at = WORTH.max(needed.len() * 4),
             Err(error) => tracing::warn!(error = chain(&error), "the points log could not be compacted"),
@@ -301,61 +286,22 @@ impl Log {
     }
 }
 
-impl Tail {
-    /// Writes a line at the end and flushes it; or says what failed.
-    fn append(&mut self, line: &[u8]) -> Result<(), (&'static str, io::Error)> {
-        let end = self.end + line.len() as u64;
-        if end > self.reserved {
-            // Not every file system can; then the records to come find their room or do not.
-            let keep = FallocateFlags::FALLOC_FL_KEEP_SIZE;
-            if let (Ok(from), Ok(len)) = (self.end.try_into(), (end - self.end + SPARE).try_into())
-                && fallocate(&self.file, keep, from, len).is_ok()
-            {
-                self.reserved = end + SPARE;
-            }
-        }
-        self.file.write_all_at(line, self.end).map_err(|error| ("append to", error))?;
-        self.file.sync_data().map_err(|error| ("flush", error))?;
-        self.end = end;
-        Ok(())
-    }
-}
-
-/// Cuts off what is behind the last line, and flushes the file.
-fn settle_file(path: &Path, end: u64) -> Result<File, IoError> {
-    let failed = |op| move |error| IoError::new(op, path.display().to_string(), error);
-    let file = OpenOptions::new().read(true).write(true).open(path).map_err(failed("open"))?;
-    let len = file.metadata().map_err(failed("look at"))?.len();
-    if len != end {
-        let (log, bytes) = (path.display(), len.saturating_sub(end));
-        tracing::warn!(%log, bytes, "a part of a line is cut off, of a record that was being written and nobody was told of");
-        file.set_len(end).map_err(failed("cut"))?;
-    }
-    file.sync_all().map_err(failed("flush"))?;
-    Ok(file)
-}
-
 /// Reads the log while others may append.
-fn read_unlocked(path: &Path) -> Result<(State, u64), Error> {
-    match read(path) {
+fn read_unlocked(scroll: &dyn Scroll, path: &Path) -> Result<(State, u64), Error> {
+    match read(scroll, path) {
         // Whoever cuts off a part and appends, while it is read, shows a line that never was. Damage stays.
-        Err(Error::Corrupt { .. }) => read(path),
+        Err(Error::Corrupt { .. }) => read(scroll, path),
         read => read,
     }
 }
 
 /// What the log says, and where its last line ends: at 0 where there is none.
-fn read(path: &Path) -> Result<(State, u64), Error> {
-    let bytes = match durable::read(path, MAX_LOG) {
-        Ok(bytes) => bytes,
-        Err(error) if error.source.kind() == io::ErrorKind::NotFound => {
-            return match path.with_file_name(JOURNALS).try_exists() {
-                Ok(false) => Ok((State::default(), 0)),
-                Ok(true) => Err(Error::Missing { file: path.to_owned() }),
-                Err(error) => Err(IoError::new("look beside", path.display().to_string(), error).into()),
-            };
-        }
-        Err(error) => return Err(error.into()),
+fn read(scroll: &dyn Scroll, path: &Path) -> Result<(State, u64), Error> {
+    let Some(bytes) = scroll.read(MAX_LOG)? else {
+        return match scroll.is_beside(JOURNALS)? {
+            false => Ok((State::default(), 0)),
+            true => Err(Error::Missing { file: path.to_owned() }),
+        };
     };
     let mut state = State::default();
     let mut rest = bytes.as_slice();
@@ -459,6 +405,14 @@ impl State {
                 Ok(())
             }
             Record::Dropped(dropped) => dropped.points.iter().try_for_each(|&id| self.may_go(id, None)),
+            Record::Narrowed(Narrowed { point, machines, .. }) => {
+                let volumes = &self.find(*point)?.volumes;
+                let is_of = |machine: &Name| volumes.iter().any(|at| at.machine == *machine);
+                if !machines.iter().all(is_of) || volumes.iter().all(|at| machines.contains(&at.machine)) {
+                    return Err(Refused::Narrow(*point));
+                }
+                self.may_go(*point, None)
+            }
             Record::GivenUp(GivenUp { machine, points, .. }) => {
                 points.iter().try_for_each(|&id| self.may_go(id, Some(machine)))
             }
@@ -533,6 +487,9 @@ impl State {
             Record::Dropped(Dropped { time, reason, points }) => {
                 self.drop_points(&points, time, reason);
             }
+            Record::Narrowed(Narrowed { point, time, reason, machines }) => {
+                self.narrow(point, time, reason, &machines);
+            }
             Record::GivenUp(GivenUp { machine, time, points }) => {
                 self.drop_points(&points, time, Reason::Asked);
                 // In one step, so that no crash leaves a machine that is failed over to nothing, or not at all and written to.
@@ -563,6 +520,20 @@ impl State {
         }
     }
 
+    /// Takes a point from all machines but these.
+    fn narrow(&mut self, id: PointId, time: OffsetDateTime, reason: Reason, machines: &[Name]) {
+        let Some(&place) = self.places.get(&id) else { return };
+        let Some(entry) = self.entries.get_mut(place) else { return };
+        entry.dropped = Some((time, reason));
+        let mut point = entry.point.clone();
+        entry.point.volumes.retain(|at| !machines.contains(&at.machine));
+        point.volumes.retain(|at| machines.contains(&at.machine));
+        point.group = None;
+        self.entries.insert(place + 1, Entry { point, dropped: None });
+        let moved = self.entries.iter().zip(0..).skip(place + 1);
+        self.places.extend(moved.map(|(entry, place)| (entry.point.id, place)));
+    }
+
     /// The records without which something that matters would be forgotten: not those of dropped points, unless an
     /// older point of one of their disks is kept, whose way back leads through their before-images, or it is the last one
     /// of a disk: that it is there shows that the log goes as far as the disk does.
@@ -575,22 +546,40 @@ impl State {
         let mut kept = HashSet::new();
         let mut points = Vec::new();
         let mut dropped = Vec::new();
-        for (place, entry) in self.entries.iter().enumerate() {
-            let Entry { point, dropped: gone } = entry;
-            let mut volumes = point.volumes.iter().map(|volume| (&volume.machine, &volume.disk));
-            match gone {
-                None => kept.extend(volumes),
-                Some(_)
-                    if !last.contains(&place)
-                        && (!entry.has_images() || !volumes.any(|volume| kept.contains(&volume))) =>
-                {
-                    continue;
+        let mut place = 0;
+        // A point that was narrowed has several entries, one behind the other.
+        for parts in self.entries.chunk_by(|one, next| one.point.id == next.point.id) {
+            let is_needed = |(entry, place): (&Entry, usize)| {
+                let mut volumes = entry.point.volumes.iter().map(|volume| (&volume.machine, &volume.disk));
+                entry.dropped.is_none()
+                    || last.contains(&place)
+                    || entry.has_images() && volumes.any(|volume| kept.contains(&volume))
+            };
+            let first = parts.iter().zip(place..).position(is_needed);
+            place += parts.len();
+            let Some((parts, newest)) =
+                first.map(|first| &parts[first..]).and_then(|parts| Some((parts, parts.last()?)))
+            else {
+                continue;
+            };
+            let mut point = parts[0].point.clone();
+            point.volumes = parts.iter().flat_map(|part| part.point.volumes.clone()).collect();
+            let id = point.id;
+            points.push(Record::Point(point));
+            if let ([Entry { dropped: Some((time, reason)), .. }, ..], true) = (parts, parts.len() > 1) {
+                let machines: BTreeSet<&Name> = newest.point.volumes.iter().map(|at| &at.machine).collect();
+                let machines = machines.into_iter().cloned().collect();
+                let narrowed = Narrowed { point: id, time: *time, reason: *reason, machines };
+                dropped.push(Record::Narrowed(narrowed));
+            }
+            match newest.dropped {
+                Some((time, reason)) => {
+                    dropped.push(Record::Dropped(Dropped { time, reason, points: vec![id] }));
                 }
-                &Some((time, reason)) => {
-                    dropped.push(Record::Dropped(Dropped { time, reason, points: vec![point.id] }));
+                None => {
+                    kept.extend(newest.point.volumes.iter().map(|volume| (&volume.machine, &volume.disk)))
                 }
             }
-            points.push(Record::Point(point.clone()));
         }
         points.append(&mut dropped);
         points.extend(self.released.values().cloned().map(Record::Released));

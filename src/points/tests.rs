@@ -57,6 +57,18 @@ fn given_up(machine: &str, ids: &[u128]) -> Record {
     Record::GivenUp(GivenUp { machine: name(machine), time: NOON, points })
 }
 
+/// A point goes, but for these machines.
+fn narrowed(id: u128, machines: &[&str]) -> Record {
+    let machines = machines.iter().map(|machine| name(machine)).collect();
+    Record::Narrowed(Narrowed { point: PointId(id), time: NOON, reason: Reason::Size, machines })
+}
+
+/// A point of the disks `root` of a group's machines.
+fn group_point(id: u128, machines: &[&str], pass: u64) -> Record {
+    let volumes = machines.iter().map(|machine| volume(machine, "root", pass)).collect();
+    Record::Point(Point { group: Some(name("shop")), volumes, ..point(id, machines[0], id as i64, pass) })
+}
+
 /// A failover to a point begins, or its undoing.
 fn begun(machine: &str, id: Option<u128>) -> Record {
     Record::Begun(Begun { machine: name(machine), point: id.map(PointId), time: NOON })
@@ -278,6 +290,76 @@ fn what_begins_keeps_the_disks_until_it_is_done() {
         assert!(log.released(&name("web01")).is_none() && log.begun(&name("web01")).is_none());
         assert_eq!(log.in_use().count(), 0);
     }
+}
+
+#[test]
+fn a_point_that_is_narrowed_stays_for_those_who_stand_at_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut log = Log::open(dir.path()).unwrap();
+    let group = ["web01", "db01", "app01"];
+    log.append(group_point(1, &group, 1)).unwrap();
+    log.append(group_point(2, &group, 2)).unwrap();
+    log.append(group_point(3, &["web01"], 3)).unwrap();
+    let refused = |log: &mut Log, record: Record| match log.append(record) {
+        Err(Error::Refused(refused)) => refused,
+        other => panic!("{other:?}"),
+    };
+    for machines in [&group[..], &["web02"], &["web01", "web02"]] {
+        assert_eq!(refused(&mut log, narrowed(2, machines)), Refused::Narrow(PointId(2)));
+    }
+    assert_eq!(refused(&mut log, narrowed(9, &["db01"])), Refused::NoPoint(PointId(9)));
+    for machines in [vec![], vec!["db01", "db01"]] {
+        assert!(matches!(refused(&mut log, narrowed(2, &machines)), Refused::Line(_)));
+    }
+    log.append(begun("web01", Some(2))).unwrap();
+    assert!(matches!(refused(&mut log, narrowed(2, &["db01"])), Refused::Released { .. }));
+    log.append(taken_back("web01")).unwrap();
+    log.append(group_point(4, &["app01"], 3)).unwrap();
+    log.append(narrowed(2, &["db01", "app01"])).unwrap();
+    // In the order of the points, also for one that does not stand at it any more.
+    assert_eq!(ids(&log, "app01"), [1, 2, 4]);
+    log.append(narrowed(2, &["db01"])).unwrap();
+    let is_so = |log: &Log| {
+        assert_eq!(group.map(|machine| ids(log, machine)), [vec![1, 3], vec![1, 2], vec![1, 4]]);
+        let own = log.get(PointId(2)).unwrap();
+        assert_eq!((&own.group, &own.volumes), (&None, &vec![volume("db01", "root", 2)]));
+        // What its pass saved is needed for the first one, and known.
+        let passes = |machine| -> Vec<u64> {
+            let entries = log.history().iter().filter(|entry| entry.has_images());
+            let volumes = entries.flat_map(|entry| &entry.point.volumes);
+            volumes.filter(|at| at.machine == name(machine)).map(|at| at.pass).collect()
+        };
+        assert_eq!(group.map(passes), [vec![1, 2, 3], vec![1, 2], vec![1, 2, 3]]);
+    };
+    is_so(&log);
+    is_so(&Log::open(dir.path()).unwrap());
+    // The same once it was compacted, with and without what the first one needs.
+    let fill = |log: &mut Log, pass: u64| {
+        let path = dir.path().join(FILE_NAME);
+        let (mut bytes, other) = (fs::read(&path).unwrap(), format!("other{pass}"));
+        for pass in pass..pass + 1000 {
+            bytes.extend(line::encode(&group_point(pass.into(), &[&*other], pass)).unwrap());
+            bytes.extend(line::encode(&dropped(&[pass.into()], Reason::Age)).unwrap());
+        }
+        fs::write(&path, bytes).unwrap();
+        *log = Log::open(dir.path()).unwrap();
+        log.append(group_point((pass + 1000).into(), &[&*other], pass + 1000)).unwrap();
+        let lines = fs::read(&path).unwrap().iter().filter(|&&byte| byte == b'\n').count();
+        assert!(lines < 20, "{lines}");
+    };
+    fill(&mut log, 1000);
+    is_so(&log);
+    is_so(&Log::open(dir.path()).unwrap());
+    log.append(dropped(&[1], Reason::Age)).unwrap();
+    fill(&mut log, 3000);
+    for log in [&log, &Log::open(dir.path()).unwrap()] {
+        assert_eq!(group.map(|machine| ids(log, machine)), [vec![3], vec![2], vec![4]]);
+        assert_eq!(log.get(PointId(2)).unwrap().volumes, [volume("db01", "root", 2)]);
+    }
+    // It goes as any other.
+    log.append(group_point(5, &["db01"], 3)).unwrap();
+    log.append(dropped(&[2], Reason::Age)).unwrap();
+    assert_eq!(ids(&Log::open(dir.path()).unwrap(), "db01"), [5]);
 }
 
 #[test]
@@ -534,9 +616,15 @@ fn any_record() -> impl Strategy<Value = Record> {
     let given_up = (any_name(), any_time(), ids).prop_map(|(machine, time, points)| {
         Record::GivenUp(GivenUp { machine, time, points: points.into_iter().collect() })
     });
+    let machines = proptest::collection::hash_set(any_name(), 1..5);
+    let narrowed =
+        (any::<u128>(), any_time(), any_reason(), machines).prop_map(|(id, time, reason, machines)| {
+            let machines = machines.into_iter().collect();
+            Record::Narrowed(Narrowed { point: PointId(id), time, reason, machines })
+        });
     let back =
         (any_name(), any_time()).prop_map(|(machine, time)| Record::TakenBack(TakenBack { machine, time }));
-    prop_oneof![any_point().prop_map(Record::Point), dropped, given_up, begun, released, back]
+    prop_oneof![any_point().prop_map(Record::Point), dropped, narrowed, given_up, begun, released, back]
 }
 
 proptest! {

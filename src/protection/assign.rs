@@ -251,6 +251,7 @@ impl Planned<'_> {
             state: State::Empty,
             last_commit: None,
             source: None,
+            released: None,
         }
     }
 }

@@ -13,6 +13,7 @@ use super::{Assignment, Commit, Fault, Pass, Protection, Source, State};
 use crate::disk::id::DiskId;
 use crate::name::Name;
 use crate::pass::PassId;
+use crate::points::PointId;
 use crate::units::ByteLen;
 
 /// The version of the schema that is written, and the only one that is read.
@@ -71,6 +72,8 @@ struct Disk {
     #[serde(with = "time::serde::rfc3339")]
     assigned_at: OffsetDateTime,
     state: StateName,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    released: Option<Text<PointId>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pass: Option<PassTable>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -238,6 +241,7 @@ impl Disk {
                 state,
                 last_commit,
                 source,
+                released: self.released.map(|point| point.0),
             }),
         }
     }
@@ -265,6 +269,7 @@ pub fn encode(protection: &Protection) -> Result<String, toml::ser::Error> {
             seed: disk.seed,
             assigned_at: disk.assigned_at,
             state,
+            released: disk.released.map(Text),
             pass: pass.map(|pass| PassTable { id: Text(pass.id), started: pass.started }),
             last_commit: disk.last_commit.map(|commit| CommitTable {
                 pass: Text(commit.pass),

@@ -17,6 +17,7 @@ use crate::durable;
 use crate::error::{IoError, chain};
 use crate::name::Name;
 use crate::pass::PassId;
+use crate::points::PointId;
 
 /// The protections below one retention directory.
 ///
@@ -455,9 +456,23 @@ impl Store {
             if let (State::Synchronized, Some(commit)) = (&known.state, known.last_commit) {
                 known.state = State::Receiving(Pass { id: commit.pass, started: commit.time });
             }
-            known.last_commit = None;
+            (known.last_commit, known.released) = (None, None);
             Ok(())
         })
+    }
+
+    /// Records that all disks of a machine are released at this point, or that they are not any more. The points log knows that
+    /// they are before that is recorded here, and that they are not after it.
+    ///
+    /// # Errors
+    /// Those of [`Store::load`].
+    pub fn release(&self, machine: &Name, point: Option<PointId>) -> Result<(), Error> {
+        self.load(machine)?;
+        let _exclusive = self.exclusive()?;
+        let mut protection = self.load(machine)?;
+        let before = protection.clone();
+        protection.disks.iter_mut().for_each(|disk| disk.released = point);
+        if protection == before { Ok(()) } else { self.write(&protection) }
     }
 
     /// Records that a write or a flush of a pass failed. The first reason is kept.

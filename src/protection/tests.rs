@@ -32,6 +32,7 @@ fn assignment(disk: &str, number: u32) -> Assignment {
         state: State::Empty,
         last_commit: None,
         source: None,
+        released: None,
     }
 }
 
@@ -573,7 +574,8 @@ proptest! {
                 (_, 1) => Some(source()),
                 _ => Some(Source { id: None, ..source() }),
             };
-            Assignment { state, last_commit, source, ..assignment(&format!("d{n}"), n as u32) }
+            let released = grouped.then_some(PointId(n as u128));
+            Assignment { state, last_commit, source, released, ..assignment(&format!("d{n}"), n as u32) }
         });
         let protection = Protection {
             machine: name("web01"),

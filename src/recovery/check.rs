@@ -96,7 +96,9 @@ fn look(
         Err(Error::Journal { source: error @ recover::Error::Foreign { .. }, .. }) => {
             return Ok(Disk { lost: Some(chain(&error)), ..found });
         }
-        Err(error @ Error::Behind { .. }) => return Ok(Disk { lost: Some(chain(&error)), ..found }),
+        Err(error @ (Error::Behind { .. } | Error::Forgotten { .. })) => {
+            return Ok(Disk { lost: Some(chain(&error)), ..found });
+        }
         Err(error) => return Err(error),
     };
     for (pass, damage) in journal.missing() {
@@ -146,6 +148,9 @@ pub fn give_up(retention: &Path, store: &Store, log: &mut Log, machine: &Name) -
     }
     if !points.is_empty() {
         let time = OffsetDateTime::now_utc();
+        if log.released(machine).is_some_and(|released| points.contains(&released.point)) {
+            store.release(machine, None)?;
+        }
         log.append(Record::GivenUp(GivenUp { machine: machine.clone(), time, points }))?;
     }
     for disk in &protection.disks {
@@ -158,7 +163,9 @@ pub fn give_up(retention: &Path, store: &Store, log: &mut Log, machine: &Name) -
             Err(Error::Journal { source: recover::Error::Foreign { .. }, .. }) => {
                 report.put_aside.push(put_aside(&place(retention, machine, &disk.name))?);
             }
-            Ok(_) | Err(Error::Behind { .. }) => let_go(retention, machine, &disk.name, &standing)?,
+            Ok(_) | Err(Error::Behind { .. } | Error::Forgotten { .. }) => {
+                let_go(retention, machine, &disk.name, &standing)?
+            }
             Err(error) => return Err(error),
         }
     }

@@ -16,6 +16,11 @@
 //! of (3) are rolled back, (8) that it is done is recorded, (9) their segments are let go of. A crash between (6) and (8)
 //! leaves the record of (6): it is done again, without (5), which would find what (7) wrote. After (8) it leaves segments of
 //! passes that lead nowhere: they are rolled back once more, which changes nothing, and let go of.
+//!
+//! That the disks are released is in the protection as well, from after (4) until before (8): a log that does not know of it has
+//! lost its end, and nothing else would keep the disks, which others may use, from being written to. A crash in between
+//! leaves that it is not there, and then only that is not noticed. That the log lost (1) or (6) needs no such care: then nobody
+//! has the disks, and what was begun is rolled back as any open pass is, or is found to be written to.
 
 use std::path::Path;
 use std::sync::mpsc::channel;
@@ -280,6 +285,7 @@ fn fail_over_to(
     if !how.dry_run {
         let released = Released { machine: machine.clone(), point: point.id, time: now(), disks: released };
         log.append(Record::Released(released))?;
+        store.release(machine, Some(point.id))?;
     }
     Ok(Report { point: point.id, time: point.time, disks, compared: false })
 }
@@ -378,6 +384,7 @@ pub fn undo(
             journal.discard(journal.standing.committed() + 1..).map_err(failed)?;
         }
     }
+    store.release(machine, None)?;
     log.append(Record::TakenBack(TakenBack { machine: machine.clone(), time: now() }))?;
     for (disk, journal, back, _) in &plan {
         let failed = |source| Error::Journal { machine: machine.clone(), disk: disk.name.clone(), source };

@@ -135,6 +135,9 @@ impl Reader {
                 Some((at, Part::Hole(found))) => {
                     let len = found.len().min(LONGEST_HOLE);
                     hole = Extent::new(at + len, found.len() - len);
+                    // It is not read here, but on the other side; and not all of a long one is waited for at once, which the other
+                    // side would take for silence.
+                    self.scan.pay(len);
                     (at, len as usize, None)
                 }
             };

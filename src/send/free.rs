@@ -84,9 +84,11 @@ impl Space {
 
 /// Looks at sources for what of them is free. One that has a reason not to be looked at is used, all of it, and nothing that
 /// lies partly on it is known either.
-pub(super) fn find(sources: &[(Arc<Source>, Option<&'static str>)]) -> Vec<(Free, Space)> {
-    let mut found: Vec<(Free, Space)> =
-        sources.iter().map(|(_, why)| (Free::default(), Space::unknown(why.unwrap_or_default()))).collect();
+pub(super) fn find(sources: &[(Arc<Source>, Option<String>)]) -> Vec<(Free, Space)> {
+    let mut found: Vec<(Free, Space)> = sources
+        .iter()
+        .map(|(_, why)| (Free::default(), Space::unknown(why.as_deref().unwrap_or_default())))
+        .collect();
     let mut readers = Vec::new();
     for (index, (source, why)) in sources.iter().enumerate() {
         match (why, Metadata::new(source)) {

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -17,7 +17,7 @@ use super::encode::{Encoder, Piece};
 use super::free::Free;
 use super::hints::Hints;
 use super::limit::Limiter;
-use super::{Compression, Progress};
+use super::{Compression, Progress, mark};
 use crate::digest::Digest;
 use crate::disk::discover::{Sysroot, roles, views};
 use crate::disk::id::DiskId;
@@ -75,11 +75,6 @@ pub struct Source {
     sector: u32,
 }
 
-/// The size and the times of a file that a write changes.
-fn times(file: &fs::Metadata) -> String {
-    format!(" {} {} {} {} {}", file.len(), file.mtime(), file.mtime_nsec(), file.ctime(), file.ctime_nsec())
-}
-
 impl Source {
     /// Opens a block device or an image file for reading.
     pub fn open(path: &Path) -> Result<Source, Error> {
@@ -127,41 +122,20 @@ impl Source {
         (!self.sparse).then_some(self.sector)
     }
 
-    /// What of this host's is mounted on the source, one fact a line: while it is, what is read changes. An image is
-    /// mounted through a loop device.
-    pub fn mounts(&self, sysroot: &Sysroot) -> Vec<String> {
-        views::of(sysroot, &self.file).iter().flat_map(|devno| roles::mounted(sysroot, devno)).collect()
+    /// Who of this host may be writing to the source, one fact a line: then what is read changes meanwhile. File systems whose
+    /// files have one of the device numbers of `frozen` do not.
+    pub fn writers(&self, frozen: &[String]) -> Vec<String> {
+        roles::writers(&Sysroot::default(), &self.file, frozen)
     }
 
-    /// What changes whenever somebody writes to the source: the sectors that were written to a device since the system
-    /// started (Documentation/block/stat.rst), and for a loop device what changes in its file, which may be written through
-    /// another one; of a file, its times and size. None where the device does not count.
+    /// What changes whenever somebody writes to the source. None where it would not always.
     pub(super) fn mark(&self) -> Option<String> {
-        // What lies in the page cache since before would be written while it is read. Where that fails, reading does too.
-        self.file.sync_all().ok();
-        let metadata = self.file.metadata().ok()?;
-        if metadata.file_type().is_block_device() {
-            let number = metadata.rdev();
-            let (major, minor) = (nix::sys::stat::major(number), nix::sys::stat::minor(number));
-            let device = format!("/sys/dev/block/{major}:{minor}");
-            // A partition has its disk above it.
-            let queues =
-                ["queue", "../queue"].map(|queue| fs::read_to_string(format!("{device}/{queue}/iostats")));
-            if queues.into_iter().flatten().any(|counts| counts.trim() == "0") {
-                return None;
-            }
-            let file = fs::read_to_string(format!("{device}/loop/backing_file")).ok();
-            let file = file.and_then(|path| fs::metadata(path.trim_end_matches('\n')).ok());
-            let stat = fs::read_to_string(format!("{device}/stat")).ok()?;
-            // Sectors written, discards completed and sectors discarded. A flush, such as the one above, counts as a write of
-            // nothing.
-            let fields: Vec<&str> = stat.split_ascii_whitespace().collect();
-            let field = |index: usize| fields.get(index).copied().unwrap_or_default();
-            return Some(
-                [6, 11, 13].map(field).join(" ") + &file.map_or_else(String::new, |file| times(&file)),
-            );
-        }
-        Some(times(&metadata))
+        mark::of(&self.file)
+    }
+
+    /// Whether it would be seen that somebody writes to the source.
+    pub(super) fn is_counted(&self) -> bool {
+        mark::without_flush(&self.file).is_some()
     }
 
     /// The identity of the disk, or of the one that it is a partition of, if it has one. An image has none, and a loop
@@ -417,11 +391,18 @@ impl Scan {
             self.free.clear(at, buffer);
         }
         walk.at += len;
+        if let Part::Bytes(_) = part {
+            self.pay(len);
+            self.progress.read.fetch_add(len, Ordering::Relaxed);
+        }
+        Ok(Some((at, part)))
+    }
+
+    /// Waits until so much may have been read.
+    pub(super) fn pay(&self, len: u64) {
         if let Some(limiter) = &self.limiter {
             std::thread::sleep(limiter.take(len));
         }
-        self.progress.read.fetch_add(len, Ordering::Relaxed);
-        Ok(Some((at, part)))
     }
 }
 
@@ -510,14 +491,15 @@ impl Reader {
     }
 }
 
-/// The BLAKE3 digest of all bytes of a source. `progress` counts what was read.
+/// The BLAKE3 digest of all bytes of a source. `progress` counts what was read, and what is done with.
 pub fn digest(source: Source, engine: EngineChoice, progress: Arc<Progress>) -> Result<Digest, Error> {
     static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
     let mut hasher = blake3::Hasher::new();
     let reading = Reading { source: Arc::new(source), free: Arc::default(), engine, limiter: None };
-    let mut scan = Scan::new(reading, progress)?;
+    let mut scan = Scan::new(reading, progress.clone())?;
     let mut walk = scan.walk(scan.source.extent(), PAGE as u64);
     while let Some((_, part)) = scan.next(&mut walk)? {
+        progress.done.fetch_add(part.len(), Ordering::Relaxed);
         match part {
             Part::Bytes(buffer) => {
                 hasher.update(&buffer);
@@ -558,6 +540,25 @@ mod tests {
         file.set_len(6 << 20).unwrap();
         assert_eq!(source.hole(behind), None);
         assert_eq!(source.hole(7 << 20), None);
+    }
+
+    /// Nor is it waited for that it is paid for: the other side would take that for silence.
+    #[test]
+    fn a_hole_is_not_read_and_counts_as_nothing_that_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        File::create(&path).unwrap().set_len(16 << 20).unwrap();
+        let source = Arc::new(Source::open(&path).unwrap());
+        let all = source.extent();
+        let limiter = Some(Arc::new(Limiter::new("1M".parse().unwrap())));
+        let reading = Reading { source, free: Arc::default(), engine: EngineChoice::Threads, limiter };
+        let progress = Arc::new(Progress::default());
+        let mut scan = Scan::new(reading, progress.clone()).unwrap();
+        let start = std::time::Instant::now();
+        let mut walk = scan.walk(all, PAGE as u64);
+        assert!(matches!(scan.next(&mut walk), Ok(Some((0, Part::Hole(hole)))) if hole == all));
+        assert_eq!(progress.read.load(Ordering::Relaxed), 0);
+        assert!(start.elapsed() < std::time::Duration::from_secs(8));
     }
 
     /// Cut off in a hole that was passed over, when no read can fail any more.

@@ -16,7 +16,6 @@ use tokio::task::JoinHandle;
 use super::freeze::{self, Frozen};
 use super::hook;
 use super::source::Source;
-use crate::disk::discover::Sysroot;
 use crate::name::Name;
 use crate::points::{Kind, PointId};
 
@@ -75,11 +74,13 @@ pub struct Still {
 
 #[derive(Debug, Default)]
 struct State {
-    /// Whether nobody used the disks when the reading began, even without a freeze.
-    unused: bool,
+    /// Whether nobody could write to the sources when the reading began.
+    quiet: bool,
     /// What the sources were marked with then.
     marks: Vec<(Name, Arc<Source>, Option<String>)>,
     frozen: Option<Frozen>,
+    /// The device numbers of the files of what was frozen.
+    numbers: Vec<String>,
     /// Whether it was frozen, and not all the time.
     broke: bool,
     /// Whether somebody wrote to the sources all the same.
@@ -90,14 +91,39 @@ struct State {
     post_hook: Option<JoinHandle<Result<(), hook::Error>>>,
 }
 
-impl State {
-    /// Marks the sources, and gives those of `still` that could be marked: of others it would not be seen that somebody writes
-    /// to them.
-    fn mark(&mut self, sources: &[(Name, Arc<Source>)], still: Vec<bool>) -> Vec<bool> {
-        let mark = |(name, source): &(Name, Arc<Source>)| (name.clone(), source.clone(), source.mark());
-        self.marks = sources.iter().map(mark).collect();
-        self.marks.iter().zip(still).map(|((_, _, mark), still)| still && mark.is_some()).collect()
+/// What was done about those who could write to the sources.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Freeze {
+    /// Nothing was asked for.
+    No,
+    /// Nothing: a first pass takes too long.
+    FirstPass,
+    /// What can be frozen is.
+    Done,
+    /// It was asked for, and nothing was done yet: a dry run.
+    Later,
+}
+
+/// Why what is free of a source may be in use before it is read: because somebody writes to it, or because it would not be
+/// seen. None where neither is so.
+pub(super) fn unsteady(source: &Source, writers: &[String], freeze: Freeze) -> Option<String> {
+    if writers.is_empty() {
+        let uncounted = "it does not count what is written to it (queue/iostats is 0, or the file of a loop device cannot be reached \
+                         here), so that nobody would notice if what is free of it were used before it is read";
+        return (!source.is_counted()).then(|| uncounted.to_owned());
     }
+    let advice = match freeze {
+        Freeze::No => "with --freeze it is left out (not in a first pass), and so it is of a snapshot",
+        Freeze::FirstPass => {
+            "nothing is frozen in a first pass; the next one leaves it out, and so does one of a snapshot"
+        }
+        Freeze::Done => "--freeze does not reach that; of a snapshot it is left out",
+        Freeze::Later => "it is looked for once that is frozen (not in a first pass)",
+    };
+    let writers = writers.join("; ");
+    Some(format!(
+        "it is in use ({writers}), so that what is free of it may be in use before it is read: {advice}"
+    ))
 }
 
 impl Still {
@@ -107,15 +133,16 @@ impl Still {
     }
 
     /// Runs the pre-hook and freezes what is mounted on the sources. `all_delta`: whether no disk is sent for the first
-    /// time, which would take longer than anything may be frozen. Says of each source whether nobody should be writing to it
-    /// from now on, so that what it says of its free space holds; whether somebody did all the same is seen at the end.
+    /// time, which would take longer than anything may be frozen. Says of each source why somebody may be writing to it from
+    /// now on, so that what it says of its free space does not hold, if so; whether somebody did all the same is seen at the
+    /// end.
     pub(super) async fn begin(
         &self,
         point: PointId,
         group: Option<&Name>,
         sources: &[(Name, Arc<Source>)],
         all_delta: bool,
-    ) -> Result<Vec<bool>, Error> {
+    ) -> Result<Vec<Option<String>>, Error> {
         let mut state = self.state.lock().await;
         let disks: Vec<&str> = sources.iter().map(|(name, _)| name.as_str()).collect();
         let mut environment = vec![
@@ -129,41 +156,76 @@ impl Still {
             hook::run("pre-hook", command, &environment, self.wishes.hook_timeout).await?;
         }
         // Looked at after the hook, which may have changed it.
-        let look = sources.to_vec();
+        let freeze = match self.wishes.freeze {
+            None => Freeze::No,
+            Some(_) if !all_delta => Freeze::FirstPass,
+            Some(limit) => {
+                self.freeze(&mut state, sources, limit).await?;
+                Freeze::Done
+            }
+        };
+        let (all, numbers) = (sources.to_vec(), state.numbers.clone());
         let looked = tokio::task::spawn_blocking(move || {
-            let unused = look.iter().all(|(_, source)| source.mounts(&Sysroot::default()).is_empty());
-            let devnos: Vec<Vec<String>> = look.iter().map(|(_, source)| source.devnos()).collect();
-            // Read-only is as good as not mounted.
-            let idle = |devnos: &Vec<String>| freeze::file_systems(devnos).is_ok_and(|all| all.is_empty());
-            (unused, devnos.iter().map(idle).collect(), freeze::file_systems(&devnos.concat()))
+            let look = |(name, source): (Name, Arc<Source>)| {
+                // Before its users are looked at: who comes in between is found among them, or at the end.
+                let mark = source.mark();
+                let writers = source.writers(&numbers);
+                let why = unsteady(&source, &writers, freeze);
+                if let (Freeze::Done, false) = (freeze, writers.is_empty()) {
+                    let writers = writers.join("; ");
+                    tracing::warn!(disk = %name, "{writers}: that is not frozen, so the point is no moment");
+                }
+                ((name, source, mark), writers.is_empty(), why)
+            };
+            all.into_iter().map(look).collect::<Vec<_>>()
         });
-        let (unused, idle, systems): (_, Vec<bool>, _) = match looked.await {
+        let looked = match looked.await {
             Ok(looked) => looked,
             Err(panic) => std::panic::resume_unwind(panic.into_panic()),
         };
-        state.unused = unused;
-        let Some(limit) = self.wishes.freeze else {
-            return Ok(state.mark(sources, idle));
-        };
-        let systems = systems?;
-        if systems.is_empty() {
-            tracing::warn!("nothing that is mounted here lies on the sources: there is nothing to freeze");
-            return Ok(state.mark(sources, idle));
-        }
-        if !all_delta {
+        state.quiet = looked.iter().all(|(_, quiet, _)| *quiet);
+        if freeze == Freeze::FirstPass && !state.quiet {
             tracing::warn!(
                 "a disk is sent for the first time, which takes longer than anything may be frozen: this point is no moment; \
                  the next ones are"
             );
-            return Ok(state.mark(sources, idle));
+        }
+        let mut reasons = Vec::new();
+        for (mark, _, why) in looked {
+            state.marks.push(mark);
+            reasons.push(why);
+        }
+        Ok(reasons)
+    }
+
+    /// Freezes what is mounted on the sources and can be written to.
+    async fn freeze(
+        &self,
+        state: &mut State,
+        sources: &[(Name, Arc<Source>)],
+        limit: Duration,
+    ) -> Result<(), Error> {
+        let look = sources.to_vec();
+        let looked = tokio::task::spawn_blocking(move || {
+            let devnos: Vec<String> = look.iter().flat_map(|(_, source)| source.devnos()).collect();
+            freeze::file_systems(&devnos)
+        });
+        let systems = match looked.await {
+            Ok(looked) => looked?,
+            Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+        };
+        if systems.is_empty() {
+            tracing::warn!("nothing that is mounted here lies on the sources: there is nothing to freeze");
+            return Ok(());
         }
         tracing::info!("frozen: {}", freeze::shown(&systems));
+        state.numbers = systems.iter().map(|system| system.devno.clone()).collect();
         let (frozen, is_ready) = Frozen::begin(systems, limit).await?;
         // From here on `end` knows of it.
         state.frozen = Some(frozen);
         is_ready.await.unwrap_or(Err(freeze::Error::Guard))?;
         state.was_frozen = true;
-        Ok(state.mark(sources, vec![true; sources.len()]))
+        Ok(())
     }
 
     /// A disk was read to its end. With the last one the machine need not stand still any longer.
@@ -172,12 +234,22 @@ impl Still {
         let mut state = self.state.lock().await;
         if last {
             // Before the thaw, after which everybody may write again.
-            for (disk, source, before) in std::mem::take(&mut state.marks) {
-                let mounted = state.unused && !source.mounts(&Sysroot::default()).is_empty();
-                if mounted || source.mark() != before {
-                    tracing::warn!(%disk, "somebody wrote to the source while it was read: the point is no moment");
-                    state.written = true;
-                }
+            let (marks, numbers, quiet) =
+                (std::mem::take(&mut state.marks), state.numbers.clone(), state.quiet);
+            let looked = tokio::task::spawn_blocking(move || {
+                // Of what somebody could write to all the time no more is to be said.
+                let wrote = |(_, source, before): &(Name, Arc<Source>, Option<String>)| {
+                    source.mark() != *before || quiet && !source.writers(&numbers).is_empty()
+                };
+                marks.into_iter().filter(wrote).map(|(disk, ..)| disk).collect::<Vec<_>>()
+            });
+            let written = match looked.await {
+                Ok(written) => written,
+                Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+            };
+            for disk in written {
+                tracing::warn!(%disk, "somebody wrote to the source while it was read: the point is no moment");
+                state.written = true;
             }
             self.let_go(&mut state).await;
         }
@@ -185,13 +257,14 @@ impl Still {
             Some(frozen) => frozen.holds(),
             None => state.was_frozen && !state.broke,
         };
-        let kind = match (&self.wishes, holds) {
-            (_, false) if state.was_frozen => Kind::Crash,
-            (Wishes { pre_hook: Some(_), post_hook: Some(_), .. }, _) => Kind::Application,
-            (_, true) => Kind::Filesystem,
-            (_, false) => Kind::Crash,
+        let point_in_time = state.quiet && !state.written && (holds || !state.was_frozen);
+        let kind = match &self.wishes {
+            _ if state.was_frozen && !holds => Kind::Crash,
+            Wishes { pre_hook: Some(_), post_hook: Some(_), .. } => Kind::Application,
+            _ if state.was_frozen && point_in_time => Kind::Filesystem,
+            _ => Kind::Crash,
         };
-        Worth { kind, point_in_time: (holds || state.unused) && !state.written }
+        Worth { kind, point_in_time }
     }
 
     /// Thaws, and starts the post-hook.

@@ -25,7 +25,7 @@ fn wanted(host: &Host) -> Result<Wanted, Error> {
             wanted.find(
                 Level::Fail,
                 format!("udisks2 is installed, and no rule in {RULES} hides the assigned disks from it"),
-                "mt-agent setup apply --only udev",
+                host.command("apply --only udev"),
             );
         }
     } else {

@@ -15,32 +15,55 @@ fn wanted(host: &Host) -> Result<Wanted, Error> {
     let mut wanted = Wanted::default();
     layout(host, &mut wanted)?;
     let reserved = reserved(host)?;
-    match &reserved {
-        Some(argument) => wanted.evidence(format!("the kernel keeps memory for it: {argument}")),
-        None => wanted.find(
+    let release = host.os.el();
+    match (&reserved, host.is_live()) {
+        (Some(argument), true) => wanted.evidence(format!("the kernel keeps memory for it: {argument}")),
+        (Some(argument), false) => wanted.evidence(format!("its kernels are to keep memory for it: {argument}")),
+        (None, is_live) => wanted.find(
             Level::Warn,
-            "the kernel keeps no memory for a crash kernel: a crash leaves no dump",
-            "kdumpctl reset-crashkernel (EL 8: grubby --update-kernel=ALL --args=crashkernel=auto), then reboot",
+            if is_live {
+                "the kernel keeps no memory for a crash kernel: a crash leaves no dump"
+            } else {
+                "nothing in this image has its kernels keep memory for a crash kernel: a crash would leave no dump"
+            },
+            host.once_it_runs(if release.is_some_and(|release| release < 9) {
+                "grubby --update-kernel=ALL --args=crashkernel=auto, then reboot"
+            } else {
+                "kdumpctl reset-crashkernel --kernel=ALL, then reboot"
+            }),
         ),
     }
     if host.unit(UNIT).is_none() {
+        let package =
+            if release.is_some_and(|release| release >= 10) { "kdump-utils" } else { "kexec-tools" };
         wanted.find(
             Level::Warn,
             "kdump is not installed: a crash of the kernel leaves no dump",
-            "dnf install kexec-tools (EL 10: kdump-utils)",
+            host.once_it_runs(format!("dnf install {package}")),
         );
         return Ok(wanted);
     }
-    let dump = dump_dir(host)?;
-    if !host.root.exists(&dump) {
-        wanted.find(
+    match dump_dir(host)? {
+        Dump::Elsewhere(target) => wanted.evidence(format!("kdump keeps its dumps on `{target}`")),
+        Dump::Here(dir) if host.root.exists(&dir) => wanted.evidence(format!("{dir} is there")),
+        // With the label of its place, where there are labels.
+        Dump::Here(dir) if host.is_live() => wanted.prepare.push(Call::new(
+            "mkdir",
+            &["-p", "-Z", "--", &dir],
+            &format!("to have {dir}, where kdump keeps its dumps"),
+        )),
+        Dump::Here(dir) => wanted.find(
             Level::Warn,
-            format!("{dump} is not there: no dump can be kept"),
-            format!("mkdir -p {dump}"),
-        );
+            format!("{dir} is not there: no dump can be kept"),
+            host.once_it_runs("mt-agent setup apply --only crash"),
+        ),
     }
     if host.masked(UNIT) {
-        wanted.find(Level::Warn, format!("{UNIT} is masked"), format!("systemctl unmask {UNIT}"));
+        wanted.find(
+            Level::Warn,
+            format!("{UNIT} is masked"),
+            host.once_it_runs(format!("systemctl unmask {UNIT}")),
+        );
     } else if reserved.is_some() {
         // Without that memory the unit fails at every boot, and is better not enabled.
         wanted.files.extend(host.enable(UNIT, "multi-user.target"));
@@ -48,6 +71,8 @@ fn wanted(host: &Host) -> Result<Wanted, Error> {
             Call::new("systemctl", &["daemon-reload"], "to read the units again")
                 .only_if("/run/systemd/system"),
         );
+        // It makes an initial RAM disk when it starts for the first time: that is left for the next boot.
+        wanted.reboot = true;
     }
     Ok(wanted)
 }
@@ -78,6 +103,8 @@ fn reserved(host: &Host) -> Result<Option<String>, Error> {
         lines.extend(host.root.value("/proc/cmdline"));
     } else {
         lines.extend(host.root.text("/etc/kernel/cmdline")?);
+        // `kernelopts=…` of Enterprise Linux 8.
+        lines.extend(host.root.text("/boot/grub2/grubenv")?);
         lines.extend(host.root.text("/etc/default/grub")?.map(|text| {
             let argument = |line: &&str| line.starts_with("GRUB_CMDLINE_LINUX");
             text.lines()
@@ -98,12 +125,29 @@ fn reserved(host: &Host) -> Result<Option<String>, Error> {
     Ok(reserved.next().map(str::to_owned))
 }
 
-/// `path` of `kdump.conf`.
-fn dump_dir(host: &Host) -> Result<String, Error> {
+/// Where kdump keeps its dumps.
+enum Dump {
+    /// In a directory of this host.
+    Here(String),
+    /// On a device or a host of its own, in which `path` is looked for then.
+    Elsewhere(String),
+}
+
+/// What `kdump.conf` says of that.
+fn dump_dir(host: &Host) -> Result<Dump, Error> {
+    const TARGETS: [&str; 11] =
+        ["raw", "nfs", "nfs4", "ssh", "ext2", "ext3", "ext4", "xfs", "btrfs", "minix", "virtiofs"];
     let config = host.root.text("/etc/kdump.conf")?.unwrap_or_default();
-    let path = config.lines().filter_map(|line| line.trim().strip_prefix("path")).find_map(|rest| {
-        let path = rest.trim();
-        (rest.starts_with(char::is_whitespace) && path.starts_with('/')).then(|| path.to_owned())
-    });
-    Ok(path.unwrap_or_else(|| "/var/crash".to_owned()))
+    let mut dir = "/var/crash".to_owned();
+    for line in config.lines() {
+        let Some((key, value)) = line.trim().split_once(char::is_whitespace) else { continue };
+        let value = value.trim();
+        if TARGETS.contains(&key) {
+            return Ok(Dump::Elsewhere(format!("{key} {value}")));
+        }
+        if key == "path" && value.starts_with('/') {
+            dir = value.to_owned();
+        }
+    }
+    Ok(Dump::Here(dir))
 }

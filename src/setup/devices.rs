@@ -10,6 +10,8 @@ use crate::disk::discover::{self, Disk, Options, Sysroot};
 use crate::disk::id::DiskId;
 use crate::name::Name;
 
+const AGAIN: &str = "mend that, then run this again";
+
 /// Deeper than partitions, arrays, encryption and volumes are ever stacked.
 const DEEPEST: usize = 32;
 
@@ -37,12 +39,12 @@ impl<'a> Devices<'a> {
         let options = Options { include_loop: true, probe_exclusive: false, ..Options::default() };
         let disks = discover::discover(&sysroot, &options).map_err(|error| match error {
             discover::Error::Io(error) => Error::Io(error),
-            discover::Error::Refused(why) => Error::Refused(why),
+            discover::Error::Refused(why) => Error::refused(why, AGAIN),
         })?;
         let mut devices = Devices { host, names, disks, assigned: host.assigned()?, mounts: Vec::new() };
         let numbers: Vec<String> =
             devices.names.iter().filter_map(|name| devices.value(name, "dev")).collect();
-        devices.mounts = roles::file_systems(&sysroot, &numbers).map_err(Error::Refused)?;
+        devices.mounts = roles::file_systems(&sysroot, &numbers).map_err(|why| Error::refused(why, AGAIN))?;
         Ok(Some(devices))
     }
 

@@ -35,17 +35,17 @@ fn wanted(host: &Host) -> Result<Wanted, Error> {
         fields.next().is_some_and(|first| !first.starts_with('#')) && fields.next() == Some("/")
     });
     if !lists_root {
-        return Err(Error::Refused(format!(
-            "/etc/fstab does not list /: this host may need {GENERATOR} in order to boot; list its file systems there, then apply \
-             this again"
-        )));
+        return Err(Error::refused(
+            format!("/etc/fstab does not list /: this host may need {GENERATOR} in order to boot"),
+            "list its file systems there, then apply this again",
+        ));
     }
     let made = made(host)?;
     if !made.is_empty() {
-        return Err(Error::Refused(format!(
-            "this host has units that {GENERATOR} made: {}; list what it mounts in /etc/fstab, reboot, then apply this again",
-            made.join(", ")
-        )));
+        return Err(Error::refused(
+            format!("this host has units that {GENERATOR} made: {}", made.join(", ")),
+            "list what it mounts in /etc/fstab, reboot, then apply this again",
+        ));
     }
     wanted.evidence("/etc/fstab lists /");
     wanted.files.push(File::link(format!("/etc/systemd/system-generators/{GENERATOR}"), "/dev/null"));

@@ -98,6 +98,36 @@ impl Host {
         self.root.is_live()
     }
 
+    /// What to call in order to do this to the same host.
+    pub fn command(&self, what: &str) -> String {
+        let root = if self.is_live() { String::new() } else { format!(" --root {}", self.root.shown()) };
+        format!("mt-agent setup {what}{root}")
+    }
+
+    /// What to do on a running host, where it may have to be started first.
+    pub fn once_it_runs(&self, what: impl Into<String>) -> String {
+        let what = what.into();
+        if self.is_live() { what } else { format!("on the host, once it runs: {what}") }
+    }
+
+    /// Whether the directory that was named is the root of a host.
+    ///
+    /// # Errors
+    /// Where nothing there says what system it is.
+    pub fn expect_system(&self) -> Result<(), Error> {
+        let says = |path| self.root.exists(path);
+        if self.is_live() || says("/etc/os-release") || says("/usr/lib/os-release") {
+            return Ok(());
+        }
+        Err(Error::refused(
+            format!(
+                "{} is not the root of a host: it has neither etc/os-release nor usr/lib/os-release",
+                self.root.shown()
+            ),
+            "mount the root file system of the host there, or name with --root the directory that has its etc and usr",
+        ))
+    }
+
     /// The assigned disks, each with its machine and that machine's name for it.
     ///
     /// # Errors
@@ -127,6 +157,19 @@ impl Host {
             let mut fields = line.split(':');
             (fields.next() == Some(name)).then(|| fields.nth(1)?.parse().ok()).flatten()
         }))
+    }
+
+    /// Who is in a group besides those whose first one it is.
+    ///
+    /// # Errors
+    /// Where `/etc/group` cannot be read.
+    pub fn members(&self, group: u32) -> Result<Vec<String>, Error> {
+        let groups = self.root.text("/etc/group")?.unwrap_or_default();
+        let mut groups = groups.lines().map(|line| line.split(':').collect::<Vec<_>>());
+        let found = groups.find(|fields| fields.get(2).is_some_and(|number| number.parse() == Ok(group)));
+        let members =
+            found.as_ref().and_then(|fields| fields.get(3)).into_iter().flat_map(|list| list.split(','));
+        Ok(members.map(|member| member.trim().to_owned()).collect())
     }
 
     /// The file of a systemd unit.

@@ -15,6 +15,8 @@ pub(super) const CHANGE: Change = Change {
 const PATH: &str = "/etc/sysctl.d/60-mt-agent-io-uring.conf";
 const GROUP: &str = "mt-agent";
 const THREADS: &str = "the agent writes by threads (`engine = \"threads\"`), which needs nothing";
+/// What a ring is to SELinux. No more than that: its commands, its polling thread and others' credentials are not used.
+const ANONYMOUS: &str = "{ create getattr ioctl map read write }";
 
 fn wanted(host: &Host) -> Result<Wanted, Error> {
     let mut wanted = Wanted::default();
@@ -47,21 +49,40 @@ fn wanted(host: &Host) -> Result<Wanted, Error> {
         }
     }
     let Some(group) = host.group(GROUP)? else {
-        return Err(Error::Refused(format!(
-            "there is no group {GROUP}, which io_uring is to be given to; install the RPM of mt-agent, which makes it; until \
-             then {THREADS}"
-        )));
+        return Err(Error::refused(
+            format!("there is no group {GROUP}, which io_uring is to be given to"),
+            format!("install the RPM of mt-agent, which makes it; until then {THREADS}"),
+        ));
     };
     wanted.evidence(format!("group {GROUP} is {group}"));
+    // -1 where nobody's is set.
+    let set = host.root.value("/proc/sys/kernel/io_uring_group").filter(|_| live.as_deref() == Some("1"));
+    if let Some(other) = set.and_then(|set| set.parse::<u32>().ok()).filter(|other| *other != group) {
+        let ours = host.root.text(PATH)?.unwrap_or_default();
+        if ours.lines().any(|line| line == format!("kernel.io_uring_group = {other}")) {
+            wanted.evidence(format!("group {GROUP} was {other}"));
+        } else if host.members(other)?.iter().any(|member| member == GROUP) {
+            wanted.find(Level::Pass, format!("group {other} may use io_uring, and {GROUP} is in it"), "");
+            return Ok(wanted);
+        } else {
+            // The kernel knows one group only.
+            return Err(Error::refused(
+                format!("group {other} may use io_uring, and nobody of it might any more"),
+                format!(
+                    "usermod --append --groups {other} {GROUP}, then restart the service; until then {THREADS}"
+                ),
+            ));
+        }
+    }
     if host
         .root
         .text("/etc/selinux/config")?
         .is_some_and(|config| config.lines().any(|line| line.trim() == "SELINUX=enforcing"))
     {
-        wanted.evidence(
-            "SELinux is enforcing: a confined service also needs the permission `io_uring { cmd }` and anonymous inodes of \
-             class `[io_uring]`, which the policy module of mt-agent has",
-        );
+        wanted.evidence(format!(
+            "SELinux is enforcing: a confined service also needs {ANONYMOUS} on anonymous inodes of its own, which the policy \
+             module of mt-agent gives it; without that {THREADS}"
+        ));
     }
     let text = format!(
         "# Written by `mt-agent setup apply`: io_uring is for the service of mt-agent alone.\n\
@@ -70,4 +91,16 @@ fn wanted(host: &Host) -> Result<Wanted, Error> {
     wanted.files.push(File::own(PATH, text));
     wanted.calls.push(Call::new("sysctl", &["-p", PATH], "to have it at once").only_if(PATH));
     Ok(wanted)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_policy_module_gives_what_is_said_to_be_needed() {
+        let module = include_str!("../../packaging/selinux/mt-agent.te");
+        let rule = format!("allow mt_agent_t self:anon_inode {ANONYMOUS};");
+        assert!(module.lines().any(|line| line.trim() == rule), "{rule}");
+    }
 }

@@ -32,7 +32,7 @@ fn wanted(host: &Host) -> Result<Wanted, Error> {
     if has.is_empty() {
         wanted.find(
             Level::Warn,
-            "no kernel modules are installed: what this kernel can drive is not known",
+            "no kernel modules are installed: what its kernel can drive is not known",
             "install the kernel of the host, then apply this again",
         );
         return Ok(wanted);

@@ -117,20 +117,25 @@ fn own_volumes(host: &Host, devices: &Devices<'_>, wanted: &mut Wanted) -> Resul
                 );
                 continue;
             }
-            return Err(Error::Refused(format!(
-                "the physical volumes of {} were not found{}: LVM would not find its volume group after the next boot",
-                dm_name(devices, volume),
-                foreign.map(|id| format!(" beside those on the assigned disk {id}")).unwrap_or_default()
-            )));
+            return Err(Error::refused(
+                format!(
+                    "the physical volumes of {} were not found{}: LVM would not find its volume group after the next boot",
+                    dm_name(devices, volume),
+                    foreign.map(|id| format!(" beside those on the assigned disk {id}")).unwrap_or_default()
+                ),
+                "see with `pvs` and `mt-agent protect list` that none of its disks is damaged or assigned, then apply this again",
+            ));
         };
         for uuid in members {
             own.push(Volume {
                 name: only_one(devices, &found, uuid, group).ok_or_else(|| {
-                    Error::Refused(format!(
-                        "the physical volume {uuid} of the active volume group {name} was not found once on the disks that are \
-                         not assigned: LVM would not find the volume group after the next boot; run `pvs -o +pv_uuid`, and see \
-                         that none of its disks is assigned or there twice"
-                    ))
+                    Error::refused(
+                        format!(
+                            "the physical volume {uuid} of the active volume group {name} was not found once on the disks that \
+                             are not assigned: LVM would not find the volume group after the next boot"
+                        ),
+                        "run `pvs -o +pv_uuid`, and see that none of its disks is assigned or there twice",
+                    )
                 })?,
                 uuid: uuid.clone(),
                 group: name.clone(),
@@ -186,11 +191,11 @@ fn found(host: &Host, devices: &Devices<'_>, wanted: &mut Wanted) -> Result<Vec<
             Ok(None) => {}
             Ok(Some(volume)) => found.push(describe(name, &volume)),
             Err(error) if carries_own => {
-                return Err(Error::Refused(format!(
-                    "{} carries an active volume group, and cannot be read: {}",
-                    Devices::node(name),
-                    chain(&error)
-                )));
+                let node = Devices::node(name);
+                return Err(Error::refused(
+                    format!("{node} carries an active volume group, and cannot be read: {}", chain(&error)),
+                    format!("see what `pvck {node}` says and mend that, then apply this again"),
+                ));
             }
             Err(error) => {
                 wanted.evidence(format!("{} cannot be read: {}", Devices::node(name), chain(&error)))
@@ -269,14 +274,14 @@ fn devices_file(
         Some((_, devices)) => devices.assigned().clone(),
         None => host.assigned()?,
     };
-    let existing = host.root.text(DEVICES_FILE)?;
+    let existing = host.root.read(DEVICES_FILE)?;
     let (volumes, devices) = match &own {
         Some((volumes, devices)) => (volumes.as_slice(), Some(devices)),
         None => (&[][..], None),
     };
     let content = match (existing, devices) {
         (Some(text), devices) => without(&text, volumes, devices, |id| assigned.contains_key(id), wanted)?,
-        (None, Some(devices)) => fresh(volumes, devices, wanted),
+        (None, Some(devices)) => fresh(volumes, devices, wanted).into_bytes(),
         (None, None) => {
             unknown_host(host, wanted)?;
             return Ok(());
@@ -292,51 +297,56 @@ fn devices_file(
     if !on {
         wanted.evidence("use_devicesfile is off: LVM would not read its devices file");
     }
-    with_block(&local, block, wanted);
+    with_block(local, block, wanted);
     Ok(())
 }
 
 /// In the tree of a host that does not run nothing new is written, and what was written stays.
 fn unknown_host(host: &Host, wanted: &mut Wanted) -> Result<(), Error> {
-    if let Some(text) = host.root.text(LOCAL)?.filter(|text| text.contains(BEGIN)) {
+    let is_ours = |text: &Vec<u8>| text.windows(BEGIN.len()).any(|window| window == BEGIN.as_bytes());
+    if let Some(text) = host.root.read(LOCAL)?.filter(is_ours) {
         wanted.files.push(File::shared(LOCAL, text));
     } else {
         wanted.find(
             Level::Warn,
             "which physical volumes are the host's own is seen on the running host only: nothing is written",
-            "on the host, once it runs: mt-agent setup apply --only lvm",
+            host.once_it_runs("mt-agent setup apply --only lvm"),
         );
     }
     Ok(())
 }
 
-/// An existing devices file without the assigned disks.
+/// An existing devices file without the assigned disks. What stays is copied as it is.
 fn without(
-    text: &str,
+    text: &[u8],
     own: &[Volume],
     devices: Option<&Devices<'_>>,
     is_assigned: impl Fn(&DiskId) -> bool,
     wanted: &mut Wanted,
-) -> Result<String, Error> {
-    let mut kept: Vec<&str> = text.lines().collect();
+) -> Result<Vec<u8>, Error> {
+    let mut kept: Vec<&[u8]> = text.split_inclusive(|&byte| byte == b'\n').collect();
     let mut gone = Vec::new();
-    kept.retain(|line| {
-        let assigned = Entry::parse(line).and_then(|entry| entry.id(devices)).filter(&is_assigned);
-        gone.extend(assigned.clone().map(|id| (line.to_string(), id)));
+    kept.retain(|&line| {
+        let understood = String::from_utf8_lossy(line);
+        let assigned = Entry::parse(&understood).and_then(|entry| entry.id(devices)).filter(&is_assigned);
+        gone.extend(assigned.clone().map(|id| (line, id)));
         assigned.is_none()
     });
-    let lists = |volume: &Volume, lines: &[&str]| {
+    let lists = |volume: &Volume, lines: &[&[u8]]| {
         let pvid = volume.uuid.replace('-', "");
-        lines.iter().any(|line| Entry::parse(line).is_some_and(|entry| entry.field("PVID") == Some(&pvid)))
+        let lists = |line: &str| Entry::parse(line).is_some_and(|entry| entry.field("PVID") == Some(&pvid));
+        lines.iter().any(|line| lists(&String::from_utf8_lossy(line)))
     };
     for volume in own.iter().filter(|volume| !lists(volume, &kept)) {
         let node = Devices::node(&volume.name);
         if let Some((_, id)) = gone.iter().find(|(line, _)| lists(volume, &[line])) {
-            return Err(Error::Refused(format!(
-                "{DEVICES_FILE} has the physical volume {} of the host's own volume group {} on the assigned disk {id}: run \
-                 `lvmdevices --check`, and `lvmdevices --adddev {node}`",
-                volume.uuid, volume.group
-            )));
+            return Err(Error::refused(
+                format!(
+                    "{DEVICES_FILE} has the physical volume {} of the host's own volume group {} on the assigned disk {id}",
+                    volume.uuid, volume.group
+                ),
+                format!("run `lvmdevices --check`, and `lvmdevices --adddev {node}`, then apply this again"),
+            ));
         }
         wanted.find(
             Level::Warn,
@@ -346,14 +356,14 @@ fn without(
     }
     if gone.is_empty() {
         wanted.evidence(format!("{DEVICES_FILE} lists no assigned disk"));
-        return Ok(text.to_owned());
+        return Ok(text.to_vec());
     }
     for (_, id) in &gone {
         wanted.evidence(format!("{DEVICES_FILE} lists the assigned disk {id}"));
     }
     // It would not hold any more.
-    kept.retain(|line| !line.starts_with("# HASH="));
-    Ok(kept.iter().map(|line| format!("{line}\n")).collect())
+    kept.retain(|line| !line.starts_with(b"# HASH="));
+    Ok(kept.concat())
 }
 
 /// A devices file where there was none.
@@ -428,10 +438,9 @@ fn filter(host: &Host, own: Option<(Vec<Volume>, Devices<'_>)>, wanted: &mut Wan
             "filter"
         }
         (true, true) => {
-            return Err(Error::Refused(
-                "LVM's configuration has both a filter and a global_filter of the administrator's own: join them into \
-                 global_filter, so that filter is free for this"
-                    .to_owned(),
+            return Err(Error::refused(
+                "LVM's configuration has both a filter and a global_filter of the administrator's own",
+                "join them into global_filter, so that filter is free for this, then apply this again",
             ));
         }
     };
@@ -440,12 +449,14 @@ fn filter(host: &Host, own: Option<(Vec<Volume>, Devices<'_>)>, wanted: &mut Wan
     for volume in &volumes {
         let node = Devices::node(&volume.name);
         let Some((names, by_path)) = stable(&links, &volume.name) else {
-            return Err(Error::Refused(format!(
-                "{node}, a physical volume of the host's own volume group {}, has no name that is the same after the next boot \
-                 (in /dev/disk/by-id or by-path): LVM might not find it; set disk.EnableUUID of the virtual machine, or give the \
-                 disk a serial",
-                volume.group
-            )));
+            return Err(Error::refused(
+                format!(
+                    "{node}, a physical volume of the host's own volume group {}, has no name that is the same after the next \
+                     boot (in /dev/disk/by-id or by-path): LVM might not find it",
+                    volume.group
+                ),
+                "set disk.EnableUUID of the virtual machine, or give the disk a serial; then apply this again",
+            ));
         };
         if by_path {
             wanted.find(
@@ -471,7 +482,7 @@ fn filter(host: &Host, own: Option<(Vec<Volume>, Devices<'_>)>, wanted: &mut Wan
             format!("activation {{\n    auto_activation_volume_list = [ {} ]\n}}\n", groups.join(", "));
         block.push_str(&list.replace("[  ]", "[ ]"));
     }
-    with_block(&local, Some(block), wanted);
+    with_block(local, Some(block), wanted);
     Ok(())
 }
 
@@ -515,48 +526,57 @@ fn pattern(name: &str) -> String {
 
 /// What `lvm.conf` and `lvmlocal.conf` set, the second one without what stands there of ours, and that as text.
 fn settings(host: &Host) -> Result<([Section; 2], Local), Error> {
-    let local = Local { text: host.root.text(LOCAL)? };
-    let parse = |path: &str, text: &str| {
-        text::parse(text.as_bytes()).map_err(|error| {
-            Error::Refused(format!("{path} cannot be understood: {}; mend it", chain(&error)))
+    let parse = |path: &str, text: &[u8]| {
+        text::parse(text).map_err(|error| {
+            let what = format!("{path} cannot be understood: {}", chain(&error));
+            Error::refused(what, "mend it (`lvmconfig --validate` names the place), then apply this again")
         })
     };
-    let main = parse("/etc/lvm/lvm.conf", &host.root.text("/etc/lvm/lvm.conf")?.unwrap_or_default())?;
-    let own = parse(LOCAL, &local.others())?;
+    let local = Local::of(&host.root.read(LOCAL)?.unwrap_or_default())?;
+    let main = parse("/etc/lvm/lvm.conf", &host.root.read("/etc/lvm/lvm.conf")?.unwrap_or_default())?;
+    let own = parse(LOCAL, &local.others)?;
     Ok(([main, own], local))
 }
 
 /// `lvmlocal.conf`, which is read after `lvm.conf` and overrides it. Sections may stand there several times.
 struct Local {
-    text: Option<String>,
+    /// Everything but the block that is ours.
+    others: Vec<u8>,
 }
 
 impl Local {
-    /// Everything but the block that is ours.
-    fn others(&self) -> String {
+    fn of(text: &[u8]) -> Result<Local, Error> {
         let mut inside = false;
-        let mut others = String::new();
-        for line in self.text.as_deref().unwrap_or_default().split_inclusive('\n') {
-            inside |= line.starts_with(BEGIN);
+        let mut others = Vec::new();
+        for line in text.split_inclusive(|&byte| byte == b'\n') {
+            inside |= line.starts_with(BEGIN.as_bytes());
             if !inside {
-                others.push_str(line);
+                others.extend_from_slice(line);
             }
-            inside &= !line.starts_with(END);
+            inside &= !line.starts_with(END.as_bytes());
         }
-        others
+        if inside {
+            // What follows may be the administrator's.
+            return Err(Error::refused(
+                format!("{LOCAL} has a line `{BEGIN}`, and none with `{END}` behind it"),
+                "put that line behind what mt-agent wrote there, then apply this again",
+            ));
+        }
+        Ok(Local { others })
     }
 }
 
-fn with_block(local: &Local, block: Option<String>, wanted: &mut Wanted) {
-    let mut text = local.others();
+fn with_block(local: Local, block: Option<String>, wanted: &mut Wanted) {
+    let mut text = local.others;
     if let Some(block) = block {
-        if !text.is_empty() && !text.ends_with('\n') {
-            text.push('\n');
+        if !text.is_empty() && !text.ends_with(b"\n") {
+            text.push(b'\n');
         }
-        text.push_str(&format!(
+        let block = format!(
             "{BEGIN}: written by `mt-agent setup apply`. Before another physical volume is made for this host: `mt-agent setup \
              revert --only lvm`.\n{block}{END}\n"
-        ));
+        );
+        text.extend_from_slice(block.as_bytes());
     } else if text.is_empty() {
         return;
     }

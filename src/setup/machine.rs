@@ -7,9 +7,11 @@ use similar::TextDiff;
 use time::OffsetDateTime;
 
 use super::record::{FileRecord, Record, Records, State};
-use super::report::{Applied, AppliedStatus, Checked, Outcomes, Planned, PlannedCall, Reverted, Status};
+use super::report::{
+    Applied, AppliedStatus, Checked, Outcomes, Planned, PlannedCall, Reverted, Standing, Status,
+};
 use super::tree::{self, Entry, Owner};
-use super::{CHANGES, Call, Change, Content, Error, File, Host, Level, Wanted, moment};
+use super::{CHANGES, Call, Change, Content, Error, File, Host, Level, Refusal, Wanted, moment};
 use crate::error::{IoError, chain};
 
 /// A host, and the records of what was done to it.
@@ -30,7 +32,7 @@ struct Target {
     /// Whether it is changed since it was written.
     edited: bool,
     /// Why it must not be touched.
-    problem: Option<String>,
+    problem: Option<Refusal>,
 }
 
 /// A change and the host, looked at.
@@ -47,10 +49,10 @@ impl Look {
             || self.record.as_ref().is_some_and(|record| record.state != State::Applied)
     }
 
-    fn refused(&self) -> Option<String> {
-        let problems: Vec<&str> =
-            self.targets.iter().filter_map(|target| target.problem.as_deref()).collect();
-        (!problems.is_empty()).then(|| problems.join("\n"))
+    fn refused(&self) -> Option<Error> {
+        let problems: Vec<Refusal> =
+            self.targets.iter().filter_map(|target| target.problem.clone()).collect();
+        (!problems.is_empty()).then_some(Error::Refused(problems))
     }
 }
 
@@ -80,12 +82,15 @@ impl Setup {
             && record.disks > 0
             && !self.host.has_protections()
         {
-            return Err(Error::Refused(format!(
-                "{} was applied for {} assigned disks, and {} holds no protections now: mount the retention file system",
-                change.name,
-                record.disks,
-                self.host.places.retention_dir.display()
-            )));
+            return Err(Error::refused(
+                format!(
+                    "{} was applied for {} assigned disks, and {} holds no protections now",
+                    change.name,
+                    record.disks,
+                    self.host.places.retention_dir.display()
+                ),
+                "mount the retention file system",
+            ));
         }
         let wanted = (change.wanted)(&self.host)?;
         let mut targets = Vec::new();
@@ -129,13 +134,12 @@ impl Setup {
             _ => now != want,
         };
         let edited = now != Entry::Absent && recorded.is_some_and(|recorded| !recorded.knows(&now));
-        let problem = (differs && edited && !file.shared).then(|| {
-            format!(
-                "{} was changed since `setup apply` wrote it; look what is in it, move it away, and run `mt-agent setup \
-                 apply --only {}` again",
-                path.display(),
-                change.name
-            )
+        let problem = (differs && edited && !file.shared).then(|| Refusal {
+            what: format!("{} was changed since `setup apply` wrote it", path.display()),
+            fix: format!(
+                "look what is in it, move it away, and run `{}` again",
+                self.host.command(&format!("apply --only {}", change.name))
+            ),
         });
         let now_bytes = now_bytes.unwrap_or_default();
         Ok(Target { path, now, now_bytes, want, want_bytes, differs, edited, problem })
@@ -169,11 +173,13 @@ impl Setup {
         };
         for path in record.as_ref().map(paths).unwrap_or_default() {
             if self.host.root.real_parent(&path)? != path {
-                return Err(Error::Refused(format!(
-                    "{} is not where `setup apply` left it any more: a directory on the way to it is a link now; put the \
-                     directory back, then run this again",
-                    path.display()
-                )));
+                return Err(Error::refused(
+                    format!(
+                        "{} is not where `setup apply` left it any more: a directory on the way to it is a link now",
+                        path.display()
+                    ),
+                    "put the directory back, then run this again",
+                ));
             }
         }
         Ok(record)
@@ -187,7 +193,7 @@ impl Setup {
         }
     }
 
-    fn changed_since(&self, change: &Change, file: &FileRecord) -> String {
+    fn changed_since(&self, change: &Change, file: &FileRecord) -> Refusal {
         let path = file.path.display();
         let (before, put) = match &file.before {
             Entry::Absent => ("there was none before".to_owned(), "remove it".to_owned()),
@@ -199,9 +205,10 @@ impl Setup {
                 (format!("what it was before is kept in {}", kept.display()), "copy that back".to_owned())
             }
         };
-        format!(
-            "{path} was changed since `setup apply` wrote it, and is left alone: {before}; {put} by hand, then run this again"
-        )
+        Refusal {
+            what: format!("{path} was changed since `setup apply` wrote it, and is left alone: {before}"),
+            fix: format!("{put} by hand, then run this again"),
+        }
     }
 
     /// Whether each change is in place.
@@ -211,17 +218,16 @@ impl Setup {
 
     fn check_one(&self, change: &Change) -> Checked {
         let mut found = Wanted::default();
-        let apply = format!("mt-agent setup apply --only {}", change.name);
+        let apply = self.host.command(&format!("apply --only {}", change.name));
         match self.look(change) {
-            Err(error) => {
-                let fix =
-                    if error.is_refusal() { String::new() } else { "mend that, then check again".to_owned() };
-                found.find(Level::Fail, chain(&error), fix);
+            Err(Error::Refused(refusals)) => {
+                refusals.into_iter().for_each(|Refusal { what, fix }| found.find(Level::Fail, what, fix));
             }
+            Err(error) => found.find(Level::Fail, chain(&error), "mend that, then check again"),
             Ok(look) => {
                 for target in &look.targets {
-                    if let Some(problem) = &target.problem {
-                        found.find(Level::Fail, problem.clone(), String::new());
+                    if let Some(Refusal { what, fix }) = &target.problem {
+                        found.find(Level::Fail, what, fix);
                     } else if target.differs {
                         let path = target.path.display();
                         let what = match (&target.now, &target.want) {
@@ -240,7 +246,7 @@ impl Setup {
                         State::Reverting => found.find(
                             Level::Fail,
                             "taking it back was interrupted",
-                            format!("mt-agent setup revert --only {}", change.name),
+                            self.host.command(&format!("revert --only {}", change.name)),
                         ),
                         State::Applied if self.reboot_due(record) => {
                             found.find(Level::Warn, "all of it is in effect only after a reboot", "reboot");
@@ -282,6 +288,7 @@ impl Setup {
             prepare: Vec::new(),
             diff: String::new(),
             calls: Vec::new(),
+            reboot: false,
             refused: None,
             findings: Vec::new(),
             evidence: Vec::new(),
@@ -293,11 +300,12 @@ impl Setup {
                 return planned;
             }
         };
-        planned.refused = look.refused();
+        planned.refused = look.refused().map(|refused| refused.to_string());
         planned.diff = look.targets.iter().filter(|target| target.differs).map(diff).collect();
         planned.prepare = look.wanted.prepare.iter().map(PlannedCall::of).collect();
         if look.files_due() {
             planned.calls = look.wanted.calls.iter().map(PlannedCall::of).collect();
+            planned.reboot = look.wanted.reboot && self.host.is_live();
         }
         planned.findings = look.wanted.findings;
         planned.evidence = look.wanted.evidence;
@@ -309,6 +317,7 @@ impl Setup {
     /// # Errors
     /// Only where no change can be made at all; what became of each is in the list.
     pub fn apply(&self, changes: &[&'static Change]) -> Result<Outcomes<Applied>, Error> {
+        self.host.expect_system()?;
         let _alone = self.records.lock()?;
         Ok(changes.iter().map(|change| (change.name, self.apply_one(change))).collect())
     }
@@ -330,7 +339,7 @@ impl Setup {
         let root = &self.host.root;
         let mut look = self.look(change)?;
         if let Some(refused) = look.refused() {
-            return Err(Error::Refused(refused));
+            return Err(refused);
         }
         let mut applied =
             Applied { findings: std::mem::take(&mut look.wanted.findings), ..Applied::default() };
@@ -338,6 +347,10 @@ impl Setup {
             applied.calls = self.call(&look.wanted.prepare)?;
         } else {
             applied.left = look.wanted.prepare.iter().map(Call::to_string).collect();
+        }
+        for target in &look.targets {
+            // What an interrupted run left beside a file, also beside one that is as it shall be.
+            tree::clear(root, &target.path)?;
         }
         if !look.files_due() {
             if look.record.is_some() {
@@ -379,10 +392,6 @@ impl Setup {
         record.calls.clone_from(&look.wanted.calls);
         self.records.save(change.name, &record)?;
 
-        for target in &look.targets {
-            // An interrupted revert may have left something beside a file that is as it shall be.
-            tree::clear(root, &target.path)?;
-        }
         for target in look.targets.iter().filter(|target| target.differs) {
             if target.want != Entry::Absent {
                 for dir in tree::missing_dirs(root, &target.path) {
@@ -396,6 +405,9 @@ impl Setup {
             }
             moment()?;
             applied.files.push(target.path.clone());
+            if target.want == Entry::Absent {
+                applied.removed.push(target.path.clone());
+            }
         }
         applied.calls.extend(self.call(&look.wanted.calls)?);
         moment()?;
@@ -451,24 +463,27 @@ impl Setup {
             back.push((file.path.clone(), file.before.clone(), self.original(change, file)?));
         }
         if !problems.is_empty() {
-            return Err(Error::Refused(problems.join("\n")));
+            return Err(Error::Refused(problems));
         }
         record.state = State::Reverting;
         self.records.save(change.name, &record)?;
         for file in &record.files {
             tree::clear(root, &file.path)?;
         }
-        let mut files = Vec::new();
+        let (mut files, mut removed) = (Vec::new(), Vec::new());
         for (path, before, content) in back {
             tree::put(root, &path, &before, &content)?;
             moment()?;
+            if before == Entry::Absent {
+                removed.push(path.clone());
+            }
             files.push(path);
         }
         record.dirs.iter().rev().try_for_each(|dir| tree::remove_dir(root, dir))?;
         let calls = self.call(&record.calls)?;
         self.records.remove(change.name)?;
         let reboot = record.reboot && self.host.is_live();
-        Ok(Reverted { applied: true, files, calls, reboot })
+        Ok(Reverted { applied: true, files, removed, calls, reboot })
     }
 
     /// What was applied when.
@@ -487,12 +502,23 @@ impl Setup {
         let mut edited = Vec::new();
         for file in &record.files {
             let (now, _) = Entry::read(&self.host.root, &file.path)?;
-            if file.edited || !file.knows(&now) {
+            let is_ours = match record.state {
+                State::Applied => file.written.as_ref().is_some_and(|written| written.is_like(&now)),
+                // Some may be what they were before.
+                State::Applying | State::Reverting => file.knows(&now),
+            };
+            if file.edited || !is_ours {
                 edited.push(file.path.clone());
             }
         }
         let files = record.files.into_iter().map(|file| file.path).collect();
         let Record { state, version, time, .. } = record;
+        let state = match state {
+            State::Applied if edited.is_empty() => Standing::Applied,
+            State::Applied => Standing::ChangedSince,
+            State::Applying => Standing::Applying,
+            State::Reverting => Standing::Reverting,
+        };
         Ok(Status {
             name: change.name,
             applied: Some(AppliedStatus { state, version, time, reboot_due, files, edited }),

@@ -55,7 +55,7 @@ fn wanted(host: &Host) -> Result<Wanted, Error> {
         None => wanted.find(
             Level::Warn,
             "which disk the host boots from is seen on the running host only: it is not listed",
-            "apply this again there",
+            host.once_it_runs("mt-agent setup apply --only multipath"),
         ),
     }
     let mut text = "# Written by `mt-agent setup apply`, and again whenever disks are assigned.\n".to_owned();

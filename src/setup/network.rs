@@ -1,5 +1,7 @@
 //! Buffers for a link that is fast and long, and the port for the data in the firewall.
 
+use std::collections::BTreeSet;
+
 use super::{Call, Change, Error, File, Host, Level, Wanted};
 
 pub(super) const CHANGE: Change = Change {
@@ -13,6 +15,7 @@ const SYSCTL: &str = "/etc/sysctl.d/60-mt-agent-network.conf";
 /// What is under way on a link of 2 Gbit/s with 250 ms there and back.
 const BUFFER: u32 = 64 << 20;
 const SERVICE: &str = "mt-agent";
+const ZONES: &str = "/etc/firewalld/zones";
 
 fn wanted(host: &Host) -> Result<Wanted, Error> {
     let mut wanted = Wanted::default();
@@ -41,7 +44,8 @@ fn firewall(host: &Host, wanted: &mut Wanted) -> Result<(), Error> {
     }
     if host.enabled("nftables.service") {
         let rules = host.root.text("/etc/sysconfig/nftables.conf")?.unwrap_or_default();
-        let open = rules.split(|c: char| !c.is_ascii_digit()).any(|number| number.parse() == Ok(port));
+        let mut rules = rules.lines().filter_map(|line| line.split('#').next());
+        let open = rules.any(|rule| rule.split(|c: char| !c.is_ascii_digit()).any(|n| n.parse() == Ok(port)));
         if open {
             wanted.find(Level::Pass, format!("/etc/sysconfig/nftables.conf speaks of port {port}"), "");
         } else {
@@ -61,8 +65,9 @@ fn firewall(host: &Host, wanted: &mut Wanted) -> Result<(), Error> {
 fn firewalld(host: &Host, wanted: &mut Wanted) -> Result<(), Error> {
     let port = host.places.port;
     let entry = format!("<port protocol=\"tcp\" port=\"{port}\"/>");
-    let shipped = host.root.text(format!("/usr/lib/firewalld/services/{SERVICE}.xml"))?;
-    if shipped.is_some_and(|xml| without_comments(&xml).contains(&format!("port=\"{port}\""))) {
+    let shipped = host.root.read(format!("/usr/lib/firewalld/services/{SERVICE}.xml"))?;
+    let opened = format!("port=\"{port}\"");
+    if shipped.is_some_and(|xml| find(&without_comments(&xml), opened.as_bytes()).is_some()) {
         wanted.evidence(format!("firewalld knows the service {SERVICE}"));
     } else {
         let xml = format!(
@@ -79,19 +84,16 @@ fn firewalld(host: &Host, wanted: &mut Wanted) -> Result<(), Error> {
         .unwrap_or("public")
         .trim()
         .to_owned();
-    let name = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
-    if zone.is_empty() || !zone.chars().all(name) {
-        return Err(Error::Refused(format!("/etc/firewalld/firewalld.conf: `{zone}` is no name of a zone")));
+    if zone.is_empty() || !zone.chars().all(is_name) {
+        return Err(Error::refused(
+            format!("/etc/firewalld/firewalld.conf: `{zone}` is no name of a zone"),
+            "mend its DefaultZone, then apply this again",
+        ));
     }
-    let path = format!("/etc/firewalld/zones/{zone}.xml");
-    let now = match host.root.text(&path)? {
-        Some(now) => Some(now),
-        None => host.root.text(format!("/usr/lib/firewalld/zones/{zone}.xml"))?,
-    };
-    match now.as_deref().map(with_service) {
+    match definition(host, &zone)?.as_deref().map(with_service) {
         Some(Some(new)) => {
             wanted.evidence(format!("the default zone of firewalld is {zone}"));
-            wanted.files.push(File::shared(path, new));
+            wanted.files.push(File::shared(format!("{ZONES}/{zone}.xml"), new));
         }
         _ => wanted.find(
             Level::Warn,
@@ -99,41 +101,93 @@ fn firewalld(host: &Host, wanted: &mut Wanted) -> Result<(), Error> {
             format!("firewall-cmd --permanent --add-service={SERVICE} && firewall-cmd --reload"),
         ),
     }
+    for other in other_zones(host).into_iter().filter(|other| *other != zone) {
+        let xml = definition(host, &other)?;
+        if xml.is_none_or(|xml| with_service(&xml).is_none_or(|with| with != xml)) {
+            wanted.find(
+                Level::Warn,
+                format!("some interfaces or sources are in the zone {other} of firewalld, which does not let the port in"),
+                format!(
+                    "if machines send through it: firewall-cmd --permanent --zone={other} --add-service={SERVICE}, then \
+                     firewall-cmd --reload"
+                ),
+            );
+        }
+    }
     let args = ["try-reload-or-restart", "firewalld.service"];
     wanted.calls.push(Call::new("systemctl", &args, "to open the port").only_if("/run/systemd/system"));
     Ok(())
 }
 
-/// The same length, with blanks in place of comments.
-fn without_comments(xml: &str) -> String {
-    let mut plain = String::with_capacity(xml.len());
-    let mut rest = xml;
-    while let Some((before, comment)) = rest.split_once("<!--") {
-        let len = comment.find("-->").map_or(comment.len(), |end| end + 3);
-        plain.push_str(before);
-        plain.extend(std::iter::repeat_n(' ', 4 + len));
-        rest = comment.get(len..).unwrap_or_default();
+/// What a zone lets in: the administrator's, or as it comes.
+fn definition(host: &Host, zone: &str) -> Result<Option<Vec<u8>>, Error> {
+    match host.root.read(format!("{ZONES}/{zone}.xml"))? {
+        Some(own) => Ok(Some(own)),
+        None => host.root.read(format!("/usr/lib/firewalld/zones/{zone}.xml")),
     }
-    plain.push_str(rest);
+}
+
+/// The zones that are named for an interface or a source, by firewalld itself or by a connection of NetworkManager's.
+fn other_zones(host: &Host) -> BTreeSet<String> {
+    let mut zones = BTreeSet::new();
+    for name in host.root.names(ZONES) {
+        let xml = host.root.value(format!("{ZONES}/{name}")).unwrap_or_default();
+        let plain = without_comments(xml.as_bytes());
+        let is_named = [&b"<interface "[..], b"<source "].iter().any(|tag| find(&plain, tag).is_some());
+        zones.extend(name.strip_suffix(".xml").filter(|_| is_named).map(str::to_owned));
+    }
+    for dir in ["/etc/NetworkManager/system-connections", "/etc/sysconfig/network-scripts"] {
+        for name in host.root.names(dir) {
+            let text = host.root.value(format!("{dir}/{name}")).unwrap_or_default();
+            let named = text.lines().filter_map(|line| {
+                let zone = line.strip_prefix("zone=").or_else(|| line.strip_prefix("ZONE="))?;
+                Some(zone.trim().trim_matches('"').to_owned())
+            });
+            zones.extend(named.filter(|zone| !zone.is_empty() && zone.chars().all(is_name)));
+        }
+    }
+    zones
+}
+
+fn is_name(c: char) -> bool {
+    c.is_ascii_alphanumeric() || c == '-' || c == '_'
+}
+
+fn find(bytes: &[u8], part: &[u8]) -> Option<usize> {
+    bytes.windows(part.len()).position(|window| window == part)
+}
+
+/// The same length, with blanks in place of comments.
+fn without_comments(xml: &[u8]) -> Vec<u8> {
+    let mut plain = xml.to_vec();
+    let mut at = 0;
+    while let Some(begin) = find(&xml[at..], b"<!--").map(|begin| at + begin) {
+        let end = find(&xml[begin + 4..], b"-->").map_or(xml.len(), |len| begin + 4 + len + 3);
+        plain[begin..end].fill(b' ');
+        at = end;
+    }
     plain
 }
 
-/// The zone with our service in it, and all else as it was. None where it is not understood.
-fn with_service(zone: &str) -> Option<String> {
+/// The zone with our service in it, and all else as it was, in whatever encoding. None where it is not understood.
+fn with_service(zone: &[u8]) -> Option<Vec<u8>> {
+    const END: &[u8] = b"</zone>";
     let plain = without_comments(zone);
     let quoted = |quote: char| format!("name={quote}{SERVICE}{quote}");
     let ours =
         |tag: &str| tag.starts_with("service") && (tag.contains(&quoted('"')) || tag.contains(&quoted('\'')));
-    if plain.split('<').any(ours) {
-        return Some(zone.to_owned());
+    if String::from_utf8_lossy(&plain).split('<').any(ours) {
+        return Some(zone.to_vec());
     }
-    let at = plain.rfind("</zone>")?;
-    let (head, tail) = (zone.get(..at)?, zone.get(at..)?);
+    let at = plain.windows(END.len()).rposition(|window| window == END)?;
     // At the beginning of the line of the end tag, where that stands alone.
-    let line = head.trim_end_matches([' ', '\t']);
-    let (head, between) = if line.ends_with('\n') { (line, "") } else { (head, "\n") };
-    let indent = zone.get(head.len()..at).unwrap_or_default();
-    Some(format!("{head}{between}  <service name=\"{SERVICE}\"/>\n{indent}{tail}"))
+    let blanks = zone[..at].iter().rev().take_while(|byte| b" \t".contains(byte)).count();
+    let (line, between) = match zone[..at - blanks].last() {
+        Some(b'\n') => (at - blanks, ""),
+        _ => (at, "\n"),
+    };
+    let entry = format!("{between}  <service name=\"{SERVICE}\"/>\n");
+    Some([&zone[..line], entry.as_bytes(), &zone[line..]].concat())
 }
 
 #[cfg(test)]
@@ -142,22 +196,26 @@ mod tests {
 
     #[test]
     fn a_zone_keeps_all_that_it_has() {
-        let zone = "<zone>\n  <!-- ours: </zone> <service name=\"mt-agent\"/> -->\n  <service name=\"ssh\"/>\n</zone>\n";
-        let with = with_service(zone).unwrap();
+        let with = |zone: &[u8]| with_service(zone).map(|new| new.escape_ascii().to_string());
+        let zone = b"<zone>\n  <!-- ours: </zone> <service name=\"mt-agent\"/> -->\n  <service name=\"ssh\"/>\n </zone>\n";
+        let new = with_service(zone).unwrap();
         assert_eq!(
-            with,
-            "<zone>\n  <!-- ours: </zone> <service name=\"mt-agent\"/> -->\n  <service name=\"ssh\"/>\n  <service name=\"mt-agent\"/>\n</zone>\n"
+            String::from_utf8(new.clone()).unwrap(),
+            "<zone>\n  <!-- ours: </zone> <service name=\"mt-agent\"/> -->\n  <service name=\"ssh\"/>\n  <service name=\"mt-agent\"/>\n </zone>\n"
         );
-        assert_eq!(with_service(&with).unwrap(), with);
+        assert_eq!(with_service(&new).unwrap(), new);
+        // In the encoding of the administrator, whichever it is.
         assert_eq!(
-            with_service("<zone><short>ü</short></zone>").unwrap(),
-            "<zone><short>ü</short>\n  <service name=\"mt-agent\"/>\n</zone>"
+            with(b"<zone><short>\xfc</short></zone>").unwrap(),
+            r#"<zone><short>\xfc</short>\n  <service name=\"mt-agent\"/>\n</zone>"#
         );
-        assert_eq!(with_service("<zone/>"), None);
-        assert_eq!(with_service("<zone><!-- </zone>"), None);
         assert_eq!(
-            with_service("<zone><!-- ü --></zone>").unwrap(),
-            "<zone><!-- ü -->\n  <service name=\"mt-agent\"/>\n</zone>"
+            with(b"<zone><!-- \xfc --></zone>").unwrap(),
+            r#"<zone><!-- \xfc -->\n  <service name=\"mt-agent\"/>\n</zone>"#
         );
+        let wide: Vec<u8> = "<zone></zone>".encode_utf16().flat_map(u16::to_le_bytes).collect();
+        for unknown in [&b"<zone/>"[..], b"<zone><!-- </zone>", &wide] {
+            assert_eq!(with(unknown), None);
+        }
     }
 }

@@ -10,23 +10,27 @@ pub(super) const CHANGE: Change = Change {
 };
 
 /// A package, a program of it, and what that is for.
-const PACKAGES: [(&str, &str, &str); 7] = [
+const PACKAGES: [(&str, &str, &str); 8] = [
     ("xfsprogs", "mkfs.xfs", "makes the file system of a retention disk"),
     ("e2fsprogs", "mkfs.ext4", "makes the file system of a retention disk"),
     ("lvm2", "lvm", "shows what lies on replicated disks"),
     ("lsscsi", "lsscsi", "shows SCSI disks"),
     ("rsync", "rsync", "copies exported points"),
-    ("kexec-tools", "kexec", "keeps a dump when the kernel crashes"),
+    ("kexec-tools", "kexec", "starts the kernel that keeps a dump when this one crashes"),
+    // Before Enterprise Linux 10 it is a part of the one before.
+    ("kdump-utils", "kdumpctl", "keeps a dump when the kernel crashes"),
     ("open-vm-tools", "vmtoolsd", "lets VMware shut the machine down in order"),
 ];
 
 fn wanted(host: &Host) -> Result<Wanted, Error> {
     let mut wanted = Wanted::default();
     let vendor = host.root.value("/sys/class/dmi/id/sys_vendor").filter(|_| host.is_live());
-    let mut missing = Vec::new();
+    let (mut there, mut missing) = (Vec::new(), Vec::new());
     for (package, program, purpose) in PACKAGES {
-        if host.program(program) {
-            wanted.evidence(format!("{package}: {program} is there"));
+        if package == "kdump-utils" && host.os.el().is_none_or(|release| release < 10) {
+            continue;
+        } else if host.program(program) {
+            there.push(package);
         } else if let Some(vendor) =
             vendor.as_ref().filter(|vendor| package == "open-vm-tools" && !vendor.contains("VMware"))
         {
@@ -34,6 +38,9 @@ fn wanted(host: &Host) -> Result<Wanted, Error> {
         } else {
             missing.push((package, purpose));
         }
+    }
+    if !there.is_empty() {
+        wanted.evidence(format!("there: {}", there.join(", ")));
     }
     if missing.is_empty() {
         return Ok(wanted);
@@ -47,11 +54,12 @@ fn wanted(host: &Host) -> Result<Wanted, Error> {
         return Ok(wanted);
     }
     if host.wishes.install {
-        return Err(Error::Refused(format!("there is no dnf here; install {} by hand", names.join(", "))));
+        return Err(Error::refused("there is no dnf here", format!("install {} by hand", names.join(", "))));
     }
     let fix = if has_dnf { "mt-agent setup apply --only packages --install" } else { "install it by hand" };
+    let fix = host.once_it_runs(fix);
     for (package, purpose) in missing {
-        wanted.find(Level::Warn, format!("{package} is missing, which {purpose}"), fix);
+        wanted.find(Level::Warn, format!("{package} is missing, which {purpose}"), &fix);
     }
     Ok(wanted)
 }

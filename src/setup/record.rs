@@ -177,11 +177,14 @@ impl Records {
         if meta.is_dir() && meta.uid() == nix::unistd::geteuid().as_raw() && meta.mode() & 0o022 == 0 {
             return Ok(());
         }
-        Err(Error::Refused(format!(
-            "{} must be a directory of the user who runs this, that nobody else may write to: its records say what is put \
-             back; run this as root, or look who changed it",
-            dir.display()
-        )))
+        Err(Error::refused(
+            format!(
+                "{} must be a directory of the user who runs this, that nobody else may write to: its records say what is \
+                 put back",
+                dir.display()
+            ),
+            "run this as root, or look who changed it",
+        ))
     }
 
     /// Keeps the content that a file had before.

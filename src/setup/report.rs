@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use serde::Serialize;
 use time::OffsetDateTime;
 
-use super::record::State;
 use super::{Call, Error, Finding, Level};
 
 /// What became of each change, by its name.
@@ -39,6 +38,8 @@ pub struct Planned {
     pub diff: String,
     /// What would be called after.
     pub calls: Vec<PlannedCall>,
+    /// Whether all of it would be in effect only after a reboot.
+    pub reboot: bool,
     /// Why it would be refused.
     pub refused: Option<String>,
     /// What no file of it says.
@@ -77,6 +78,8 @@ impl PlannedCall {
 pub struct Applied {
     /// The files that were written or removed.
     pub files: Vec<PathBuf>,
+    /// Those of them that were removed.
+    pub removed: Vec<PathBuf>,
     /// The calls that were made.
     pub calls: Vec<String>,
     /// The calls that wait until this is done on the live host.
@@ -94,6 +97,8 @@ pub struct Reverted {
     pub applied: bool,
     /// The files that were put back or removed.
     pub files: Vec<PathBuf>,
+    /// Those of them that were removed: there was none before.
+    pub removed: Vec<PathBuf>,
     /// The calls that were made.
     pub calls: Vec<String>,
     /// Whether some of it stays in effect until a reboot.
@@ -109,11 +114,25 @@ pub struct Status {
     pub applied: Option<AppliedStatus>,
 }
 
+/// How a change that was applied stands.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Standing {
+    /// All of it is as it was written.
+    Applied,
+    /// Someone changed or removed some of its files since.
+    ChangedSince,
+    /// Applying it was interrupted.
+    Applying,
+    /// Taking it back was interrupted.
+    Reverting,
+}
+
 /// A change that was applied.
 #[derive(Debug, Serialize)]
 pub struct AppliedStatus {
-    /// How far it came.
-    pub state: State,
+    /// How it stands.
+    pub state: Standing,
     /// By which version.
     pub version: String,
     /// When.

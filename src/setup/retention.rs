@@ -28,6 +28,7 @@ pub(super) const CHANGE: Change = Change {
 /// As long as a label of XFS may be.
 const LABEL: &str = "mt-retention";
 const UNITS: &str = "/etc/systemd/system";
+const LOOK: &str = "look again with `mt-agent discover-disks --rescan`";
 
 fn wanted(host: &Host) -> Result<Wanted, Error> {
     let mut wanted = Wanted::default();
@@ -39,9 +40,9 @@ fn wanted(host: &Host) -> Result<Wanted, Error> {
         let mounted = |line: &str| {
             line.split('#').next().and_then(|line| line.split_whitespace().nth(1)) == dir.to_str()
         };
-        if let Some(text) = host.root.text(&path)? {
+        if let Some(there) = host.root.read(&path)? {
             wanted.evidence(format!("{} is mounted by {unit}", dir.display()));
-            wanted.files.push(File::shared(&path, text));
+            wanted.files.push(File::shared(&path, there));
             wanted.files.extend(host.enable(&unit, "local-fs.target"));
         } else if fstab.lines().any(mounted) {
             wanted.find(Level::Pass, format!("{} is mounted by /etc/fstab", dir.display()), "");
@@ -49,15 +50,15 @@ fn wanted(host: &Host) -> Result<Wanted, Error> {
             wanted.find(
                 Level::Fail,
                 format!("{} has no file system of its own: recovery points would fill another one", dir.display()),
-                "mt-agent setup apply --only retention --retention-disk DISKID, with one of `mt-agent discover-disks`",
+                host.once_it_runs(
+                    "mt-agent setup apply --only retention --retention-disk DISKID, with one of `mt-agent discover-disks`",
+                ),
             );
         }
         return Ok(wanted);
     };
     if !host.is_live() {
-        return Err(Error::Refused(
-            "a retention disk is made on the live host only; leave --root out".to_owned(),
-        ));
+        return Err(Error::refused("a retention disk is made on the live host only", "leave --root out"));
     }
     let disk = find(host, id)?;
     let node = disk.node.display().to_string();
@@ -65,9 +66,9 @@ fn wanted(host: &Host) -> Result<Wanted, Error> {
     // As long as it is open, its name goes to no other disk.
     let file = fs::File::open(&disk.node).map_err(|error| failed("open", error))?;
     let found = device::read_identity(&file, &Sysroot::default());
-    let found = found.map_err(|error| Error::Refused(chain(&error)))?.map(|(found, _)| found);
+    let found = found.map_err(|error| Error::refused(chain(&error), LOOK))?.map(|(found, _)| found);
     if found.as_ref() != Some(id) {
-        return Err(Error::Refused(format!("{node} turned out to be another disk than {id}; look again")));
+        return Err(Error::refused(format!("{node} turned out to be another disk than {id}"), LOOK));
     }
     let reader = ReadFile::new(file.try_clone().map_err(|error| failed("duplicate", error))?, &*node)?;
     let there = FileSystem::read(&reader)?;
@@ -79,9 +80,10 @@ fn wanted(host: &Host) -> Result<Wanted, Error> {
         _ => {
             let content = signature::probe(&reader)?;
             if !content.is_blank() && !host.wishes.overwrite {
-                return Err(Error::Refused(format!(
-                    "{id} ({node}) is not empty: {content}; everything on it is lost with --overwrite"
-                )));
+                return Err(Error::refused(
+                    format!("{id} ({node}) is not empty: {content}"),
+                    "give another disk, or --overwrite: then everything on it is lost",
+                ));
             }
             wanted.evidence(format!("{id} ({node}, {}): {content}", disk.size));
             let uuid = uuid_for(id);
@@ -139,23 +141,25 @@ fn find(host: &Host, id: &DiskId) -> Result<Disk, Error> {
         retention: Some(host.places.retention_dir.clone()),
         ..discover::Options::default()
     };
-    let disks =
-        discover::discover(&Sysroot::default(), &options).map_err(|error| Error::Refused(chain(&error)))?;
+    let disks = discover::discover(&Sysroot::default(), &options)
+        .map_err(|error| Error::refused(chain(&error), LOOK))?;
     let mut same = disks.into_iter().filter(|disk| disk.id.as_ref() == Some(id));
     let disk = same.next().ok_or_else(|| {
-        Error::Refused(format!(
-            "no disk here is {id}; attach it, then look with `mt-agent discover-disks --rescan`"
-        ))
+        let fix = "attach it, then look with `mt-agent discover-disks --rescan`";
+        Error::refused(format!("no disk here is {id}"), fix)
     })?;
     match disk.role {
         Role::Free | Role::Retention if !disk.read_only && same.next().is_none() => Ok(disk),
-        role => Err(Error::Refused(format!(
-            "{id} ({}) cannot carry the retention: its role is {}{}: {}",
-            disk.node.display(),
-            role.as_str(),
-            if disk.read_only { ", it is read-only" } else { "" },
-            disk.evidence.join("; ")
-        ))),
+        role => Err(Error::refused(
+            format!(
+                "{id} ({}) cannot carry the retention: its role is {}{}: {}",
+                disk.node.display(),
+                role.as_str(),
+                if disk.read_only { ", it is read-only" } else { "" },
+                disk.evidence.join("; ")
+            ),
+            "give another one of `mt-agent discover-disks`",
+        )),
     }
 }
 

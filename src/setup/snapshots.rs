@@ -17,6 +17,11 @@ fn wanted(host: &Host) -> Result<Wanted, Error> {
          with snapshots are refused when they are attached or handed back",
     );
     if !host.is_live() {
+        wanted.find(
+            Level::Pass,
+            "whether the virtual machine is a clone is seen on the running host only",
+            "",
+        );
         return Ok(wanted);
     }
     let (assigned, unread) = match host.assigned() {

@@ -355,6 +355,33 @@ fn a_device_in_the_place_of_a_file_is_not_written() {
     assert_eq!(snapshot_of_links(dir.path()), before);
 }
 
+#[test]
+fn what_a_killed_run_left_is_removed_and_never_followed() {
+    let elsewhere = tempfile::tempdir().unwrap();
+    let victim = elsewhere.path().join("theirs");
+    fs::write(&victim, "theirs").unwrap();
+    let dir = tree();
+    let start = snapshot(dir.path());
+    apply(dir.path()).unwrap();
+    let applied = snapshot(dir.path());
+    let left =
+        ["etc/real/.there.conf", "etc/.theirs.conf", "etc/.mask"].map(|path| format!("{path}.mt-agent-new"));
+    let leave = || left.iter().for_each(|path| symlink(&victim, dir.path().join(path)).unwrap());
+    // Where nothing else is to be done, where something is, and where all is taken back.
+    leave();
+    apply(dir.path()).unwrap();
+    assert_eq!(snapshot(dir.path()), applied);
+    leave();
+    wish(dir.path(), "3");
+    apply(dir.path()).unwrap();
+    assert!(left.iter().all(|path| !dir.path().join(path).is_symlink()));
+    leave();
+    revert(dir.path()).unwrap();
+    wish(dir.path(), "1");
+    assert_eq!(host_files(&snapshot(dir.path())), start);
+    assert_eq!(fs::read(&victim).unwrap(), b"theirs");
+}
+
 /// The names and kinds: a pipe is not read.
 fn snapshot_of_links(dir: &Path) -> Vec<(PathBuf, bool)> {
     let mut names: Vec<(PathBuf, bool)> = ["etc", "etc/new/deep"]

@@ -19,7 +19,7 @@ fn wanted(host: &Host) -> Result<Wanted, Error> {
         wanted.find(
             Level::Warn,
             "nothing keeps the clock right: recovery points may be named by a wrong time",
-            "dnf install chrony, then mt-agent setup apply --only time",
+            host.once_it_runs("dnf install chrony, then mt-agent setup apply --only time"),
         );
         return Ok(wanted);
     };
@@ -27,9 +27,16 @@ fn wanted(host: &Host) -> Result<Wanted, Error> {
         wanted.find(
             Level::Warn,
             format!("{unit} is masked, and nothing else keeps the clock right"),
-            format!("systemctl unmask {unit}, then mt-agent setup apply --only time"),
+            host.once_it_runs(format!("systemctl unmask {unit}, then mt-agent setup apply --only time")),
         );
         return Ok(wanted);
+    }
+    if host.enabled(unit) && is_running(host, unit) == Some(false) {
+        wanted.find(
+            Level::Warn,
+            format!("{unit} does not run"),
+            format!("systemctl restart {unit}; if it ends again, see `systemctl status {unit}`"),
+        );
     }
     wanted.files.extend(host.enable(unit, "multi-user.target"));
     let systemd = "/run/systemd/system";
@@ -42,4 +49,12 @@ fn wanted(host: &Host) -> Result<Wanted, Error> {
         );
     }
     Ok(wanted)
+}
+
+/// Whether a service runs: then it has a control group. Not known of a tree, nor where systemd is not in charge of them.
+fn is_running(host: &Host, unit: &str) -> Option<bool> {
+    // The second one up to Enterprise Linux 8.
+    let slices = ["/sys/fs/cgroup/system.slice", "/sys/fs/cgroup/systemd/system.slice"];
+    let slice = slices.into_iter().find(|slice| host.is_live() && host.root.exists(slice))?;
+    Some(host.root.exists(format!("{slice}/{unit}")))
 }

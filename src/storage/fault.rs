@@ -1,11 +1,13 @@
 //! A disk and a shelf in memory that keep a record of what they were told, and fail where they were asked to: the one
 //! fault-injecting backend, for tests.
 
+use std::any::Any;
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::{Action, Completion, Geometry, Place, ReadAt, Request, Shelf, Storage, Waker};
+use super::{Action, Completion, Geometry, Place, ReadAt, Request, Scroll, Shelf, Storage, Waker};
 use crate::error::IoError;
 use crate::sys::wake::EventFd;
 use crate::units::Extent;
@@ -43,6 +45,10 @@ pub enum Event {
     Rename(String, String),
     /// A segment was removed.
     Remove(String),
+    /// A segment with this content took the place of what had its name, durably.
+    Replace(String, Vec<u8>),
+    /// A segment was shortened; durable like a write.
+    Cut(String, u64),
     /// The test made a note of this moment.
     Mark(u64),
 }
@@ -66,7 +72,10 @@ struct State {
     /// What a read returns now.
     now: Content,
     initial: Content,
-    log: Vec<Event>,
+    /// Each with the moment of its completion.
+    log: Vec<(u64, Event)>,
+    /// The next moment, for all that have one order.
+    clock: Arc<AtomicU64>,
     seen: usize,
     fail: Option<(usize, i32)>,
     /// How many bytes of segments there is room for.
@@ -88,10 +97,18 @@ impl FaultDisk {
             now: content.clone(),
             initial: content,
             log: Vec::new(),
+            clock: Arc::default(),
             seen: 0,
             fail: None,
             room: u64::MAX,
         })))
+    }
+
+    /// Gives all that happens to this disk and to `other` from now on one order, which [`Replay::moment`] tells.
+    pub fn beside(self, other: &FaultDisk) -> FaultDisk {
+        let clock = other.state().clock.clone();
+        self.state().clock = clock;
+        self
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -118,7 +135,7 @@ impl FaultDisk {
 
     /// Writes a mark into the log.
     pub fn mark(&self, number: u64) {
-        self.state().log.push(Event::Mark(number));
+        self.state().note(Event::Mark(number));
     }
 
     /// What a read of the whole disk would return now.
@@ -133,7 +150,7 @@ impl FaultDisk {
 
     /// What happened so far.
     pub fn log(&self) -> Vec<Event> {
-        self.state().log.clone()
+        self.state().log.iter().map(|(_, event)| event.clone()).collect()
     }
 
     /// What a power cut after the first `events` of the log leaves: see [`Replay::cut`].
@@ -152,6 +169,11 @@ impl FaultDisk {
         Replay { block, log, next: 0, durable: state.initial.clone(), pending: Vec::new() }
     }
 
+    /// A file on its shelf that grows at its end.
+    pub fn scroll(&self, name: &str) -> FaultScroll {
+        FaultScroll { disk: self.clone(), name: name.to_owned() }
+    }
+
     /// Its shelf.
     pub fn shelf(&self) -> FaultShelf {
         FaultShelf(self.clone())
@@ -164,11 +186,26 @@ impl FaultDisk {
     }
 }
 
+impl State {
+    fn note(&mut self, event: Event) {
+        self.log.push((self.clock.fetch_add(1, Ordering::Relaxed), event));
+    }
+
+    /// Counts a request, and says whether it is the one that fails.
+    fn fails(&mut self) -> io::Result<()> {
+        self.seen += 1;
+        match self.fail {
+            Some((at, errno)) if at + 1 == self.seen => Err(io::Error::from_raw_os_error(errno)),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// The log of a [`FaultDisk`], gone through up to some event.
 #[derive(Clone, Debug)]
 pub struct Replay {
     block: usize,
-    log: Arc<[Event]>,
+    log: Arc<[(u64, Event)]>,
     next: usize,
     /// What is certain.
     durable: Content,
@@ -177,12 +214,19 @@ pub struct Replay {
 }
 
 impl Replay {
+    /// When what it goes to next happened, of all that has one order with it.
+    pub fn moment(&self) -> Option<u64> {
+        self.log.get(self.next).map(|(moment, _)| *moment)
+    }
+
     /// Goes one event further, and says which that was.
     pub fn step(&mut self) -> Option<&Event> {
         let log = self.log.clone();
-        let event = log.get(self.next)?;
+        let (_, event) = log.get(self.next)?;
         match event {
-            Event::Write { .. } | Event::Zero(_) | Event::WriteSegment { .. } => self.pending.push(self.next),
+            Event::Write { .. } | Event::Zero(_) | Event::WriteSegment { .. } | Event::Cut(..) => {
+                self.pending.push(self.next);
+            }
             Event::Flush => self.settle(None, true),
             Event::FlushSegment(name) => self.settle(Some(name), true),
             Event::Create(name, len) => {
@@ -204,10 +248,14 @@ impl Replay {
                 self.settle(Some(name), false);
                 self.durable.segments.remove(name);
             }
+            Event::Replace(name, bytes) => {
+                self.settle(Some(name), false);
+                self.durable.segments.insert(name.clone(), bytes.clone().into());
+            }
             Event::Mark(_) => {}
         }
         self.next += 1;
-        self.log.get(self.next - 1)
+        self.log.get(self.next - 1).map(|(_, event)| event)
     }
 
     /// Carries out what is pending for a file, or forgets it.
@@ -215,9 +263,9 @@ impl Replay {
         let (log, block) = (self.log.clone(), self.block);
         let durable = &mut self.durable;
         self.pending.retain(|index| {
-            let event = &log[*index];
+            let (_, event) = &log[*index];
             let of = match event {
-                Event::WriteSegment { name, .. } => Some(name.as_str()),
+                Event::WriteSegment { name, .. } | Event::Cut(name, _) => Some(name.as_str()),
                 _ => None,
             };
             if of != segment {
@@ -236,7 +284,7 @@ impl Replay {
     pub fn cut(&self, mut keep: impl FnMut(usize, usize) -> bool) -> Content {
         let mut content = self.durable.clone();
         for index in &self.pending {
-            put(&mut content, &self.log[*index], self.block, |sector| keep(*index, sector));
+            put(&mut content, &self.log[*index].1, self.block, |sector| keep(*index, sector));
         }
         content
     }
@@ -249,23 +297,38 @@ impl Replay {
 
 fn put(content: &mut Content, event: &Event, block: usize, mut keep: impl FnMut(usize) -> bool) {
     let zeros;
-    let (image, offset, bytes): (&mut [u8], u64, &[u8]) = match event {
+    let (image, offset, bytes): (&mut Vec<u8>, u64, &[u8]) = match event {
         Event::Write { offset, bytes } => (&mut content.disk, *offset, bytes),
         Event::Zero(extent) => {
             zeros = vec![0; extent.len() as usize];
             (&mut content.disk, extent.offset(), &zeros)
         }
         Event::WriteSegment { name, offset, bytes } => match content.segments.get_mut(name) {
-            Some(segment) => (Arc::make_mut(segment).as_mut_slice(), *offset, bytes),
+            Some(segment) => (Arc::make_mut(segment), *offset, bytes),
             None => return,
         },
+        Event::Cut(name, len) => {
+            if let Some(segment) = content.segments.get_mut(name)
+                && keep(0)
+            {
+                Arc::make_mut(segment).truncate(*len as usize);
+            }
+            return;
+        }
         _ => return,
     };
-    for (sector, part) in bytes.chunks(block).enumerate() {
-        if keep(sector) {
-            let at = offset as usize + sector * block;
-            image[at..at + part.len()].copy_from_slice(part);
+    // Only what grows begins within a sector, and reaches beyond the end; what is missing of it before a later sector is zeros.
+    let (mut at, end) = (offset as usize, offset as usize + bytes.len());
+    for sector in 0.. {
+        let next = (at + 1).next_multiple_of(block).min(end);
+        if at == end {
+            break;
         }
+        if keep(sector) {
+            image.resize(image.len().max(next), 0);
+            image[at..next].copy_from_slice(&bytes[at - offset as usize..next - offset as usize]);
+        }
+        at = next;
     }
 }
 
@@ -288,12 +351,6 @@ impl FaultStorage {
             Place::Disk => None,
             Place::Segment => Some(self.segment.clone().expect("a segment that was created")),
         };
-        let image = match &segment {
-            None => &mut state.now.disk,
-            Some(name) => {
-                Arc::make_mut(state.now.segments.get_mut(name).expect("a segment that was not removed"))
-            }
-        };
         let (op, offset, len) = match action {
             Action::Read { offset, buffer } => ("read", Some(*offset), buffer.len()),
             Action::Write { offset, buffer } => ("write", Some(*offset), buffer.len()),
@@ -301,12 +358,13 @@ impl FaultStorage {
             Action::Flush => ("flush", None, 0),
         };
         let failed = |error: io::Error| IoError { op, target: "fault disk".into(), offset, source: error };
-        state.seen += 1;
-        if let Some((at, errno)) = state.fail
-            && at + 1 == state.seen
-        {
-            return Err(failed(io::Error::from_raw_os_error(errno)));
-        }
+        state.fails().map_err(failed)?;
+        let image = match &segment {
+            None => &mut state.now.disk,
+            Some(name) => {
+                Arc::make_mut(state.now.segments.get_mut(name).expect("a segment that was not removed"))
+            }
+        };
         let start = offset.unwrap_or(0) as usize;
         assert!(
             start.is_multiple_of(block) && len.is_multiple_of(block),
@@ -334,7 +392,7 @@ impl FaultStorage {
             }
             Action::Flush => segment.map_or(Event::Flush, Event::FlushSegment),
         };
-        state.log.push(event);
+        state.note(event);
         Ok(())
     }
 }
@@ -378,12 +436,7 @@ impl Storage for FaultStorage {
     fn create_segment(&mut self, name: &str, len: u64, header: &[u8]) -> Result<(), IoError> {
         let mut state = self.disk.state();
         let failed = |error: io::Error| IoError::new("create", name, error);
-        state.seen += 1;
-        if let Some((at, errno)) = state.fail
-            && at + 1 == state.seen
-        {
-            return Err(failed(io::Error::from_raw_os_error(errno)));
-        }
+        state.fails().map_err(failed)?;
         let taken: u64 = state.now.segments.values().map(|segment| segment.len() as u64).sum();
         if taken + len > state.room {
             return Err(failed(io::Error::from_raw_os_error(libc::ENOSPC)));
@@ -393,7 +446,9 @@ impl Storage for FaultStorage {
         let before = state.now.segments.insert(name.to_owned(), segment.into());
         assert!(before.is_none(), "{name} exists");
         let write = Event::WriteSegment { name: name.to_owned(), offset: 0, bytes: header.to_vec() };
-        state.log.extend([Event::Create(name.to_owned(), len), write, Event::FlushSegment(name.to_owned())]);
+        state.note(Event::Create(name.to_owned(), len));
+        state.note(write);
+        state.note(Event::FlushSegment(name.to_owned()));
         self.segment = Some(name.to_owned());
         Ok(())
     }
@@ -422,7 +477,7 @@ impl Shelf for FaultShelf {
                 if let Some(len) = cut {
                     Arc::make_mut(segment).truncate(len as usize);
                 }
-                state.log.push(Event::Settle(name.to_owned(), cut));
+                state.note(Event::Settle(name.to_owned(), cut));
                 Ok(())
             }
             None => Err(IoError::new("settle", name, io::ErrorKind::NotFound)),
@@ -434,7 +489,7 @@ impl Shelf for FaultShelf {
         match state.now.segments.remove(from) {
             Some(segment) => {
                 state.now.segments.insert(to.to_owned(), segment);
-                state.log.push(Event::Rename(from.to_owned(), to.to_owned()));
+                state.note(Event::Rename(from.to_owned(), to.to_owned()));
                 Ok(())
             }
             None => Err(IoError::new("rename", from, io::ErrorKind::NotFound)),
@@ -445,10 +500,96 @@ impl Shelf for FaultShelf {
         let mut state = self.0.state();
         for name in names {
             if state.now.segments.remove(name).is_some() {
-                state.log.push(Event::Remove(name.clone()));
+                state.note(Event::Remove(name.clone()));
             }
         }
         Ok(())
+    }
+}
+
+/// A file on the shelf of a [`FaultDisk`] that grows at its end. Nobody else changes it.
+#[derive(Debug)]
+pub struct FaultScroll {
+    disk: FaultDisk,
+    name: String,
+}
+
+impl FaultScroll {
+    /// Carries out a request that changes the file, and says what it is.
+    fn change(
+        &self,
+        op: &'static str,
+        at: Option<u64>,
+        change: impl FnOnce(&mut Vec<u8>, String) -> Event,
+    ) -> Result<(), IoError> {
+        let mut state = self.disk.state();
+        let failed = |source| IoError { op, target: self.name.clone(), offset: at, source };
+        state.fails().map_err(failed)?;
+        let Some(file) = state.now.segments.get_mut(&self.name) else {
+            return Err(failed(io::ErrorKind::NotFound.into()));
+        };
+        let event = change(Arc::make_mut(file), self.name.clone());
+        state.note(event);
+        Ok(())
+    }
+}
+
+impl Scroll for FaultScroll {
+    fn lock(&self) -> Result<Box<dyn Any>, IoError> {
+        Ok(Box::new(()))
+    }
+
+    fn read(&self, limit: u64) -> Result<Option<Vec<u8>>, IoError> {
+        let state = self.disk.state();
+        let file = state.now.segments.get(&self.name);
+        assert!(file.is_none_or(|file| file.len() as u64 <= limit));
+        Ok(file.map(|file| file.to_vec()))
+    }
+
+    fn is_beside(&self, name: &str) -> Result<bool, IoError> {
+        Ok(self.disk.state().now.segments.contains_key(name))
+    }
+
+    fn replace(&mut self, bytes: &[u8]) -> Result<(), IoError> {
+        let mut state = self.disk.state();
+        state.fails().map_err(|error| IoError::new("replace", &*self.name, error))?;
+        state.now.segments.insert(self.name.clone(), bytes.to_vec().into());
+        state.note(Event::Replace(self.name.clone(), bytes.to_vec()));
+        Ok(())
+    }
+
+    fn settle(&mut self, end: u64) -> Result<u64, IoError> {
+        let mut cut = 0;
+        self.change("cut", None, |file, name| {
+            cut = file.len() as u64 - end;
+            file.truncate(end as usize);
+            Event::Cut(name, end)
+        })?;
+        self.flush().map(|()| cut)
+    }
+
+    fn ends_at(&self, end: u64) -> Result<bool, IoError> {
+        let state = self.disk.state();
+        Ok(state.now.segments.get(&self.name).is_some_and(|file| file.len() as u64 == end))
+    }
+
+    fn append(&mut self, end: u64, bytes: &[u8]) -> Result<(), IoError> {
+        self.change("append to", Some(end), |file, name| {
+            assert_eq!(file.len() as u64, end, "{name} does not end there");
+            file.extend_from_slice(bytes);
+            Event::WriteSegment { name, offset: end, bytes: bytes.to_vec() }
+        })
+    }
+
+    fn flush(&mut self) -> Result<(), IoError> {
+        self.change("flush", None, |_, name| Event::FlushSegment(name))
+    }
+
+    fn cut(&mut self, end: u64) -> Result<(), IoError> {
+        self.change("cut", None, |file, name| {
+            file.truncate(end as usize);
+            Event::Cut(name, end)
+        })
     }
 }
 

@@ -100,6 +100,8 @@ pub struct LoopStatus {
     pub device: u64,
     /// `st_ino` of the backing file.
     pub inode: u64,
+    /// `st_rdev` of the backing file where that is a block device; else 0.
+    pub rdevice: u64,
     /// Where in the file the device begins, in bytes.
     pub offset: u64,
     /// How many bytes of the file the device covers; 0 means all.
@@ -120,6 +122,7 @@ pub fn loop_status(device: &impl AsFd) -> io::Result<LoopStatus> {
     Ok(LoopStatus {
         device: info.lo_device,
         inode: info.lo_inode,
+        rdevice: info.lo_rdevice,
         offset: info.lo_offset,
         size_limit: info.lo_sizelimit,
     })

@@ -1,6 +1,6 @@
-//! What a power cut leaves of a volume with a journal, at every moment of scripted runs, and what recovery makes of it.
+//! What failures and damage leave of a volume with a journal, and what recovery makes of it. What a power cut leaves of the
+//! disks of a machine is held against their points in `agent/crash.rs`, with what is here.
 
-use std::collections::BTreeMap;
 use std::sync::mpsc::channel;
 
 use rand::rngs::StdRng as Dice;
@@ -11,13 +11,13 @@ use crate::journal::recover::{self, History, go_on, let_go, recover, roll_back, 
 use crate::journal::{View, Writer, verify};
 use crate::pass::Lineage;
 use crate::storage::Shelf;
-use crate::storage::fault::{Content, Event as Logged, FaultDisk, Replay};
+use crate::storage::fault::{Content, FaultDisk, Replay};
 
-const SECTOR: u32 = 512;
-/// Ten blocks and a half: the disk ends in the middle of one.
-const SIZE: u64 = 10 * 4096 + 2048;
+pub(crate) const SECTOR: u32 = 512;
+/// Seven blocks and a half: the disk ends in the middle of one.
+pub(crate) const SIZE: u64 = 7 * 4096 + 2048;
 /// Short ones, so that passes have several.
-const SEGMENT: u64 = 24 << 10;
+pub(crate) const SEGMENT: u64 = 24 << 10;
 
 const LINEAGE: Lineage = Lineage(7);
 
@@ -31,25 +31,14 @@ fn journal(disk: &FaultDisk) -> Result<History, recover::Error> {
     recover(&disk.shelf(), &ours, &holds)
 }
 
-/// What must be there from some moment on: the points by their passes, with what the disk held. The last one is the newest;
-/// without any nothing is promised.
-type Promise = BTreeMap<u64, Arc<Vec<u8>>>;
-
-/// Disks that a script went through, one after each power cut, with the logs of how they came there.
-struct Run {
-    /// And the number of the promise that holds when the log begins.
-    disks: Vec<(FaultDisk, u64)>,
-    /// By the numbers that are the marks in the logs.
-    promises: Vec<Promise>,
-}
-
-struct Session {
-    volume: Volume,
+/// A volume as a session has it.
+pub(crate) struct Session {
+    pub(crate) volume: Volume,
     events: std::sync::mpsc::Receiver<Event>,
 }
 
 impl Session {
-    fn open(disk: &FaultDisk, writer: Option<Writer>) -> Session {
+    pub(crate) fn open(disk: &FaultDisk, writer: Option<Writer>) -> Session {
         let (sender, events) = channel();
         let arena = Arena::new(256 << 10).unwrap();
         let events_of = Box::new(move |event| drop(sender.send(event)));
@@ -61,7 +50,7 @@ impl Session {
         Session { volume, events }
     }
 
-    fn write(&self, offset: u64, bytes: &[u8]) {
+    pub(crate) fn write(&self, offset: u64, bytes: &[u8]) {
         for (index, bytes) in bytes.chunks(8192).enumerate() {
             let mut buffer = self.volume.arena().alloc_blocking(bytes.len());
             buffer.copy_from_slice(bytes);
@@ -69,20 +58,25 @@ impl Session {
         }
     }
 
-    fn flush(&self) -> Result<(), Fault> {
-        self.volume.flush();
+    /// Waits for a flush, and says how much the journal of the pass takes.
+    pub(crate) fn flushed(&self) -> Result<u64, Fault> {
         loop {
             match self.events.recv().unwrap() {
-                Event::Flushed { .. } => return Ok(()),
+                Event::Flushed { saved } => return Ok(saved),
                 Event::Faulted(fault) => return Err(fault),
                 Event::Written { .. } | Event::Paused | Event::Resumed => {}
             }
         }
     }
+
+    pub(crate) fn flush(&self) -> Result<u64, Fault> {
+        self.volume.flush();
+        self.flushed()
+    }
 }
 
 /// Random writes and zeros on a volume and a model of it.
-fn scribble(session: &Session, model: &mut [u8], rng: &mut Dice, steps: usize) {
+pub(crate) fn scribble(session: &Session, model: &mut [u8], rng: &mut Dice, steps: usize) {
     for _ in 0..steps {
         let offset = rng.random_range(0..SIZE);
         let len = rng.random_range(1..=(SIZE - offset).min(12_000));
@@ -117,181 +111,6 @@ fn scribble(session: &Session, model: &mut [u8], rng: &mut Dice, steps: usize) {
     }
 }
 
-/// A script while it is made up.
-struct Script<'a> {
-    run: Run,
-    /// What the disk holds, as far as it was sent.
-    model: Vec<u8>,
-    rng: &'a mut Dice,
-}
-
-impl Run {
-    /// An initial pass, and what a machine goes through afterwards: passes that are committed, interrupted, gone on with
-    /// and rolled back; points that are let go of; ways back and their undoing; another initial pass.
-    fn new(rng: &mut Dice, steps: usize) -> Run {
-        let mut model = vec![0; SIZE as usize];
-        rng.fill_bytes(&mut model);
-        let disks = vec![(FaultDisk::new(model.clone(), SECTOR), 0)];
-        let mut script = Script { run: Run { disks, promises: vec![Promise::new()] }, model, rng };
-        script.initial();
-        for _ in 0..steps {
-            match script.rng.random_range(0..12) {
-                0..8 => script.delta(),
-                8 | 9 => script.let_go(),
-                10 => script.go_back_and_undo(),
-                _ => script.initial(),
-            }
-        }
-        script.run
-    }
-}
-
-impl Script<'_> {
-    fn disk(&self) -> &FaultDisk {
-        &self.run.disks.last().unwrap().0
-    }
-
-    fn promise(&self) -> &Promise {
-        self.run.promises.last().unwrap()
-    }
-
-    /// From this moment on this must be there.
-    fn promises(&mut self, promise: Promise) {
-        self.disk().mark(self.run.promises.len() as u64);
-        self.run.promises.push(promise);
-    }
-
-    fn newest(&self) -> u64 {
-        *self.promise().keys().next_back().unwrap()
-    }
-
-    fn next(&self) -> u64 {
-        let last = journal(self.disk()).unwrap().passes.keys().next_back().copied();
-        last.max(self.promise().keys().next_back().copied()).unwrap_or(0) + 1
-    }
-
-    /// The pass has become a point.
-    fn commits(&mut self, pass: u64) {
-        assert_eq!(self.disk().bytes(), self.model);
-        let mut promise = self.promise().clone();
-        promise.insert(pass, self.model.clone().into());
-        self.promises(promise);
-    }
-
-    fn initial(&mut self) {
-        let pass = self.next();
-        self.promises(Promise::new());
-        let_go(&self.disk().shelf(), .., &ours).unwrap();
-        let session = Session::open(self.disk(), None);
-        scribble(&session, &mut self.model, self.rng, 5);
-        session.flush().unwrap();
-        session.volume.close();
-        self.commits(pass);
-    }
-
-    fn delta(&mut self) {
-        let pass = self.next();
-        let mut session = Session::open(self.disk(), Some(Writer::new(LINEAGE, pass, SEGMENT)));
-        let steps = self.rng.random_range(1..9);
-        scribble(&session, &mut self.model, self.rng, steps);
-        let interruption = self.rng.random_range(0..7);
-        if interruption < 5 {
-            if interruption > 2 {
-                // A request that fails, so that it may have written a record and not flushed it.
-                let nth = self.rng.random_range(0..12);
-                self.disk().fail_nth(nth, libc::EIO);
-                let steps = self.rng.random_range(1..9);
-                scribble(&session, &mut self.model, self.rng, steps);
-            }
-            session.volume.close();
-            self.disk().heal();
-            if interruption < 2 {
-                self.cut();
-            }
-            if interruption % 2 == 0 {
-                recover_to(self.disk(), self.newest());
-                self.model = self.promise()[&self.newest()].to_vec();
-            }
-            tidy(&self.disk().shelf()).unwrap();
-            let writer = match journal(self.disk()).unwrap().passes.get(&pass) {
-                Some(pass) => go_on(pass, LINEAGE, SEGMENT, &self.disk().shelf()).unwrap(),
-                None => Writer::new(LINEAGE, pass, SEGMENT),
-            };
-            session = Session::open(self.disk(), Some(writer));
-            // The sender sends everything again, as it is now.
-            session.write(0, &self.model);
-            let steps = self.rng.random_range(0..5);
-            scribble(&session, &mut self.model, self.rng, steps);
-        }
-        session.flush().unwrap();
-        session.volume.close();
-        self.commits(pass);
-    }
-
-    /// The power fails at some moment since the newest promise.
-    fn cut(&mut self) {
-        let (log, mut replay) = (self.disk().log(), self.disk().replay());
-        let since = log.iter().rposition(|event| matches!(event, Logged::Mark(_))).map_or(0, |mark| mark + 1);
-        for _ in 0..self.rng.random_range(since..=log.len()) {
-            replay.step();
-        }
-        let left = FaultDisk::with(torn(&replay, self.rng), SECTOR);
-        self.run.disks.push((left, self.run.promises.len() as u64 - 1));
-    }
-
-    /// The oldest points go.
-    fn let_go(&mut self) {
-        let mut promise = self.promise().clone();
-        for _ in 0..self.rng.random_range(1..3) {
-            if promise.len() > 1 {
-                promise.pop_first();
-            }
-        }
-        let oldest = *promise.keys().next().unwrap();
-        self.promises(promise);
-        let_go(&self.disk().shelf(), ..=oldest, &ours).unwrap();
-    }
-
-    /// A failover to any of the points, which is taken back.
-    fn go_back_and_undo(&mut self) {
-        let (pass, before) = (self.next(), self.promise().clone());
-        let to = self.rng.random_range(0..before.len());
-        let (to, then) = before.iter().nth(to).unwrap();
-        let shelf = self.disk().shelf();
-        let session = Session::open(self.disk(), Some(Writer::new(LINEAGE, pass, SEGMENT)));
-        let view = View::after(&journal(self.disk()).unwrap(), *to, &shelf).unwrap();
-        let mut places = Vec::new();
-        view.each(|at, bytes| {
-            session.write(at, bytes);
-            places.push(at as usize + bytes.len() - 1);
-            Ok::<(), recover::Error>(())
-        })
-        .unwrap();
-        // It is told from a disk that has one bit of it otherwise.
-        let is_on = |disk: &[u8]| {
-            let part = |extent: Extent| disk[extent.offset() as usize..extent.end() as usize].to_vec();
-            view.is_on(|extent| Ok::<_, recover::Error>(part(extent))).unwrap()
-        };
-        assert!(is_on(then));
-        for place in places {
-            let mut other = then.to_vec();
-            other[place] ^= 1;
-            assert!(!is_on(&other), "the byte at {place} is not looked at");
-        }
-        session.flush().unwrap();
-        session.volume.close();
-        let newest = std::mem::replace(&mut self.model, then.to_vec());
-        self.commits(pass);
-        // Whatever comes in between, the same is done again until it is done.
-        self.promises(before);
-        let history = journal(self.disk()).unwrap();
-        roll_back(&history.passes[&pass], &shelf, &mut self.disk().open().unwrap()).unwrap();
-        assert_eq!(self.disk().bytes(), newest);
-        let_go(&shelf, pass..=pass, &ours).unwrap();
-        self.model = newest;
-    }
-}
-
 /// Brings a disk back to the last point of those that were marked, as a service that starts does.
 fn recover_to(disk: &FaultDisk, committed: u64) {
     let shelf = disk.shelf();
@@ -304,39 +123,8 @@ fn recover_to(disk: &FaultDisk, committed: u64) {
     }
 }
 
-/// What a power cut leaves is the last committed point, once recovered; and all points before it that were not let go of.
-fn check(content: &Content, promise: &Promise, rng: &mut Dice) -> usize {
-    let Some((&committed, newest)) = promise.last_key_value() else { return 0 };
-    let disk = FaultDisk::with(content.clone(), SECTOR);
-    recover_to(&disk, committed);
-    assert!(disk.bytes() == **newest, "not the content of the point after pass {committed}");
-    let recovered = disk.content();
-    recover_to(&disk, committed);
-    assert_eq!(disk.content(), recovered, "recovering twice is not recovering once");
-    let (shelf, history) = (disk.shelf(), journal(&disk).unwrap());
-    // Of the passes that ended, every byte is as it was written.
-    history.passes.values().for_each(|pass| verify(pass, &shelf).unwrap());
-    for (pass, then) in promise {
-        let mut bytes = disk.bytes();
-        View::after(&history, *pass, &shelf).unwrap().overlay(0, &mut bytes).unwrap();
-        assert!(bytes == **then, "the point after pass {pass} is not as it was");
-    }
-    // The power fails again while it recovers.
-    let mut states = 1;
-    let mut replay = disk.replay();
-    while replay.step().is_some() {
-        if rng.random_range(0..4) == 0 {
-            let again = FaultDisk::with(torn(&replay, rng), SECTOR);
-            recover_to(&again, committed);
-            assert!(again.bytes() == **newest, "not after a second power cut");
-            states += 1;
-        }
-    }
-    states
-}
-
 /// The unflushed writes at this moment: dropped, kept or torn.
-fn torn(replay: &Replay, rng: &mut Dice) -> Content {
+pub(crate) fn torn(replay: &Replay, rng: &mut Dice) -> Content {
     match rng.random_range(0..5) {
         0 => replay.cut(|_, _| false),
         1 => replay.cut(|_, _| true),
@@ -352,39 +140,6 @@ fn torn(replay: &Replay, rng: &mut Dice) -> Content {
         }
         _ => replay.cut(|_, _| rng.random()),
     }
-}
-
-/// Crash states to look at: `MT_AGENT_CRASH_STATES`, or as many as CI does.
-fn wanted() -> usize {
-    std::env::var("MT_AGENT_CRASH_STATES").map_or(100_000, |text| text.parse().expect("a number of states"))
-}
-
-#[test]
-fn a_power_cut_at_any_moment_leaves_the_last_point() {
-    let seed: u64 = match std::env::var("MT_AGENT_CRASH_SEED") {
-        Ok(text) => text.parse().expect("a seed"),
-        Err(_) => rand::random(),
-    };
-    println!("to run this again: MT_AGENT_CRASH_SEED={seed}");
-    let mut rng = Dice::seed_from_u64(seed);
-    let (mut states, mut runs) = (0, 0);
-    while states < wanted() {
-        let run = Run::new(&mut rng, 6);
-        for (disk, promise) in &run.disks {
-            let (mut replay, mut promise) = (disk.replay(), &run.promises[*promise as usize]);
-            while let Some(event) = replay.step() {
-                if let Logged::Mark(number) = event {
-                    promise = &run.promises[*number as usize];
-                }
-                let samples = if replay.is_certain() { 1 } else { 8 };
-                for _ in 0..samples {
-                    states += check(&torn(&replay, &mut rng), promise, &mut rng);
-                }
-            }
-        }
-        runs += 1;
-    }
-    println!("{states} crash states in {runs} runs");
 }
 
 /// A request that fails faults the volume; after it is opened again, the last point is there.

@@ -21,3 +21,4 @@ mod reiserfs;
 mod roles;
 mod small;
 mod striped;
+mod writers;

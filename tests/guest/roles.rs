@@ -80,7 +80,7 @@ fn text(path: &Path) -> &str {
 }
 
 /// The kernel's name of a device with another name in /dev.
-fn kernel_name(path: &str) -> String {
+pub fn kernel_name(path: &str) -> String {
     let number = fs::metadata(path).unwrap().rdev();
     let link = format!("/sys/dev/block/{}:{}", libc::major(number), libc::minor(number));
     fs::read_link(link).unwrap().file_name().unwrap().to_str().unwrap().to_owned()

@@ -694,6 +694,13 @@ impl Rig {
         self.start(disks, args).finish()
     }
 
+    /// Who could be writing to a source, by what a dry run says.
+    pub fn users(&self, source: &Path) -> Vec<String> {
+        let found = self.send(&[("d0", source)], &["--dry-run", "--json"]).ok().json();
+        let users = found["disks"][0]["in_use"].as_array().unwrap().iter();
+        users.map(|user| user.as_str().unwrap().to_owned()).collect()
+    }
+
     /// Starts `send` and waits until bytes were written to the first of its disks.
     pub fn start_into_pass(&self, disks: &[(&str, &Path)], args: &[&str]) -> Process {
         let mut send = self.start(disks, args);

@@ -262,7 +262,15 @@ fn expected(what: &str, value: &DeValue<'_>) -> String {
 }
 
 fn text<'a>(value: &'a DeValue<'_>) -> Result<&'a str, String> {
-    value.as_str().ok_or_else(|| expected("a text in quotes", value))
+    let text = value.as_str().ok_or_else(|| expected("a text in quotes", value))?;
+    // No path or filter that anybody means has one; the kernel takes no NUL, and the others would forge lines in logs.
+    match text.chars().find(|c| c.is_control()) {
+        None => Ok(text),
+        Some(c) => {
+            let start: String = text.chars().take(100).collect();
+            Err(format!("`{}` has a control character in it, `{}`", start.escape_debug(), c.escape_debug()))
+        }
+    }
 }
 
 fn path(value: &DeValue<'_>) -> Result<PathBuf, String> {
@@ -357,10 +365,15 @@ fn duration(value: &DeValue<'_>, bounds: Bounds) -> Result<Duration, String> {
     }
 }
 
+/// How many letters of a key that there is not are looked at, and shown.
+const LONGEST: usize = 100;
+
 /// What is said of a key that there is not: the nearest one, or all of them where none is near.
 pub(super) fn unknown(key: &str) -> String {
     let names = KEYS.iter().map(|key| key.name);
-    let plain = key.to_ascii_lowercase().replace('-', "_");
+    // The keys have at most some 20 letters; what is longer is far from all of them anyway.
+    let start: String = key.chars().take(LONGEST).collect();
+    let plain = start.to_ascii_lowercase().replace('-', "_");
     // Half of a name, such as `timeout`, is as near as one wrong letter.
     let far = |known: &str| match known.split('_').any(|part| part == plain) {
         true => 1,
@@ -368,7 +381,7 @@ pub(super) fn unknown(key: &str) -> String {
     };
     let nearest = names.clone().map(far).min();
     let near: Vec<&str> = names.clone().filter(|known| Some(far(known)) == nearest).collect();
-    let shown: String = key.escape_debug().take(100).collect();
+    let shown = start.escape_debug();
     match nearest {
         Some(distance) if near.iter().all(|known| distance <= known.len() / 3) => {
             format!("there is no key `{shown}`: did you mean `{}`?", near.join("` or `"))
@@ -381,8 +394,7 @@ pub(super) fn unknown(key: &str) -> String {
 fn distance(from: &str, to: &str) -> usize {
     let to: Vec<char> = to.chars().collect();
     let mut row: Vec<usize> = (0..=to.len()).collect();
-    // A key has at most some 20 letters; what is longer is far from all of them anyway.
-    for (i, a) in from.chars().take(100).enumerate() {
+    for (i, a) in from.chars().enumerate() {
         let mut diagonal = row[0];
         row[0] = i + 1;
         for (j, b) in to.iter().enumerate() {

@@ -7,7 +7,6 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use mt_agent::agent::logging;
-use mt_agent::disk::discover::Sysroot;
 use mt_agent::error::chain;
 use mt_agent::name::Name;
 use mt_agent::net::tls::client::Identity;
@@ -130,11 +129,6 @@ pub(super) fn prepare(plan: &Plan) -> Result<Vec<Prepared>, Failure> {
     })
 }
 
-/// What of each disk is mounted here.
-pub(super) fn mounts(disks: &[Prepared]) -> Vec<Vec<String>> {
-    disks.iter().map(|disk| disk.source.mounts(&Sysroot::default())).collect()
-}
-
 /// The first pause before another attempt, and the longest.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(60));
 
@@ -203,14 +197,16 @@ impl Job {
         let disks = prepare(&self.plan)?;
         // What will be frozen is no reason to worry, and what is only compared changes nothing.
         if self.wishes.freeze.is_none() {
-            for (disk, mounts) in disks.iter().zip(mounts(&disks)) {
+            for disk in &disks {
                 let (path, verify) = (disk.source.path().display(), self.plan.scope == Scope::Verify);
                 let what = if verify {
                     "what it holds is changing, and what of it is free is compared, too"
                 } else {
                     "what arrives is not one point in time"
                 };
-                mounts.iter().for_each(|mount| note!("mt-agent: {path} is in use ({mount}): {what}"));
+                for writer in disk.source.writers(&[]) {
+                    note!("mt-agent: {path} is in use ({writer}): {what}");
+                }
             }
         }
         let tls = self.identity.client_config().map_err(Failure::failed)?;

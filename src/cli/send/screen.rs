@@ -13,8 +13,7 @@ use mt_agent::send::{Done, Prepared, Progress};
 use mt_agent::units::{ByteLen, rfc3339};
 use serde_json::{Value, json};
 
-use super::Ended;
-use crate::cli::table::printable;
+use super::{Ended, of_space};
 use crate::cli::{Failure, print};
 
 /// One disk, as it is shown.
@@ -149,20 +148,13 @@ impl Screen {
                     0 => String::new(),
                     same => format!(", {} there already", ByteLen(same)),
                 };
-                let rate = ByteLen((size.0 as f64 / seconds) as u64);
+                let read = ByteLen(progress.read.load(Ordering::Relaxed));
+                let rate = ByteLen((read.0 as f64 / seconds) as u64);
                 let space = progress.space.get().cloned().unwrap_or_default();
-                let mut text = format!(
-                    "{name}: {size} committed in point {point} in {seconds:.1} s ({rate}/s); {sent} sent, {zero} zeros{same}\n"
+                let text = format!(
+                    "{name}: {size} committed in point {point} in {seconds:.1} s; {read} read ({rate}/s), {sent} sent, {zero} zeros{same}\n"
                 );
-                if let Some(free) = space.free {
-                    let (used, skipped) = (ByteLen(size.0 - free), ByteLen(space.skipped));
-                    text +=
-                        &format!("{name}: {used} used, {} free, {skipped} of it skipped\n", ByteLen(free));
-                }
-                for why in &space.reasons {
-                    text += &format!("{name}: free space not skipped: {}\n", printable(why));
-                }
-                print(&text)
+                print(&(text + &of_space(name, *size, &space, "skipped")))
             }
             Ok(Done::Compared) => Ok(()),
             Err(error) => {

@@ -107,7 +107,7 @@ pub(in crate::disk) fn number(rdev: u64) -> String {
 }
 
 /// A mount that only another mount namespace sees, such as a container's.
-fn mounted_elsewhere(sysroot: &Sysroot, devnos: &[String]) -> Option<String> {
+pub(super) fn mounted_elsewhere(sysroot: &Sysroot, devnos: &[String]) -> Option<String> {
     let pids = sysroot.names("proc");
     pids.iter().filter(|name| name.bytes().all(|b| b.is_ascii_digit())).find_map(|pid| {
         let table = sysroot.bytes(format!("proc/{pid}/mountinfo"))?;

@@ -1,10 +1,15 @@
-//! What a disk is used for, with the evidence: mounts, swap and holders, through partitions, dm and md.
+//! What a disk is used for, with the evidence: mounts, swap and holders, through partitions, dm, md and loop devices.
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use super::sysfs::Sysroot;
+use super::views::{self, LoopDevice, Under};
 use crate::error::chain;
+
+mod writers;
+
+pub use writers::writers;
 
 /// What this host uses, by the device that it stands on.
 #[derive(Default, Debug)]
@@ -15,6 +20,8 @@ pub(super) struct Usage {
     swaps: HashSet<String>,
     /// Kernel names of the members of mounted btrfs file systems, with the UUID of the file system.
     btrfs: HashMap<String, String>,
+    /// The loop devices, which hold what they stand on without claiming it.
+    loops: Vec<LoopDevice>,
     /// Why it is not known what is mounted or swap: then every disk may be.
     unknown: Vec<String>,
 }
@@ -22,6 +29,10 @@ pub(super) struct Usage {
 #[derive(Debug)]
 struct Mount {
     point: PathBuf,
+    /// The device number of its files, which is not always that of the device.
+    devno: String,
+    /// Nobody can write to the file system.
+    read_only: bool,
     /// Carries the retention directory, and is not a part of the host itself.
     retention: bool,
 }
@@ -68,24 +79,25 @@ impl Usage {
     pub(super) fn read(sysroot: &Sysroot, retention: Option<&Path>) -> Usage {
         let mut usage = Usage::default();
         let table = known(mount_table(sysroot), &mut usage.unknown);
-        let device = |line: Line| (device_of(sysroot, line.devno, &line.source), line.point);
-        let mounts: Vec<(String, PathBuf)> = table.into_iter().map(device).collect();
+        let device = |line: Line| (device_of(sysroot, line.devno.clone(), &line.source), line);
+        let mounts: Vec<(String, Line)> = table.into_iter().map(device).collect();
         let covering = retention.and_then(|path| {
             let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
             // The last one mounted on a point is the one that is seen.
             mounts
                 .iter()
                 .rev()
-                .filter(|(_, point)| path.starts_with(point))
-                .max_by_key(|(_, point)| point.components().count())
-                .map(|(_, point)| point.clone())
+                .map(|(_, line)| &line.point)
+                .filter(|point| path.starts_with(point))
+                .max_by_key(|point| point.components().count())
+                .cloned()
         });
-        for (devno, point) in mounts {
+        for (device, Line { devno, point, read_only, .. }) in mounts {
             let retention =
                 covering.as_ref() == Some(&point) && !HOST.iter().any(|host| Path::new(host) == point);
-            let mounts = usage.mounts.entry(devno).or_default();
+            let mounts = usage.mounts.entry(device).or_default();
             if !mounts.iter().any(|mount| mount.point == point) {
-                mounts.push(Mount { point, retention });
+                mounts.push(Mount { point, devno, read_only, retention });
             }
         }
         for path in known(swap_table(sysroot), &mut usage.unknown) {
@@ -96,6 +108,7 @@ impl Usage {
                 usage.btrfs.insert(member, uuid.clone());
             }
         }
+        usage.loops = views::loops(sysroot);
         usage
     }
 
@@ -133,12 +146,18 @@ impl Usage {
                 found.system |= !mount.retention;
                 found.retention |= mount.retention;
             }
-            for Mount { point, retention } in mounts.iter().take(MOUNTS_SHOWN) {
+            for Mount { point, retention, .. } in mounts.iter().take(MOUNTS_SHOWN) {
                 let what = if *retention { ", which holds the retention" } else { "" };
                 found.evidence.push(format!("{label} is mounted on {}{what}", point.display()));
             }
             if mounts.len() > MOUNTS_SHOWN {
                 found.evidence.push(format!("{label} is mounted {} times more", mounts.len() - MOUNTS_SHOWN));
+            }
+            for LoopDevice { name: shown, .. } in self.over(&Under::Device(devno.clone())) {
+                found.held = true;
+                found.evidence.push(format!("{label} is shown by the loop device {shown}"));
+                let dir = format!("sys/block/{shown}");
+                self.walk(sysroot, shown, &dir, &format!("{shown} on {label}"), own, depth + 1, found);
             }
             found.devnos.push(devno);
         }
@@ -162,23 +181,33 @@ impl Usage {
             let dir = if sysroot.path(&block).exists() { block } else { format!("sys/class/block/{holder}") };
             self.walk(sysroot, &holder, &dir, &format!("{title} on {label}"), own, depth + 1, found);
         }
-        for part in
-            sysroot.names(dir).iter().filter(|entry| entry.len() > name.len() && entry.starts_with(name))
-        {
-            let part_dir = format!("{dir}/{part}");
-            if sysroot.path(format!("{part_dir}/partition")).exists() {
-                let label = label.strip_prefix(name).map_or(part.clone(), |rest| format!("{part}{rest}"));
-                self.walk(sysroot, part, &part_dir, &label, own, depth + 1, found);
-            }
+        for part in partitions(sysroot, dir, name) {
+            let label = label.strip_prefix(name).map_or(part.clone(), |rest| format!("{part}{rest}"));
+            self.walk(sysroot, &part, &format!("{dir}/{part}"), &label, own, depth + 1, found);
         }
+    }
+
+    /// The loop devices that show this.
+    fn over(&self, under: &Under) -> impl Iterator<Item = &LoopDevice> {
+        self.loops.iter().filter(move |one| one.under.as_ref() == Some(under))
     }
 }
 
-/// What is mounted on (or swaps on) the block device with this number, a disk or a partition: one fact a line,
-/// as `sda2 is mounted on /home`.
-pub fn mounted(sysroot: &Sysroot, devno: &str) -> Vec<String> {
-    let found = findings(sysroot, devno);
-    if found.system { found.evidence } else { Vec::new() }
+/// The names of the partitions of a disk.
+fn partitions(sysroot: &Sysroot, dir: &str, name: &str) -> Vec<String> {
+    let mut names = sysroot.names(dir);
+    names.retain(|entry| {
+        entry.len() > name.len()
+            && entry.starts_with(name)
+            && sysroot.path(format!("{dir}/{entry}/partition")).exists()
+    });
+    names
+}
+
+/// The kernel's name of the device with this number.
+pub(super) fn name_of(sysroot: &Sysroot, devno: &str) -> Option<String> {
+    let target = std::fs::read_link(sysroot.path(format!("sys/dev/block/{devno}"))).ok()?;
+    Some(target.file_name()?.to_str()?.to_owned())
 }
 
 /// A file system of this host.
@@ -201,9 +230,8 @@ pub fn file_systems(sysroot: &Sysroot, devnos: &[String]) -> Result<Vec<FileSyst
     let mut found = Findings::default();
     let usage = Usage::read(sysroot, None);
     for devno in devnos {
-        let target = std::fs::read_link(sysroot.path(format!("sys/dev/block/{devno}"))).ok();
-        if let Some(name) = target.as_ref().and_then(|target| target.file_name()?.to_str()) {
-            usage.walk(sysroot, name, &format!("sys/class/block/{name}"), name, None, 0, &mut found);
+        if let Some(name) = name_of(sysroot, devno) {
+            usage.walk(sysroot, &name, &format!("sys/class/block/{name}"), &name, None, 0, &mut found);
         }
     }
     // A file system of several devices is mounted by one of them.
@@ -235,10 +263,9 @@ pub fn holders(sysroot: &Sysroot, devno: &str) -> Vec<String> {
 
 fn findings(sysroot: &Sysroot, devno: &str) -> Findings {
     let mut found = Findings::default();
-    let target = std::fs::read_link(sysroot.path(format!("sys/dev/block/{devno}"))).ok();
-    if let Some(name) = target.as_ref().and_then(|target| target.file_name()?.to_str()) {
+    if let Some(name) = name_of(sysroot, devno) {
         let dir = format!("sys/class/block/{name}");
-        Usage::read(sysroot, None).walk(sysroot, name, &dir, name, None, 0, &mut found);
+        Usage::read(sysroot, None).walk(sysroot, &name, &dir, &name, None, 0, &mut found);
     }
     found
 }
@@ -341,7 +368,7 @@ fn unescape(text: &str) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-fn devno_of(sysroot: &Sysroot, name: &str) -> Option<String> {
+pub(super) fn devno_of(sysroot: &Sysroot, name: &str) -> Option<String> {
     sysroot.text(format!("sys/class/block/{name}/dev"))
 }
 

@@ -1,29 +1,112 @@
-//! Under which devices the bytes of a file or a device can be reached: loop devices show a file, and a disk shows its
-//! partitions.
+//! Under which devices the bytes of a file or a device can be reached: loop devices show a file or another device, and a
+//! disk shows its partitions.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
 
 use super::identity::Transport;
 use super::sysfs::Sysroot;
-use super::{exclusive, identity};
+use super::{exclusive, identity, roles};
 use crate::disk::id::DiskId;
+use crate::sys::ioctl;
 
-/// The device numbers of all that shows the whole of an open file or block device: itself, and the loop devices over
-/// the same file.
+/// What lies under a loop device, or under whatever reads an open file.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) enum Under {
+    /// A block device, by its number.
+    Device(String),
+    /// A regular file, by device and inode.
+    File(u64, u64),
+}
+
+impl Under {
+    pub(super) fn of(meta: &fs::Metadata) -> Under {
+        match meta.file_type().is_block_device() {
+            true => Under::Device(exclusive::number(meta.rdev())),
+            false => Under::File(meta.dev(), meta.ino()),
+        }
+    }
+}
+
+/// A loop device that stands on something.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct LoopDevice {
+    pub(super) name: String,
+    pub(super) devno: String,
+    /// On what, where that can be known.
+    pub(super) under: Option<Under>,
+}
+
+/// The loop devices that stand on something.
+pub(super) fn loops(sysroot: &Sysroot) -> Vec<LoopDevice> {
+    let names = sysroot.names("sys/block").into_iter().filter(|name| name.starts_with("loop"));
+    let attached = names.filter_map(|name| {
+        let devno = sysroot.text(format!("sys/block/{name}/dev"))?;
+        let under = under(sysroot, &name, &devno);
+        // One that was detached meanwhile stands on nothing.
+        identity::backing_file(sysroot, &name)?;
+        Some(LoopDevice { name, devno, under })
+    });
+    attached.collect()
+}
+
+/// What a loop device stands on. The kernel is asked first: the path that it shows is one of the mount namespace in which the
+/// device was made, and may lead elsewhere here.
+fn under(sysroot: &Sysroot, name: &str, devno: &str) -> Option<Under> {
+    let path = identity::backing_file(sysroot, name)?;
+    if !sysroot.is_live() {
+        if path.starts_with("/dev/") {
+            return Some(Under::Device(roles::devno_of(sysroot, &roles::resolve(sysroot, &path)?)?));
+        }
+    } else if let Ok(device) = File::open(Path::new("/dev").join(name))
+        && device.metadata().is_ok_and(|meta| Under::of(&meta) == Under::Device(devno.to_owned()))
+        && let Ok(status) = ioctl::loop_status(&device)
+    {
+        return Some(match status.rdevice {
+            0 => Under::File(status.device, status.inode),
+            number => Under::Device(exclusive::number(number)),
+        });
+    }
+    Some(Under::of(&fs::metadata(path).ok()?))
+}
+
+/// What a loop device stands on, for whoever wants to look at that.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Backing {
+    /// A block device, by its number.
+    Device(String),
+    /// The file at this path.
+    File(PathBuf),
+    /// It cannot be known, or is a file that is not reached here: it was removed, or lies in another mount namespace.
+    Unknown,
+}
+
+/// What the device with this number stands on, where it is a loop device that stands on something.
+pub fn backing(sysroot: &Sysroot, devno: &str) -> Option<Backing> {
+    let name = roles::name_of(sysroot, devno)?;
+    let path = identity::backing_file(sysroot, &name)?;
+    Some(match under(sysroot, &name, devno) {
+        Some(Under::Device(devno)) => Backing::Device(devno),
+        Some(file) if fs::metadata(&path).is_ok_and(|meta| Under::of(&meta) == file) => {
+            Backing::File(path.into())
+        }
+        Some(_) | None => Backing::Unknown,
+    })
+}
+
+/// The device numbers of all that shows the whole of an open file or block device: itself, what it stands on, and the loop
+/// devices over the same.
 pub fn of(sysroot: &Sysroot, file: &File) -> Vec<String> {
     let Ok(meta) = file.metadata() else { return Vec::new() };
-    if !meta.file_type().is_block_device() {
-        return loops(sysroot, (meta.dev(), meta.ino()));
-    }
-    over(sysroot, exclusive::number(meta.rdev()))
+    over(sysroot, Under::of(&meta))
 }
 
 /// The agent that receives into what is read from `file`, if one does here: the device and process.
 pub fn receiver_into(sysroot: &Sysroot, file: &File) -> Option<String> {
     let mut devnos = of(sysroot, file);
     if let Some(disk) = devnos.first().and_then(|devno| whole_disk(sysroot, devno)) {
-        devnos.extend(over(sysroot, disk));
+        devnos.extend(over(sysroot, Under::Device(disk)));
     }
     exclusive::written_by_agent(sysroot, &devnos)
 }
@@ -44,33 +127,39 @@ pub fn identity(sysroot: &Sysroot, file: &File) -> Option<DiskId> {
     found.id.map(|(id, _)| id)
 }
 
-/// A device, and the loop devices over the same file where it is one itself.
-fn over(sysroot: &Sysroot, devno: String) -> Vec<String> {
-    let target = fs::read_link(sysroot.path(format!("sys/dev/block/{devno}"))).ok();
-    let name = target.as_ref().and_then(|target| target.file_name()?.to_str());
-    let mut devnos =
-        name.and_then(|name| file_of(sysroot, name)).map_or(Vec::new(), |file| loops(sysroot, file));
-    devnos.retain(|other| *other != devno);
-    devnos.insert(0, devno);
+/// A device, what it stands on where it is a loop device, and the loop devices over the same.
+fn over(sysroot: &Sysroot, mut under: Under) -> Vec<String> {
+    let loops = loops(sysroot);
+    let mut devnos = Vec::new();
+    loop {
+        if let Under::Device(devno) = &under {
+            // Two loop devices that stand on each other.
+            if devnos.contains(devno) {
+                return devnos;
+            }
+            devnos.push(devno.clone());
+        }
+        let below = loops.iter().find(|one| under == Under::Device(one.devno.clone()));
+        match below.and_then(|one| one.under.clone()) {
+            Some(below) => under = below,
+            None => break,
+        }
+    }
+    let stand = |devnos: &[String], one: &LoopDevice| match &one.under {
+        Some(Under::Device(devno)) => devnos.contains(devno),
+        file => *file == Some(under.clone()),
+    };
+    for one in &loops {
+        if stand(&devnos, one) && !devnos.contains(&one.devno) {
+            devnos.push(one.devno.clone());
+        }
+    }
     devnos
 }
 
 /// The disk of a partition.
-fn whole_disk(sysroot: &Sysroot, devno: &str) -> Option<String> {
+pub(super) fn whole_disk(sysroot: &Sysroot, devno: &str) -> Option<String> {
     let dir = format!("sys/dev/block/{devno}");
     sysroot.text(format!("{dir}/partition"))?;
     sysroot.text(format!("{dir}/../dev"))
-}
-
-/// The loop devices over a file, which is named by device and inode.
-fn loops(sysroot: &Sysroot, file: (u64, u64)) -> Vec<String> {
-    let names = sysroot.names("sys/block");
-    let over = names.iter().filter(|name| name.starts_with("loop") && file_of(sysroot, name) == Some(file));
-    over.filter_map(|name| sysroot.text(format!("sys/block/{name}/dev"))).collect()
-}
-
-/// The file under a loop device, by device and inode.
-fn file_of(sysroot: &Sysroot, name: &str) -> Option<(u64, u64)> {
-    let meta = fs::metadata(identity::backing_file(sysroot, name)?).ok()?;
-    Some((meta.dev(), meta.ino()))
 }

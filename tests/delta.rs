@@ -390,6 +390,24 @@ fn verifying_and_digests_tell_what_is_the_same() {
     assert_eq!(refused.code, Some(3), "{refused:#?}");
 }
 
+/// Most of what is no file was meant to be one.
+#[test]
+fn a_digest_of_what_is_not_there_says_that_there_is_no_such_file() {
+    for (missing, others) in [
+        ("/no/such.img", &[][..]),
+        ("no/such.img", &[]),
+        ("such.img", &["no disk is named so: it has none of the known forms"]),
+    ] {
+        let said = format!("there is no file `{missing}`");
+        let refused = support::run(&["digest", missing]);
+        assert!(!refused.stderr.contains("identity"), "{refused:#?}");
+        refused.fails(3, &[&[said.as_str()][..], others].concat());
+    }
+    // An identity is one, whether its disk is here or not.
+    let identity = "naa.6000c290000000000000000000000001";
+    support::run(&["digest", identity]).fails(3, &["there is no disk `naa.6000c29"]);
+}
+
 /// What differs is told in terms of what lies there, and what is not compared is told, too.
 #[test]
 fn what_differs_is_told_by_partition_and_file_system() {

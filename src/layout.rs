@@ -128,7 +128,7 @@ impl FileSystem {
 pub enum State {
     /// Unmounted, and nothing is wrong with it.
     Clean,
-    /// It was not unmounted (or is mounted), and has no journal that would make it good.
+    /// It was not unmounted (or is mounted), and there is nothing to replay that would make a difference.
     NotUnmounted,
     /// Its journal is to be replayed, and what lies in its place until then is stale.
     JournalToReplay,

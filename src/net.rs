@@ -158,7 +158,7 @@
 //!   `sector`, the source's logical sector size; `source`, optional, its identity as [`crate::disk::id`] writes it;
 //!   `resized` and `another`, optional, true where the user knows that it has another size than the source of the pass
 //!   before, or is another disk; `compression`, an optional array of `lz4` and `zstd`, those
-//!   that the client can send; `group`, optional, the name of the consistency group of whose point the pass is a part, and
+//!   that the client can send; `verify`, optional, true where the pass will be of kind `verify`; `group`, optional, the name of the consistency group of whose point the pass is a part, and
 //!   then `disks`, an array of the names of all disks of the machine that are sent for it, this one's among them.
 //! - OpenReply: `window`, section 5, at least `max_payload` rounded up to 4096; `max_payload`, the most that
 //!   a Data frame may cover, at most 1 MiB; `volume_size`, that of the target, at least `size`; `block`, the
@@ -176,7 +176,9 @@
 //! `another` is.
 //!
 //! The server opens the target (and checks its identity) before it answers. From OpenReply on, the volume is
-//! this connection's alone; a second one is refused with `busy`.
+//! this connection's alone; a second one is refused with `busy`. That is not so with `verify`: where the volume has a
+//! baseline, any number of such connections may be open beside the one that writes it. Without a baseline it is theirs alone
+//! as well.
 //!
 //! ### Begin, BeginReply, Commit, Committed
 //!
@@ -247,6 +249,9 @@
 //! covered or sent. Without digests Covered may be sent as well; it spares the server the memory of a pass's ranges.
 //!
 //! A pass whose kind is `verify` carries neither Data nor Zero nor Commit: the client compares, and closes the connection.
+//! What it compares with is the baseline that OpenReply names, whatever is written to the volume meanwhile; without one,
+//! the volume as it is. If the baseline is let go of meanwhile, the server ends the connection (`refused`), and every digest
+//! that it sent before is one of the baseline.
 //!
 //! A pass that broke off is not gone on with: another one compares, and finds what arrived of it in place.
 //!

@@ -3,11 +3,13 @@
 //! - [`Journal`]: the journal of one disk, held against the log: which point the disk stands at, which pass is open.
 //! - [`failover`]: brings the disks of a machine to a point and releases them, and takes that back.
 //! - [`export`](mod@export): writes the disks as they were at a point to image files, while replication goes on.
+//! - [`past`]: a disk as it was at a point, while it is written to.
 //! - [`check`](mod@check): reads everything, and says which points are sound.
 
 pub mod check;
 pub mod export;
 pub mod failover;
+pub mod past;
 mod target;
 
 use std::collections::{BTreeMap, HashSet};

@@ -40,7 +40,7 @@ use crate::net::tls::{self, HandshakeError};
 use crate::net::{keepalive, wire};
 use crate::points::PointId;
 use crate::storage::device::EngineChoice;
-use free::Space;
+use free::{Free, Space};
 use hints::Hints;
 use lanes::Connections;
 use limit::{Limiter, Rates};
@@ -126,6 +126,11 @@ pub struct Progress {
     pub differences: Mutex<Vec<Extent>>,
     /// How many bytes of such there are in all.
     pub differs: AtomicU64,
+    /// How many more differ in space that was free when the comparing began, of a source in use: what is free there may not
+    /// be for long, and what it holds does not matter as long as it is.
+    pub differs_free: AtomicU64,
+    /// The point at which the target stands, once it is known, if it does at any.
+    pub baseline: OnceLock<PointId>,
     /// What of the source is free, once that was looked for.
     pub space: OnceLock<Space>,
     /// How many connections carry it, once the pass began.
@@ -343,6 +348,7 @@ pub async fn send(
             // What is only compared is not taken for anything.
             resized: plan.resized || plan.scope == Scope::Verify,
             another: plan.another || plan.scope == Scope::Verify,
+            verify: plan.scope == Scope::Verify,
             group: plan.group.clone(),
             disks: names.clone(),
             // What is only compared sends next to nothing.
@@ -385,11 +391,18 @@ pub async fn send(
             return;
         }
     };
+    // Of what is only compared it is known all the same, for the report: see `Progress::differs_free`.
+    let in_doubt = |unsteady: &Option<String>| {
+        unsteady.clone().filter(|_| plan.scope == Scope::Verify && !plan.whole_disk)
+    };
+    let in_doubt: Vec<Option<String>> = unsteady.iter().map(in_doubt).collect();
     let look: Vec<_> = disks
         .iter()
         .zip(&replies)
         .zip(unsteady)
-        .map(|((disk, reply), unsteady)| {
+        .zip(&in_doubt)
+        .map(|(((disk, reply), unsteady), in_doubt)| {
+            let unsteady = unsteady.filter(|_| in_doubt.is_none());
             (disk.source.clone(), plan.why_not(&disk.name, reply.standing).or(unsteady))
         })
         .collect();
@@ -398,10 +411,14 @@ pub async fn send(
         Err(panic) => std::panic::resume_unwind(panic.into_panic()),
     };
     let mut free = Vec::new();
-    for (disk, (ranges, space)) in disks.iter().zip(found) {
+    for ((disk, (ranges, space)), in_doubt) in disks.iter().zip(found).zip(in_doubt) {
+        let (certain, doubtful, space) = match in_doubt {
+            Some(why) => (Free::default(), ranges, Space::unknown(&why)),
+            None => (ranges, Free::default(), space),
+        };
         // An attempt has a progress of its own.
         disk.progress.space.set(space).ok();
-        free.push(Arc::new(ranges));
+        free.push((Arc::new(certain), doubtful));
     }
     // After the pre-hook, which may have made them.
     let paths = plan.hints.clone();
@@ -425,12 +442,13 @@ pub async fn send(
     let (time, name) = (OffsetDateTime::now_utc(), plan.name.clone());
     let point = Point { id, disks: names.clone(), time, name };
     let mut passes = JoinSet::new();
-    for (index, ((disk, free), opened)) in disks.into_iter().zip(free).zip(opened).enumerate() {
+    for (index, ((disk, (free, in_doubt)), opened)) in disks.into_iter().zip(free).zip(opened).enumerate() {
         let job = session::Job {
             point: point.clone(),
             still: still.clone(),
             source: disk.source,
             free,
+            in_doubt,
             progress: disk.progress,
             compression: plan.compression,
             engine: plan.engine,

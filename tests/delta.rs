@@ -4,12 +4,15 @@ mod support;
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use mt_agent::net::frame::{Header, Kind};
-use mt_agent::net::message::{Code, PassKind};
+use mt_agent::net::message::{self, Code, PassKind};
+use mt_agent::net::wire;
+use mt_agent::points::{Dropped, Log, Reason, Record};
 use support::client::Client;
 use support::{Loop, MACHINE, MIB, Rig, Service, assert_equal, directory, tool, write_random};
+use time::OffsetDateTime;
 
 fn sent(outcome: &serde_json::Value, field: &str) -> u64 {
     outcome["disks"][0][field].as_u64().unwrap()
@@ -356,12 +359,7 @@ fn verifying_and_digests_tell_what_is_the_same() {
     let source = rig.random("source.img", size);
     rig.send(&[("d0", &source)], &[]).ok();
     let before = rig.service.recorded(MACHINE, "d0");
-    let (to, state) = (rig.service.address().to_string(), rig.client().display().to_string());
-    let disk = format!("d0={}", source.display());
-    let verify = |flags: &[&str]| {
-        let args = ["verify", "--machine", MACHINE, "--to", &to, "--state-dir", &state, "--disk", &disk];
-        support::run(&[&args[..], flags].concat())
-    };
+    let verify = |flags: &[&str]| verify(&rig, &source, flags);
     assert!(verify(&[]).ok().stdout.contains("d0: 16.0 MiB are equal"));
     let target = rig.targets[0].id().to_string();
     let digests = support::run(&["digest", source.to_str().unwrap(), &target]).ok();
@@ -392,6 +390,24 @@ fn verifying_and_digests_tell_what_is_the_same() {
     assert_eq!(refused.code, Some(3), "{refused:#?}");
 }
 
+/// Most of what is no file was meant to be one.
+#[test]
+fn a_digest_of_what_is_not_there_says_that_there_is_no_such_file() {
+    for (missing, others) in [
+        ("/no/such.img", &[][..]),
+        ("no/such.img", &[]),
+        ("such.img", &["no disk is named so: it has none of the known forms"]),
+    ] {
+        let said = format!("there is no file `{missing}`");
+        let refused = support::run(&["digest", missing]);
+        assert!(!refused.stderr.contains("identity"), "{refused:#?}");
+        refused.fails(3, &[&[said.as_str()][..], others].concat());
+    }
+    // An identity is one, whether its disk is here or not.
+    let identity = "naa.6000c290000000000000000000000001";
+    support::run(&["digest", identity]).fails(3, &["there is no disk `naa.6000c29"]);
+}
+
 /// What differs is told in terms of what lies there, and what is not compared is told, too.
 #[test]
 fn what_differs_is_told_by_partition_and_file_system() {
@@ -406,23 +422,7 @@ fn what_differs_is_told_by_partition_and_file_system() {
     let path = source.to_str().unwrap();
     tool("mkfs.ext4", &["-q", "-L", "boot", "-E", "offset=1048576", path, "8192k"]);
     rig.send(&[("d0", &source)], &["--whole-disk"]).ok();
-    let verify = |flags: &[&str]| {
-        let (to, state) = (rig.service.address().to_string(), rig.client().display().to_string());
-        let disk = format!("d0={path}");
-        let args = [
-            "verify",
-            "--whole-disk",
-            "--machine",
-            MACHINE,
-            "--to",
-            &to,
-            "--state-dir",
-            &state,
-            "--disk",
-            &disk,
-        ];
-        support::run(&[&args[..], flags].concat())
-    };
+    let verify = |flags: &[&str]| verify(&rig, &source, &[&["--whole-disk"], flags].concat());
     let larger = "the target is larger by 12.0 KiB (12288 bytes): what it holds behind the end of the source was not compared";
     let equal = verify(&[]).ok();
     assert!(equal.stdout.contains("32.0 MiB are equal") && equal.stdout.contains(larger), "{equal:#?}");
@@ -544,9 +544,9 @@ async fn digests_are_for_those_who_keep_to_the_rules() {
     let rig = Rig::new(&[8 * MIB]);
     let begun = async |compare, kind: Option<PassKind>| {
         let mut client = Client::connect(&rig).await;
-        client.open("d0", 4 * MIB).await.unwrap();
         client.compare = compare;
         client.kind = kind.unwrap_or(client.kind);
+        client.open("d0", 4 * MIB).await.unwrap();
         let reply = client.begin().await;
         (client, reply)
     };
@@ -599,13 +599,137 @@ async fn digests_are_for_those_who_keep_to_the_rules() {
         match kind {
             Kind::Zero => {
                 client.frame(&Header::zero(0, 0, 4096), &[]).await;
-                client.refused(Code::Protocol, "outside of a pass").await;
+                client.refused(Code::Protocol, "a Zero frame where a disk is only compared").await;
             }
             _ => {
                 let refusal = client.commit(0, 0).await.unwrap_err();
-                assert!(refusal.message.contains("a pass that is not open"), "{refusal}");
+                assert!(
+                    refusal.message.contains("a Commit frame where a disk is only compared"),
+                    "{refusal}"
+                );
             }
         }
         rig.service.wait_until_idle();
     }
+}
+
+fn verify(rig: &Rig, source: &Path, flags: &[&str]) -> support::Outcome {
+    let (to, state) = (rig.service.address().to_string(), rig.client().display().to_string());
+    let disk = format!("d0={}", source.display());
+    let args = ["verify", "--machine", MACHINE, "--to", &to, "--state-dir", &state, "--disk", &disk];
+    support::run(&[&args[..], flags].concat())
+}
+
+/// What is compared is the newest point, whatever a pass has written since.
+#[test]
+fn verifying_beside_a_pass_sees_the_point_before_it() {
+    require_root!();
+    let size = 8 * MIB + 3 * 512;
+    let rig = Rig::new(&[size]);
+    let (old, new) = (rig.random("old.img", size), rig.path("new.img"));
+    let target = rig.targets[0].backing();
+    rig.send(&[("d0", &old)], &[]).ok();
+    // By hand, and not where the pass writes.
+    write_random(target, 7 * MIB + 8192, 512);
+    fs::copy(&old, &new).unwrap();
+    write_random(&new, 0, 6 * MIB);
+    let args = ["--compression", "off", "--bwlimit", "3M", "--another-disk"];
+    let mut pass = rig.start_into_pass(&[("d0", &new)], &args);
+    let overwritten = || support::first_difference(&old, target).is_some_and(|at| at < MIB);
+    support::wait_for("the first blocks", || overwritten().then_some(()));
+    let told = verify(&rig, &old, &["--json"]);
+    assert_eq!(told.code, Some(1), "{told:#?}");
+    let report = told.json();
+    let list = support::run(&["points", MACHINE, "--json", "--config", &rig.service.config()]).ok().json();
+    assert_eq!(report["disks"][0]["point"], list["points"][0]["id"]);
+    let expected = serde_json::json!([{"offset": 7 * MIB + 8192, "length": 4096, "where": []}]);
+    assert_eq!(report["disks"][0]["differences"], expected);
+    // Of what is being sent, it is all that the pass has to bring.
+    let told = verify(&rig, &new, &["--json"]).json();
+    assert_eq!(sent(&told, "differing_bytes"), 6 * MIB + 4096);
+    assert_eq!(pass.has_ended(), None, "the pass ended before it could be looked at beside it");
+    pass.finish().ok();
+    rig.synchronized("d0");
+    assert_equal(&new, target);
+    let equal = verify(&rig, &new, &[]).ok();
+    assert!(equal.stdout.contains("8.0 MiB are equal to point "), "{equal:#?}");
+}
+
+/// The digest of a block, as a client that compares is told it.
+async fn block(client: &mut Client, at: u64) -> Vec<u8> {
+    client.frame(&Header::refine(at, 4096), &[]).await;
+    loop {
+        let header = client.header().await.unwrap();
+        assert_eq!(header.kind, Kind::Digests);
+        let mut payload = vec![0; header.payload_len as usize];
+        wire::read_payload(&mut client.stream, &header, &mut payload).await.unwrap();
+        if header.sequence == 4096 {
+            return payload;
+        }
+    }
+}
+
+async fn comparing(rig: &Rig, size: u64) -> Client {
+    let mut client = Client::connect(rig).await;
+    (client.kind, client.compare) = (PassKind::Verify, Some(65536));
+    let reply = client.open("d0", size).await.unwrap();
+    assert!(reply.baseline.is_some());
+    client.begin().await.unwrap();
+    client
+}
+
+/// A point stays what it is while newer ones come; where it is let go of, nothing more is said of it; and a failover ends the
+/// comparing as it ends a pass.
+#[tokio::test]
+async fn verifying_ends_where_its_point_does() {
+    require_root!();
+    let size = 4 * MIB;
+    let rig = Rig::new(&[size]);
+    let (old, new) = (rig.random("old.img", size), rig.random("new.img", size));
+    let at = 3 * MIB as usize;
+    let old_block = blake3::hash(&fs::read(&old).unwrap()[at..at + 4096]);
+    rig.send(&[("d0", &old)], &[]).ok();
+    let mut client = comparing(&rig, size).await;
+    assert_eq!(block(&mut client, at as u64).await, old_block.as_bytes());
+    assert_eq!(rig.service.volume(MACHINE, "d0").verified_bytes, Some(0));
+    client.frame(&Header::covered(0, MIB), &[]).await;
+    let status = || support::run(&["status", "--config", &rig.service.config()]).ok().stdout;
+    support::wait_for("the status", || status().contains("synchronized, 1.0 MiB verified").then_some(()));
+    for source in [&new, &old, &new] {
+        rig.send(&[("d0", source)], &[]).ok();
+        assert_eq!(block(&mut client, at as u64).await, old_block.as_bytes());
+    }
+    assert_equal(&new, rig.targets[0].backing());
+    let mut log = Log::open(PathBuf::from(rig.service.state_dir()).join("retention")).unwrap();
+    let points: Vec<_> = log.points(&MACHINE.parse().unwrap()).map(|point| point.id).collect();
+    let mut drop_point = |point| {
+        let (time, reason) = (OffsetDateTime::now_utc(), Reason::Age);
+        log.append(Record::Dropped(Dropped { time, reason, points: vec![point] })).unwrap();
+    };
+    drop_point(points[1]);
+    assert_eq!(block(&mut client, at as u64).await, old_block.as_bytes());
+    drop_point(points[0]);
+    client.frame(&Header::refine(at as u64, 4096), &[]).await;
+    loop {
+        let header = client.header().await.unwrap();
+        if header.kind != Kind::Digests {
+            let last: Result<message::Notice, _> = wire::read_message_body(&mut client.stream, &header).await;
+            let Err(wire::Error::Peer(refusal)) = last else { panic!("{last:?}") };
+            assert_eq!(refusal.code, Code::Refused);
+            assert!(refusal.message.contains("was let go of meanwhile"), "{refusal}");
+            break;
+        }
+    }
+    drop(client);
+    rig.service.wait_until_idle();
+    assert_eq!(rig.service.volume(MACHINE, "d0").verified_bytes, None);
+
+    let mut client = comparing(&rig, size).await;
+    let mut failover = support::mt_agent();
+    failover.args(["failover", MACHINE, "--to", "latest", "--config", &rig.service.config()]);
+    let failover = rig.spawn(failover);
+    client.refused(Code::Refused, "is being failed over").await;
+    drop(client);
+    failover.finish().ok();
+    verify(&rig, &new, &[]).fails(3, &["was failed over to point"]);
 }

@@ -278,6 +278,90 @@ fn names_are_those_of_blkid() {
     }
 }
 
+/// What no tool here makes, by its magic and what else `blkid` looks at; and over an ext4 that lies there still.
+#[test]
+fn what_no_tool_here_makes_has_the_name_that_blkid_has_for_it() {
+    if !has("mkfs.ext4") {
+        return;
+    }
+    let dir = directory();
+    let size = 64 * MIB;
+    let gfs = |format: u32, multi: u32| {
+        let mut bytes = vec![0; 272];
+        bytes[..4].copy_from_slice(b"\x01\x16\x19\x70");
+        bytes[24..28].copy_from_slice(&format.to_be_bytes());
+        bytes[28..32].copy_from_slice(&multi.to_be_bytes());
+        bytes[160..171].copy_from_slice(b"cluster:one");
+        bytes[256..].copy_from_slice(b"0123456789abcdef");
+        bytes
+    };
+    let mut ocfs2 = vec![0; 352];
+    ocfs2[..6].copy_from_slice(b"OCFSV2");
+    ocfs2[194] = 90;
+    ocfs2[272..278].copy_from_slice(b"shared");
+    ocfs2[336..].copy_from_slice(b"fedcba9876543210");
+    let drbd = |version: u8| [&[0; 60][..], &[0x83, 0x74, 0x02, version]].concat();
+    let asm = [&[0; 32][..], b"ORCLDISK", b"DATA1"].concat();
+    let ddf = [b"\xde\x11\xde\x11", &[0; 28][..], b"01.02.00"].concat();
+    let cases: &[(u64, &[u8])] = &[
+        (1024, &ocfs2),
+        (2048, &ocfs2),
+        (4096, &ocfs2),
+        (8192, &ocfs2),
+        (65536, &gfs(1801, 1900)),
+        (65536, &gfs(1309, 1401)),
+        (MIB, b"\x0d\xd0\x01\xc0\x05"),
+        (size - 1024, b"Intel Raid ISM Cfg Sig. 1.3.00"),
+        (size - 512, b"$XIDE$"),
+        (size - 512, &ddf),
+        (size - 257 * 512, &ddf),
+        (size - 4096, &drbd(0x6b)),
+        (size - 4096, &drbd(0x6c)),
+        (0, &asm),
+        (1024, b"\xf5\xfc\x01\xa5\x04"),
+        (8192, b"\xa5\x01\xfc\xf5\0\0\0\x04"),
+        (0, b"SnAp\x01"),
+        (0, b"verity\0\0\x01\0\0\0"),
+        (0, b"integrt\0\x01"),
+        (0, b"HM\x01\0"),
+        (0, b"HM\x02\0"),
+        (0, b"\0\0\0ReFS\0"),
+        (0, b"dmvdo001"),
+        (4086, b"S1SUSPEND"),
+        (65536 + 1372, b"\x19\x01\x54\x19"),
+        (8192 + 1372, b"\x54\x19\x01\0"),
+    ];
+    let [plain, ext4] = ["plain", "ext4"].map(|name| sparse(&dir.path().join(name), size));
+    sh(&format!("mkfs.ext4 -q -b 4096 {}", ext4.display()));
+    assert_ne!(inspect(&[&ext4])["disks"][0]["free"], 0);
+    for (at, bytes) in cases {
+        let with = |image: &Path, look: &dyn Fn(&Path)| {
+            let file = OpenOptions::new().read(true).write(true).open(image).unwrap();
+            let mut before = vec![0; bytes.len()];
+            file.read_exact_at(&mut before, *at).unwrap();
+            file.write_all_at(bytes, *at).unwrap();
+            look(image);
+            file.write_all_at(&before, *at).unwrap();
+        };
+        with(&plain, &|image| {
+            let tag = |name: &str| sh(&format!("blkid -p -s {name} -o value {} || true", image.display()));
+            let found = inspect(&[image]);
+            let content = &found["disks"][0]["content"];
+            assert_eq!(content["kind"], tag("TYPE"), "{at}: {content:#}");
+            if ["gfs", "gfs2", "ocfs2"].contains(&content["kind"].as_str().unwrap()) {
+                assert_eq!(
+                    (&content["label"], &content["uuid"]),
+                    (&tag("LABEL").into(), &tag("UUID").into())
+                );
+            }
+            assert_eq!(found["disks"][0]["free"], 0);
+        });
+        // Whatever of the ext4 is left.
+        with(&ext4, &|image| assert_eq!(inspect(&[image])["disks"][0]["free"], 0, "{at} over an ext4"));
+    }
+    assert_ne!(inspect(&[&ext4])["disks"][0]["free"], 0);
+}
+
 /// LVM's tools on loop devices; nothing is activated, for which the kernel need not know device mapper.
 struct Lvm {
     disks: Vec<Loop>,
@@ -750,10 +834,77 @@ fn what_holds_a_disk_is_said() {
     for path in [disk.node(), disk.backing()] {
         let notes = inspect(&[path])["disks"][0]["notes"].clone();
         assert!(notes[0].as_str().unwrap().contains(&expected), "{notes}");
-        assert!(run(&["inspect", path.to_str().unwrap()]).ok().stdout.contains(&expected));
+        let text = run(&["inspect", path.to_str().unwrap()]).ok().stdout;
+        assert!(text.contains(&expected) && !text.contains("are proven free"), "{text}");
+        assert!(
+            text.contains("are free as it stands on the disk at this moment, which is only proven"),
+            "{text}"
+        );
     }
     drop(mount);
     assert_eq!(inspect(&[disk.node()])["disks"][0]["notes"], Value::Array(Vec::new()));
+    assert!(run(&["inspect", disk.node().to_str().unwrap()]).ok().stdout.contains("are proven free"));
+}
+
+/// What a file system counted before its log was written is not said as though it were so now.
+#[test]
+fn what_cannot_be_followed_is_not_counted_as_certain() {
+    if !has("mkfs.xfs") {
+        return;
+    }
+    let dir = directory();
+    let image = sparse(&dir.path().join("xfs"), 300 * MIB);
+    sh(&format!("mkfs.xfs -q {}", image.display()));
+    let text = || run(&["inspect", image.to_str().unwrap()]).ok().stdout;
+    assert!(text().contains(" free; clean;") && !text().contains("last count"), "{}", text());
+    // The head of its log is of no cycle.
+    let log = sh(&format!(
+        "xfs_db -r -c 'sb 0' -c 'convert fsblock '$(xfs_db -r -c 'sb 0' -c 'p logstart' {0} | sed 's/.*= //')' byte' {0}",
+        image.display()
+    ));
+    let hex = log.split(['(', ')']).next().unwrap().trim().trim_start_matches("0x").to_owned();
+    let at = u64::from_str_radix(&hex, 16).unwrap();
+    OpenOptions::new().write(true).open(&image).unwrap().write_all_at(&[0; 512], at).unwrap();
+    let text = text();
+    assert!(
+        text.contains(" free by its last count, which may be old; its journal is to be replayed"),
+        "{text}"
+    );
+    assert!(text.contains("all of it is taken as used"), "{text}");
+}
+
+/// Of a group that cannot be followed it is not said that none of no volumes is here.
+#[test]
+fn a_group_whose_volumes_are_not_known_says_so() {
+    require_root!();
+    if !has("lvm") {
+        return;
+    }
+    let dir = directory();
+    let lvm = Lvm::new(dir.path(), &[64 * MIB]);
+    lvm.run("vgcreate -s 1m vg @0");
+    let text = |path: &Path| run(&["inspect", path.to_str().unwrap()]).ok().stdout;
+    let good = text(lvm.disks[0].backing());
+    assert!(
+        good.contains("volume group vg 1 of 1 physical volumes are here, extents of 1.0 MiB, UUID="),
+        "{good}"
+    );
+    // The metadata says of another size that there are none of it.
+    let mut bytes = fs::read(lvm.disks[0].backing()).unwrap();
+    let begin = bytes.windows(4).position(|four| four == b"vg {").unwrap();
+    let end = begin + bytes[begin..].iter().position(|byte| *byte == 0).unwrap();
+    let old = bytes[begin..end].windows(18).position(|some| some == b"extent_size = 2048").unwrap() + begin;
+    bytes[old..old + 18].copy_from_slice(b"extent_size = 0000");
+    let area = 4096;
+    let whole = mt_agent::layout::lvm::checksum(&bytes[begin..end + 1]).to_le_bytes();
+    bytes[area + 56..area + 60].copy_from_slice(&whole);
+    let header = mt_agent::layout::lvm::checksum(&bytes[area + 4..area + 512]).to_le_bytes();
+    bytes[area..area + 4].copy_from_slice(&header);
+    let image = dir.path().join("broken");
+    fs::write(&image, &bytes).unwrap();
+    let broken = text(&image);
+    assert!(broken.contains("volume group vg whose physical volumes are not known, UUID="), "{broken}");
+    assert!(broken.contains("a volume group without an id or an extent_size"), "{broken}");
 }
 
 #[test]

@@ -282,6 +282,17 @@ fn a_mounted_ext4_is_only_skipped_while_it_is_frozen() {
         let after = fs::read(target).unwrap();
         assert!(free.bytes() > 50 * MIB);
         assert!(is_zeros(&after, &free));
+        // What was left out is no difference; what is used is told as such, free or not.
+        let disks = [("d0", disk.node())];
+        let told = verify(&rig, &disks, &[]).json();
+        assert!(field(&told, "differing_free_bytes") > 50 * MIB, "{told:#}");
+        assert!(
+            field(&told, "differing_bytes") < MIB && told["disks"][0]["free_bytes"].is_null(),
+            "{told:#}"
+        );
+        let told = verify(&rig, &disks, &["--whole-disk"]).fails(1, &["does not hold"]).json();
+        assert!(field(&told, "differing_bytes") > 50 * MIB, "{told:#}");
+        assert_eq!(field(&told, "differing_free_bytes"), 0);
     });
     mounted(rig.targets[0].node(), &rig.path("mnt"), "defaults", |dir| files.check(dir));
     tool("e2fsck", &["-fn", rig.targets[0].node().to_str().unwrap()]);

@@ -442,7 +442,7 @@ fn a_frozen_file_system_has_a_map_and_a_mounted_one_only_while_it_is_idle() {
             (image, before, copy(&dir.path().join("xfs.img"), "thawed.img"))
         });
         let of_frozen = found(&frozen);
-        assert_eq!(of_frozen.state, Some(State::JournalToReplay), "{of_frozen:?}");
+        assert_eq!(of_frozen.state, Some(State::NotUnmounted), "{of_frozen:?}");
         assert_eq!(of_frozen.notes.len(), 1, "{of_frozen:?}");
         let map = free(&of_frozen);
         assert_eq!(map, theirs(&frozen, ""));

@@ -451,6 +451,7 @@ async fn what_was_not_agreed_on_ends_the_session() {
         resized: false,
         another: true,
         compression: vec![Encoding::Lz4],
+        verify: false,
         group: None,
         disks: Vec::new(),
     };

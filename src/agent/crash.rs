@@ -526,7 +526,7 @@ impl Script<'_> {
     fn go_back(&self, disk: usize, point: PointId, then: &[u8]) -> Option<u64> {
         let standing = self.coordinator.read(|log| standing(disk, log)).unwrap();
         let (history, shelf) = (self.rig().journal(disk, &standing), self.rig().disks[disk].shelf());
-        let view = View::after(&history, standing.pass_at(point).unwrap(), &shelf).unwrap();
+        let view = View::after(&history, standing.pass_at(point).unwrap()).unwrap();
         if view.is_empty() {
             return None;
         }
@@ -534,7 +534,7 @@ impl Script<'_> {
         let writer = Writer::new(standing.lineage.unwrap(), pass, SEGMENT);
         let session = Session::open(&self.rig().disks[disk], Some(writer));
         let mut places = Vec::new();
-        view.each(|at, bytes| {
+        view.each(&shelf, |at, bytes| {
             session.write(at, bytes);
             places.push(at as usize + bytes.len() - 1);
             Ok::<(), recover::Error>(())
@@ -545,7 +545,7 @@ impl Script<'_> {
         // It is told from a disk that has one bit of it otherwise.
         let is_on = |disk: &[u8]| {
             let part = |extent: Extent| disk[extent.offset() as usize..extent.end() as usize].to_vec();
-            view.is_on(|extent| Ok::<_, recover::Error>(part(extent))).unwrap()
+            view.is_on(&shelf, |extent| Ok::<_, recover::Error>(part(extent))).unwrap()
         };
         assert!(is_on(then));
         for place in places {
@@ -576,7 +576,7 @@ fn check(rig: &Rig, promise: &[Kept], run: &Run, known: &mut Known, rng: &mut Di
         for point in &told.points {
             let pass = standing.pass_at(point.id).unwrap();
             let mut bytes = recovered[disk].disk.clone();
-            View::after(&history, pass, &shelf).unwrap().overlay(0, &mut bytes).unwrap();
+            View::after(&history, pass).unwrap().overlay(&shelf, 0, &mut bytes).unwrap();
             let then = &run.contents[&point.id][disk];
             assert!(bytes == *then, "point {} is not on disk {disk} as it was", point.id);
             // What the log says of the pass that led there is so, or it is not needed any more.

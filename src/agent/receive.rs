@@ -5,6 +5,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use time::OffsetDateTime;
 use tokio::sync::watch;
@@ -22,13 +23,14 @@ use crate::journal::recover;
 use crate::name::Name;
 use crate::net::frame::MAX_DATA;
 use crate::net::message::{self, Begin, Code, Commit, Enroll, EnrollReply, Open, PassKind};
-use crate::net::session::{Begun, DIGEST_DEPTH, Host, Opened, Passes, Reader};
+use crate::net::session::{Begun, DIGEST_DEPTH, Host, Opened, Passes, Reader, Viewed};
 use crate::net::token::TokenStore;
 use crate::net::{enrolment, tls};
 use crate::pass::{Lineage, PassId};
 use crate::points::VolumeAt;
 use crate::protection::{self, Assignment, Hold, Source, State, Store};
-use crate::recovery::{self, Journal, LONGEST_SEGMENT};
+use crate::recovery::past::{Kept, Newest};
+use crate::recovery::{self, Journal, LONGEST_SEGMENT, Standing};
 use crate::storage::Geometry;
 use crate::storage::device::Device;
 use crate::storage::shelf::Directory;
@@ -62,29 +64,9 @@ impl Host for Receiver {
 
     fn open(&self, machine: &Name, open: &Open, events: Events) -> Result<Opened, message::Error> {
         let config = self.config.borrow().clone();
-        // First the hold: from here on nobody takes the disk away from the machine.
-        let hold = Arc::new(self.store.hold(machine).map_err(|error| refuse(&error))?);
-        let protection = self.store.load(machine).map_err(|error| refuse(&error))?;
-        let Some(assignment) = protection.disk(&open.disk) else {
-            let error = protection::Error::NoDisk { machine: machine.clone(), disk: open.disk.clone() };
-            return Err(refuse(&error));
-        };
-        if assignment.id.backing_file().is_some() && !config.allow_loop {
-            let text = format!("{} is a loop device, and `allow_loop` is not set", assignment.id);
-            return Err(message::Error::new(Code::Refused, text));
-        }
-        let discovery = Options {
-            assigned: self.assigned()?,
-            retention: Some(config.retention_dir.clone()),
-            ..Options::default()
-        };
-        let machine_name = Some(machine.to_string());
-        let options = TargetOptions { discovery, machine: machine_name, at_least: ByteLen(open.size) };
-        let disk = open_target(&assignment.id, &options).map_err(|error| not_opened(&error))?;
-        for note in &disk.notes {
-            tracing::warn!(id = %disk.id, note);
-        }
-        still_as_assigned(&disk, assignment)?;
+        let (hold, assignment) = self.held(machine, open, &config)?;
+        let assignment = &assignment;
+        let disk = self.target(machine, open, assignment, &config)?;
         still_the_same_source(machine, open, assignment)?;
         let failed = |error: IoError| message::Error::new(Code::Internal, chain(&error));
         let arena = usize::try_from(config.window.0)
@@ -108,6 +90,7 @@ impl Host for Receiver {
             size = %disk.size, source = %ByteLen(open.size), "volume opened"
         );
         let journal = self.journal(&config.retention_dir, machine, assignment)?;
+        make_ready(&config.retention_dir, machine, assignment, &journal)?;
         if open.group.is_some() && journal.standing.newest().is_none() {
             // It takes long, and overwrites in place: the others of the group are not to wait for it, nor to fail with it.
             let text = format!(
@@ -167,22 +150,110 @@ impl Host for Receiver {
             hold: Box::new(hold),
         })
     }
+
+    fn view(&self, machine: &Name, open: &Open) -> Result<Viewed, message::Error> {
+        let config = self.config.borrow().clone();
+        let (hold, assignment) = self.held(machine, open, &config)?;
+        let journal = self.journal(&config.retention_dir, machine, &assignment)?;
+        let (baseline, lineage) = (journal.standing.newest(), journal.standing.lineage);
+        let pass = journal.standing.committed();
+        let covered = Arc::new(AtomicU64::new(0));
+        let shown = self.live.show_verify(machine.clone(), open.disk.clone(), covered.clone());
+        let newest = Newest::open(machine, &assignment, journal).map_err(|error| unusable(&error))?;
+        let engine = config.engine;
+        let Some(newest) = newest else {
+            // There is nothing to go back to: it must not be written to.
+            let disk = self.target(machine, open, &assignment, &config)?;
+            let geometry = Geometry { size: disk.size.0, block: disk.logical_block };
+            let name = disk.id.to_string();
+            let file = disk.file.try_clone().map_err(|error| {
+                message::Error::new(Code::Internal, chain(&IoError::new("duplicate", &*name, error)))
+            })?;
+            let reader: Reader = Box::new(move |arena| {
+                let (device, _) = Device::new(file, name, geometry, engine, DIGEST_DEPTH, arena)?;
+                Ok(Box::new(device))
+            });
+            let (device_size, block) = (geometry.size, geometry.block);
+            let hold = Box::new((shown, disk, hold));
+            return Ok(Viewed { device_size, block, baseline, reader, covered, hold });
+        };
+        let (device_size, block) = (newest.size(), newest.block());
+        if device_size < open.size {
+            let (size, needed) = (ByteLen(device_size), ByteLen(open.size));
+            let text = format!("the target disk has {size}, and the source {needed}");
+            return Err(message::Error::new(Code::SizeMismatch, text));
+        }
+        tracing::info!(id = %assignment.id, point = ?baseline, "volume opened to be compared");
+        let (coordinator, machine, disk) = (self.coordinator.clone(), machine.clone(), assignment);
+        let kept: Kept = Box::new(move || {
+            let failed = |error| IoError::new("look at", "the recovery points", io::Error::other(error));
+            let standing =
+                coordinator.read(|log| Standing::of(&machine, &disk.name, &disk.id, log)).map_err(failed)?;
+            if standing.lineage == lineage && standing.oldest() <= pass {
+                return Ok(());
+            }
+            let text = "the recovery point that was compared was let go of meanwhile, so that no more can be said of it; \
+                        run it again: it takes the newest point then";
+            let refused = message::Error::new(Code::Refused, text);
+            Err(IoError::new("read", "the disk as it was", io::Error::other(refused)))
+        });
+        let reader: Reader = Box::new(move |arena| newest.queue(engine, DIGEST_DEPTH, arena, kept));
+        Ok(Viewed { device_size, block, baseline, reader, covered, hold: Box::new((shown, hold)) })
+    }
 }
 
 impl Receiver {
-    /// Reads the journal of a disk and removes what nobody needs any more.
+    /// A machine's disk, which from here on nobody takes away from it.
+    fn held(
+        &self,
+        machine: &Name,
+        open: &Open,
+        config: &Config,
+    ) -> Result<(Arc<Hold>, Assignment), message::Error> {
+        // First the hold, then what it holds.
+        let hold = Arc::new(self.store.hold(machine).map_err(|error| refuse(&error))?);
+        let protection = self.store.load(machine).map_err(|error| refuse(&error))?;
+        let Some(assignment) = protection.disk(&open.disk) else {
+            let error = protection::Error::NoDisk { machine: machine.clone(), disk: open.disk.clone() };
+            return Err(refuse(&error));
+        };
+        if assignment.id.backing_file().is_some() && !config.allow_loop {
+            let text = format!("{} is a loop device, and `allow_loop` is not set", assignment.id);
+            return Err(message::Error::new(Code::Refused, text));
+        }
+        Ok((hold, assignment.clone()))
+    }
+
+    /// Its target, by all rules, and for nobody else.
+    fn target(
+        &self,
+        machine: &Name,
+        open: &Open,
+        assignment: &Assignment,
+        config: &Config,
+    ) -> Result<OpenDisk, message::Error> {
+        let discovery = Options {
+            assigned: self.assigned()?,
+            retention: Some(config.retention_dir.clone()),
+            ..Options::default()
+        };
+        let machine = Some(machine.to_string());
+        let options = TargetOptions { discovery, machine, at_least: ByteLen(open.size) };
+        let disk = open_target(&assignment.id, &options).map_err(|error| not_opened(&error))?;
+        for note in &disk.notes {
+            tracing::warn!(id = %disk.id, note);
+        }
+        still_as_assigned(&disk, assignment)?;
+        Ok(disk)
+    }
+
+    /// Reads the journal of a disk of a machine that is not failed over.
     fn journal(
         &self,
         retention: &Path,
         machine: &Name,
         disk: &Assignment,
     ) -> Result<Journal, message::Error> {
-        let failed = |error: &dyn std::error::Error| {
-            tracing::error!(error = chain(error), "the journal cannot be used");
-            message::Error::new(Code::Internal, chain(error))
-        };
-        Directory::create_all(recovery::place(retention, machine, &disk.name))
-            .map_err(|error| failed(&error))?;
         let read = self.coordinator.read(|log| {
             let released = log.released(machine).map(|released| released.point);
             let begun = log.begun(machine).cloned();
@@ -203,15 +274,7 @@ impl Receiver {
             );
             return Err(message::Error::new(Code::Refused, text));
         }
-        let journal = journal.map_err(|error| failed(&error))?;
-        let damaged = |source| {
-            failed(&recovery::Error::Journal { machine: machine.clone(), disk: disk.name.clone(), source })
-        };
-        journal.tidy().map_err(damaged)?;
-        if journal.standing.newest().is_some() {
-            journal.open().map_err(damaged)?;
-        }
-        Ok(journal)
+        journal.map_err(|error| unusable(&error))
     }
 
     /// Every assigned disk with its machine. A protection that cannot be read concerns its own machine alone:
@@ -344,6 +407,32 @@ impl Passes for Ledger {
             None => Ok(()),
         }
     }
+}
+
+/// Makes a journal ready for a pass: removes what nobody needs any more.
+fn make_ready(
+    retention: &Path,
+    machine: &Name,
+    disk: &Assignment,
+    journal: &Journal,
+) -> Result<(), message::Error> {
+    let failed = |source| {
+        let machine = machine.clone();
+        unusable(&recovery::Error::Journal { machine, disk: disk.name.clone(), source })
+    };
+    Directory::create_all(recovery::place(retention, machine, &disk.name))
+        .map_err(|error| unusable(&error))?;
+    journal.tidy().map_err(failed)?;
+    if journal.standing.newest().is_some() {
+        journal.open().map_err(failed)?;
+    }
+    Ok(())
+}
+
+/// What the peer is told of a journal that cannot be read or written.
+fn unusable(error: &dyn std::error::Error) -> message::Error {
+    tracing::error!(error = chain(error), "the journal cannot be used");
+    message::Error::new(Code::Internal, chain(error))
 }
 
 /// Refuses a disk that is not what was assigned: one that was empty then must not have got anything since that

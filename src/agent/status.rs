@@ -18,7 +18,7 @@
 //!       "phase": "receiving", "pass": "000102030405060708090a0b0c0d0e0f", "total_bytes": 10737418240,
 //!       "received_bytes": 4294967296, "written_bytes": 2147483648, "zeroed_bytes": 2147483648,
 //!       "same_bytes": 0, "wire_bytes": 1610612736, "connections": 4, "rate": 104857600, "eta": 62,
-//!       "lag": 86400, "lag_bytes": 6442450944,
+//!       "lag": 86400, "lag_bytes": 6442450944, "verified_bytes": null,
 //!       "last_commit": {"pass": "…", "time": "…", "bytes": 10737418240, "point_in_time": true},
 //!       "engine": {"name": "io-uring", "why": "probed"}, "error": null
 //!     }]
@@ -63,6 +63,8 @@ pub struct Live(Arc<Mutex<Volumes>>);
 struct Volumes {
     open: BTreeMap<(Name, Name), Arc<Counters>>,
     closed: BTreeMap<(Name, Name), Totals>,
+    /// Those that are compared with their sources, and up to where.
+    verified: Vec<((Name, Name), Arc<AtomicU64>)>,
 }
 
 /// What all passes over a volume came to since the service started.
@@ -130,6 +132,19 @@ impl Live {
         Shown { live: self.clone(), key, counters }
     }
 
+    /// Shows up to where a volume was compared for as long as the [`Verify`] lives.
+    pub fn show_verify(&self, machine: Name, disk: Name, bytes: Arc<AtomicU64>) -> Verify {
+        self.lock().verified.push(((machine, disk), bytes.clone()));
+        Verify { live: self.clone(), bytes }
+    }
+
+    /// Up to where a volume was compared, if it is being compared; of several, the one that came first.
+    fn verified(&self, key: &(Name, Name)) -> Option<u64> {
+        let volumes = self.lock();
+        let found = volumes.verified.iter().find(|(known, _)| known == key);
+        found.map(|(_, bytes)| bytes.load(Ordering::Relaxed))
+    }
+
     /// The volumes that are open.
     pub fn open(&self) -> BTreeMap<(Name, Name), Arc<Counters>> {
         self.lock().open.clone()
@@ -166,6 +181,19 @@ impl Drop for Shown {
             volumes.open.remove(&self.key);
             volumes.closed.entry(self.key.clone()).or_default().add(Totals::of(&self.counters));
         }
+    }
+}
+
+/// Keeps a volume among those in the [`Live`] list that are compared.
+#[derive(Debug)]
+pub struct Verify {
+    live: Live,
+    bytes: Arc<AtomicU64>,
+}
+
+impl Drop for Verify {
+    fn drop(&mut self) {
+        self.live.lock().verified.retain(|(_, bytes)| !Arc::ptr_eq(bytes, &self.bytes));
     }
 }
 
@@ -287,6 +315,9 @@ pub struct VolumeReport {
     /// Bytes of the source that the running pass has neither brought nor found to be there yet: the most by which the target is
     /// behind what is being sent. `null` while no pass runs: what changed since then only the source knows.
     pub lag_bytes: Option<u64>,
+    /// Bytes of the source that a `verify` which runs has compared with the newest point so far, beside whatever else is done
+    /// with the volume; `null` where none runs.
+    pub verified_bytes: Option<u64>,
     /// The last commit. The disk stands at it only in the phase `synchronized`.
     pub last_commit: Option<CommitReport>,
     /// What failed.
@@ -530,6 +561,7 @@ impl Board {
             engine: None,
             lag,
             lag_bytes: None,
+            verified_bytes: self.live.verified(key),
             last_commit: disk.last_commit.map(CommitReport::from),
             error,
         };

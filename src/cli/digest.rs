@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use mt_agent::disk::discover::{self, Options, Sysroot, find};
+use mt_agent::disk::discover::{self, FindError, Options, Sysroot, find};
 use mt_agent::name::Name;
 use mt_agent::points::Log;
 use mt_agent::protection::Store;
@@ -115,7 +115,16 @@ fn place(what: &str) -> Result<PathBuf, Failure> {
     }
     let options = Options { include_loop: true, probe_exclusive: false, ..Options::default() };
     let disks = discover::discover(&Sysroot::default(), &options).map_err(Failure::failed)?;
-    Ok(find(&disks, what).map_err(Failure::refused)?.node.clone())
+    match find(&disks, what) {
+        Ok(disk) => Ok(disk.node.clone()),
+        Err(FindError::Parse(error)) if !what.starts_with("/dev/disk/") => {
+            Err(Failure::refused(match what.contains('/') {
+                true => format!("there is no file `{what}`"),
+                false => format!("there is no file `{what}`, and no disk is named so: {}", error.reason),
+            }))
+        }
+        Err(error) => Err(Failure::refused(error)),
+    }
 }
 
 fn read(path: &Path, engine: EngineChoice) -> Result<(String, u64), Failure> {

@@ -1,7 +1,9 @@
 //! `mt-agent inspect`: what lies on disks or images, read by this program alone; nothing is written or activated.
 //!
 //! `--json` prints one object: `schema_version` (1), `disks` and `volume_groups`. Of each disk `path`, `size`, `used` and
-//! `free` (what would be copied, and what is proven free), `notes` and `content`. A content has a `type`:
+//! `free` (what would be copied, and what is proven free), `notes` and `content`. `notes` say who has it in use; while
+//! there are any, `free` is what stands on the disk at this moment, and only proven while it is frozen. A content has a
+//! `type`:
 //!
 //! - `unknown`: nothing announces itself.
 //! - `several`: `kinds` that announce themselves in one place.
@@ -11,7 +13,7 @@
 //!   partition is null.
 //! - `file-system`: `kind`, `version`, `uuid`, `label`, `block_size`, `size`, `used` and `free` by its own count, `state`
 //!   (`clean`, `not-unmounted`, `journal-to-replay`, `errors`), `features`, `notes`, and `whole`: why all of it is taken
-//!   as used, or null where its free space is known.
+//!   as used, or null where its free space is known; where it is not and `state` is not `clean`, its count may be old.
 //! - `physical-volume`: `uuid`, `group`, `flaw`.
 //!
 //! Of each volume group `name`, `uuid`, `seqno`, `extent_size`, `flaw`, `physical_volumes` (`uuid`, `size`, `here`) and

@@ -222,7 +222,10 @@ fn row(machine: &Name, volume: &VolumeReport) -> Vec<String> {
         machine.to_string(),
         volume.disk.to_string(),
         table::printable(&volume.id),
-        table::printable(&volume.phase),
+        match volume.verified_bytes {
+            None => table::printable(&volume.phase),
+            Some(bytes) => format!("{}, {} verified", table::printable(&volume.phase), ByteLen(bytes)),
+        },
         volume
             .received_bytes
             .map_or_else(none, |bytes| ByteLen(bytes + volume.same_bytes.unwrap_or(0)).to_string()),

@@ -1,9 +1,12 @@
 //! `mt-agent verify`: whether a master target holds what the disks of this machine hold. Neither is changed.
 //!
-//! `--json` prints one object: `schema_version` (1), `machine`, `equal`, and `disks`, of each `disk`, `size`, `equal`,
+//! `--json` prints one object: `schema_version` (1), `machine`, `equal`, and `disks`, of each `disk`, `size`, `equal`, `point`
+//! (the recovery point that it was compared with, or null: the target stands at none, and was compared as it is),
 //! `target_size` (null where it is not known), `differing_bytes`, `differences` (of each `offset` and `length` in bytes, and
 //! `where`, the partitions and file systems of the source that it touches, in words; the first 10,000), `free_bytes` (what is
-//! proven free and so may differ; null where it is not known), and `error`.
+//! proven free and so may differ; null where it is not known), `differing_free_bytes` (how many more differ of a source in use
+//! where its file systems called it free when the comparing began: they are not among the others, and it is `equal` with
+//! them), and `error`.
 
 use std::sync::atomic::Ordering;
 
@@ -23,14 +26,21 @@ const SCHEMA_VERSION: u32 = 1;
 /// How many differing ranges are listed for people.
 const SHOWN: usize = 20;
 
-/// Compare disks of this machine with what its master target holds, by digests. Nothing is received for a disk meanwhile: a
-/// `send` waits until it is through. What differs is told with the partitions and file systems in which it lies
+/// Compare disks of this machine with the newest recovery point of its master target, by digests. A pass that runs goes on
+/// beside it: what that has written is not looked at. What differs is told with the partitions and file systems in which it
+/// lies; of a source in use, that is also what was written since its last pass
 #[derive(clap::Args)]
+#[command(mut_arg("whole_disk", |arg| arg.help(
+    "Compare the free space of the file systems and volume groups on the disks as well: by default it is not read, and what \
+     the master target holds there does not count, where it is certain what is free; of a source in use, what seems to be \
+     free is told by itself"
+)))]
 pub struct Args {
     #[command(flatten)]
     what: What,
     /// Read at most so many bytes a second, all disks together: 100M; by the time of day as in `send --bwlimit`. The master
-    /// target reads as slowly then
+    /// target reads as slowly then, and is 256 MiB ahead at most. By default nothing is limited: give it where a pass runs
+    /// that must not be slowed down
     #[arg(long, value_name = "BYTES|HH:MM-HH:MM=BYTES,…")]
     rate: Option<Rates>,
 }
@@ -57,17 +67,32 @@ pub fn run(args: Args) -> Result<(), Failure> {
         let places = |extent| landmarks.get(index).map_or(Vec::new(), |one| one.at(extent));
         let target = Some(disk.progress.target.load(Ordering::Relaxed)).filter(|target| *target > 0);
         let free = disk.progress.space.get().and_then(|space| space.free);
+        let in_doubt = disk.progress.differs_free.load(Ordering::Relaxed);
+        let point = disk.progress.baseline.get();
+        let (to, from) = match point {
+            Some(point) => (format!(" to point {point}"), format!(" from point {point}")),
+            None => Default::default(),
+        };
         let same = differs == 0 && error.is_none();
         equal &= same;
         if !job.json && error.is_none() {
             let mut text = match differs {
                 0 if free.is_some_and(|free| free > 0) => {
                     let free = free.unwrap_or_default();
-                    format!("{name}: {} are equal, and {} are free\n", ByteLen(size.0 - free), ByteLen(free))
+                    let used = ByteLen(size.0 - free);
+                    format!("{name}: {used} are equal{to}, and {} are free\n", ByteLen(free))
                 }
-                0 => format!("{name}: {size} are equal\n"),
-                _ => format!("{name}: {} of {size} differ\n", ByteLen(differs)),
+                0 => format!("{name}: {} are equal{to}\n", ByteLen(size.0 - in_doubt)),
+                _ => format!("{name}: {} of {size} differ{from}\n", ByteLen(differs)),
             };
+            if in_doubt > 0 {
+                text += &format!(
+                    "  {} differ in space that its file systems called free when the comparing began: a pass with --freeze \
+                     leaves such out, and nothing is missing on the master target. It is in use, so that this is not certain: \
+                     compare a snapshot of it, or the disk while nothing of it is mounted\n",
+                    ByteLen(in_doubt)
+                );
+            }
             for extent in differences.iter().take(SHOWN) {
                 let places = places(*extent).join("; ");
                 text += &format!("  {extent}{}{places}\n", if places.is_empty() { "" } else { ": " });
@@ -91,8 +116,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
             )
             .collect();
         disks.push(json!({
-            "disk": name, "size": size, "target_size": target, "equal": same, "differing_bytes": differs, "differences": differences,
-            "free_bytes": free,
+            "disk": name, "size": size, "point": point, "target_size": target, "equal": same, "differing_bytes": differs,
+            "differences": differences, "free_bytes": free, "differing_free_bytes": in_doubt,
             "error": error,
         }));
     }

@@ -1,5 +1,7 @@
 //! Reads a shelf of segments back into what can be used: which passes there are, and where their images lie.
 
+mod refresh;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::time::Duration;
@@ -97,6 +99,8 @@ pub struct Segment {
     pub end: u64,
     /// Whether there is more in it than that, which a power cut may leave of the last record that was begun.
     pub torn: bool,
+    /// What tells it from another one under its name; 0 where it has no header.
+    generation: u64,
 }
 
 /// Where an image lies.
@@ -148,23 +152,41 @@ pub type Holds<'a> = &'a (dyn Fn(Extent) -> Result<Vec<u8>, IoError> + Sync);
 /// apart, but the disk does: where it holds exactly what the record says that it saved, the record may be forgotten, and
 /// otherwise it is damage. What the record is about is told by its header or the copy of it behind its payload.
 pub fn recover(shelf: &dyn Shelf, ours: Ours<'_>, holds: Holds<'_>) -> Result<History, Error> {
-    // Meanwhile, older passes may be let go of, and what was torn be cut off.
-    let went_away =
-        |kind: io::ErrorKind| matches!(kind, io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof);
+    recover_but(shelf, &BTreeMap::new(), ours, holds)
+}
+
+/// Whether it was there a moment ago: meanwhile, older passes may be let go of, and what was torn be cut off.
+fn went_away(error: &Error) -> bool {
+    let kind = |error: &IoError| error.source.kind();
+    matches!(error, Error::Io(error) if matches!(kind(error), io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof))
+}
+
+/// The same without the passes that are known.
+fn recover_but(
+    shelf: &dyn Shelf,
+    known: &BTreeMap<u64, Pass>,
+    ours: Ours<'_>,
+    holds: Holds<'_>,
+) -> Result<History, Error> {
     for _ in 0..AGAIN {
-        match read_all(shelf, ours, holds) {
-            Err(Error::Io(error)) if went_away(error.source.kind()) => std::thread::sleep(PAUSE),
+        match read_all(shelf, known, ours, holds) {
+            Err(error) if went_away(&error) => std::thread::sleep(PAUSE),
             result => return result,
         }
     }
-    read_all(shelf, ours, holds)
+    read_all(shelf, known, ours, holds)
 }
 
-fn read_all(shelf: &dyn Shelf, ours: Ours<'_>, holds: Holds<'_>) -> Result<History, Error> {
+fn read_all(
+    shelf: &dyn Shelf,
+    known: &BTreeMap<u64, Pass>,
+    ours: Ours<'_>,
+    holds: Holds<'_>,
+) -> Result<History, Error> {
     let names = names(shelf)?;
     let segments: Vec<String> = names.values().flatten().map(|(_, name)| name.clone()).collect();
-    let many = segments.len() > ALONE;
-    let names: Vec<_> = names.into_iter().collect();
+    let names: Vec<_> = names.into_iter().filter(|(pass, _)| !known.contains_key(pass)).collect();
+    let many = names.iter().map(|(_, segments)| segments.len()).sum::<usize>() > ALONE;
     let passes = parallel::each(&names, many, |_, (number, segments)| {
         let mut pass = read_pass(shelf, *number, segments, ours, holds)?;
         // Whoever reads beside the writer may find a record half written, and the next one behind it a moment later: that
@@ -251,7 +273,7 @@ pub fn let_go(
 /// records and zeros. The cut flushes the segment, too: a service that was killed may have left a record that is whole and
 /// not durable, and is about to be relied on. A crash before it is durable leaves what was there.
 pub fn go_on(pass: &Pass, lineage: Lineage, longest: u64, shelf: &dyn Shelf) -> Result<Writer, IoError> {
-    if let Some(Segment { name, end, torn }) = pass.segments.last() {
+    if let Some(Segment { name, end, torn, .. }) = pass.segments.last() {
         shelf.settle(name, torn.then_some(*end))?;
     }
     Ok(Writer::go_on(lineage, pass, longest))
@@ -270,18 +292,6 @@ pub fn tidy(shelf: &dyn Shelf) -> Result<(), IoError> {
 }
 
 impl History {
-    /// Whether nothing was appended, created or removed on the shelf since it was read.
-    pub fn is_current(&self, shelf: &dyn Shelf) -> Result<bool, Error> {
-        let mut names = shelf.list()?;
-        names.retain(|name| parse_name(name).is_some());
-        names.sort();
-        if names != self.names {
-            return Ok(false);
-        }
-        // Only a pass that has not ended grows, and then in ways that its files' names do not show.
-        Ok(self.passes.values().next_back().is_none_or(|newest| newest.ended))
-    }
-
     /// The images of all passes after `pass`, in the order of their numbers, or which of them is damaged.
     pub fn after(&self, pass: u64) -> Result<Vec<&Pass>, Error> {
         let later = self.passes.range(pass.saturating_add(1)..).map(|(_, later)| later);
@@ -311,7 +321,7 @@ fn read_pass(
         number,
         segments: segments
             .iter()
-            .map(|(_, name)| Segment { name: name.clone(), end: 0, torn: false })
+            .map(|(_, name)| Segment { name: name.clone(), end: 0, torn: false, generation: 0 })
             .collect(),
         images: Vec::new(),
         ended: false,
@@ -362,24 +372,8 @@ fn read_pass(
             pass.damage = damage(0, "records before it are missing");
             return Ok(pass);
         }
-        let mut last = None;
-        let mut at = BLOCK;
-        while at.saturating_add(BLOCK) <= reader.size() && !pass.ended {
-            reader.read_at(at, &mut block)?;
-            let record = match format::parse_record(&block) {
-                Ok(record)
-                    if (record.generation, record.sequence) == (segment.generation, pass.next_sequence)
-                        && at.saturating_add(record.len()) <= reader.size() =>
-                {
-                    record
-                }
-                _ => break,
-            };
-            pass.add(&record, place, at);
-            at += record.len();
-            last = Some(record);
-        }
-        pass.segments[place].end = at;
+        pass.segments[place].generation = segment.generation;
+        let last = pass.take(&*reader, segment.generation, place, BLOCK)?;
         if newest && !pass.ended {
             pass.settle(&*reader, segment.generation, last, holds)?;
         }
@@ -388,6 +382,35 @@ fn read_pass(
 }
 
 impl Pass {
+    /// Takes the records that stand from `at` on in the segment with this index and generation. Gives the last one.
+    fn take(
+        &mut self,
+        reader: &dyn ReadAt,
+        generation: u64,
+        place: usize,
+        mut at: u64,
+    ) -> Result<Option<Record>, Error> {
+        let mut block = [0; BLOCK_LEN];
+        let mut last = None;
+        while at.saturating_add(BLOCK) <= reader.size() && !self.ended {
+            reader.read_at(at, &mut block)?;
+            let record = match format::parse_record(&block) {
+                Ok(record)
+                    if (record.generation, record.sequence) == (generation, self.next_sequence)
+                        && at.saturating_add(record.len()) <= reader.size() =>
+                {
+                    record
+                }
+                _ => break,
+            };
+            self.add(&record, place, at);
+            at += record.len();
+            last = Some(record);
+        }
+        self.segments[place].end = at;
+        Ok(last)
+    }
+
     /// Takes a record that begins at `at` in the segment with this index.
     fn add(&mut self, record: &Record, segment: usize, at: u64) {
         match &record.body {

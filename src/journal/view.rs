@@ -1,6 +1,7 @@
 //! A disk as it was at an older point: the images of the passes since then over what the disk holds now.
+//!
+//! A [`View`] only knows where the images lie; the shelf that they are read from is given with each call.
 
-use super::format::BLOCK;
 use super::recover::{Error, History, Image, Images};
 use super::saved::Saved;
 use crate::storage::Shelf;
@@ -10,10 +11,12 @@ use crate::units::Extent;
 const AT_ONCE: u64 = 1 << 20;
 
 /// Which image holds which part of the older content. Parts that are in no image are on the disk as they were.
-pub struct View<'a> {
-    shelf: &'a dyn Shelf,
+pub struct View {
     /// By where they begin on the disk; they do not overlap. No tree: this is what takes memory where a lot changed.
     parts: Vec<Part>,
+    covered: Saved,
+    /// The first image that was not looked at yet: its pass, and which it is of that.
+    next: (u64, usize),
 }
 
 struct Part {
@@ -31,18 +34,31 @@ impl Part {
     }
 }
 
-impl<'a> View<'a> {
+impl View {
     /// The disk as it was after this pass.
     ///
     /// # Errors
     /// [`Error::Corrupt`] where a pass since then is damaged.
-    pub fn after(history: &History, pass: u64, shelf: &'a dyn Shelf) -> Result<View<'a>, Error> {
-        let mut covered = Saved::default();
-        let mut parts = Vec::new();
-        for pass in history.after(pass)? {
-            for image in &pass.images {
+    pub fn after(history: &History, pass: u64) -> Result<View, Error> {
+        let next = (pass.saturating_add(1), 0);
+        let mut view = View { parts: Vec::new(), covered: Saved::default(), next };
+        view.extend(history)?;
+        view.parts.shrink_to_fit();
+        Ok(view)
+    }
+
+    /// Takes what the history has got since: newer passes, and more images of the newest one.
+    ///
+    /// # Errors
+    /// As [`after`](Self::after).
+    pub fn extend(&mut self, history: &History) -> Result<(), Error> {
+        let sorted = self.parts.len();
+        for pass in history.after(self.next.0 - 1)? {
+            let known = if pass.number == self.next.0 { self.next.1 } else { 0 };
+            let images = pass.images.get(known..).unwrap_or_default();
+            for image in images {
                 // An older pass's image is nearer to the point.
-                parts.extend(covered.missing(image.extent()).into_iter().map(|part| Part {
+                self.parts.extend(self.covered.missing(image.extent()).into_iter().map(|part| Part {
                     offset: part.offset(),
                     // Within an image.
                     len: part.len() as u32,
@@ -51,11 +67,22 @@ impl<'a> View<'a> {
                 }));
             }
             // Only now: the images of one pass do not overlap.
-            pass.images.iter().for_each(|image| covered.insert(image.extent()));
+            images.iter().for_each(|image| self.covered.insert(image.extent()));
+            self.next = (pass.number, pass.images.len());
         }
-        parts.sort_unstable_by_key(|part| part.offset);
-        parts.shrink_to_fit();
-        Ok(View { shelf, parts })
+        match (sorted, self.parts.len()) {
+            // In place, where there may be many.
+            (0, _) => self.parts.sort_unstable_by_key(|part| part.offset),
+            // A few, behind many that are in order: this sort finds that.
+            (before, now) if before < now => self.parts.sort_by_key(|part| part.offset),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// How many parts it has: what it takes in memory.
+    pub fn parts(&self) -> usize {
+        self.parts.len()
     }
 
     /// How many bytes that are.
@@ -69,8 +96,12 @@ impl<'a> View<'a> {
     }
 
     /// Calls `put` with every range that is in an image, and its old bytes, in order.
-    pub fn each<E: From<Error>>(&self, mut put: impl FnMut(u64, &[u8]) -> Result<(), E>) -> Result<(), E> {
-        let mut images = Images::of(self.shelf);
+    pub fn each<E: From<Error>>(
+        &self,
+        shelf: &dyn Shelf,
+        mut put: impl FnMut(u64, &[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut images = Images::of(shelf);
         self.parts.iter().try_for_each(|part| {
             let bytes = images.read(part.pass, &part.image)?;
             put(part.offset, within(bytes, part))
@@ -81,9 +112,10 @@ impl<'a> View<'a> {
     /// checksum tells, and it is not read.
     pub fn is_on<E: From<Error>>(
         &self,
+        shelf: &dyn Shelf,
         mut read: impl FnMut(Extent) -> Result<Vec<u8>, E>,
     ) -> Result<bool, E> {
-        let mut images = Images::of(self.shelf);
+        let mut images = Images::of(shelf);
         let mut rest = self.parts.as_slice();
         while let Some(first) = rest.first() {
             // At once what lies side by side.
@@ -113,10 +145,9 @@ impl<'a> View<'a> {
         Ok(true)
     }
 
-    /// Puts the old bytes over `buf`, which holds what the disk has from `offset` (a multiple of 4096) on.
-    pub fn overlay(&self, offset: u64, buf: &mut [u8]) -> Result<(), Error> {
-        debug_assert!(offset.is_multiple_of(BLOCK));
-        let mut images = Images::of(self.shelf);
+    /// Puts the old bytes over `buf`, which holds what the disk has from `offset` on.
+    pub fn overlay(&self, shelf: &dyn Shelf, offset: u64, buf: &mut [u8]) -> Result<(), Error> {
+        let mut images = Images::of(shelf);
         let end = offset + buf.len() as u64;
         let first = self.parts.partition_point(|part| part.end() <= offset);
         for part in self.parts[first..].iter().take_while(|part| part.offset < end) {

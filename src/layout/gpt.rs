@@ -28,8 +28,8 @@ use crate::checksum::crc32;
 
 const SIGNATURE: &[u8] = b"EFI PART";
 const HEADER_LEN: u64 = 92;
-/// The largest array of entries that is read, in bytes: 8192 of the usual ones.
-const MAX_ENTRIES: u64 = 1 << 20;
+/// The largest array of entries that is read, in bytes: 1024 of the usual ones, and as a rule there are 128.
+const MAX_ENTRIES: u64 = 128 << 10;
 /// The attribute by which a BIOS finds what to boot.
 const LEGACY_BOOT: u64 = 1 << 2;
 

@@ -43,6 +43,8 @@ const MAGIC: &[u8] = b" LVM2 x[5A%r0N*>";
 /// What fits the label's sector is fewer.
 const MAX_AREAS: usize = 32;
 const IGNORED: u32 = 1;
+/// What a byte of text takes: that its checksum is verified, and that it is parsed.
+const PER_BYTE: u64 = 32;
 
 /// A physical volume.
 #[derive(Debug)]
@@ -114,21 +116,28 @@ fn header(view: &View<'_>, label: Fields<'_>) -> Result<PhysicalVolume, Error> {
         boot_areas = areas(label, &mut at, view.size())?;
     }
     let mut volume = PhysicalVolume { uuid, size, metadata_areas, boot_areas, text: None, flaw: None };
-    let mut texts: Vec<Vec<u8>> = Vec::new();
+    let mut text: Option<Vec<u8>> = None;
+    let mut differ = false;
     for area in &volume.metadata_areas {
-        match metadata(view, *area) {
-            Ok(found) => texts.extend(found),
-            Err(why) => _ = volume.flaw.get_or_insert(why),
+        match (metadata(view, *area), &text) {
+            (Ok(Some(found)), Some(known)) => differ |= found != *known,
+            (Ok(found), None) => text = found,
+            (Ok(None), _) => {}
+            (Err(why), _) => _ = volume.flaw.get_or_insert(why),
         }
     }
-    texts.dedup();
-    match texts.as_slice() {
-        [] => {}
-        [text] => match text::parse(text) {
-            Ok(section) => volume.text = Some(section),
+    match text {
+        None => {}
+        Some(_) if differ => {
+            volume.flaw = Some(Error::unsupported("two metadata areas with different texts"));
+        }
+        Some(text) => match text::parse_within(&text, view.memory()) {
+            Ok((section, memory)) => {
+                view.keep(memory);
+                volume.text = Some(section);
+            }
             Err(why) => _ = volume.flaw.get_or_insert(why),
         },
-        _ => volume.flaw = Some(Error::unsupported("two metadata areas with different texts")),
     }
     Ok(volume)
 }
@@ -179,6 +188,7 @@ fn metadata(view: &View<'_>, area: Extent) -> Result<Option<Vec<u8>>, Error> {
     if offset < SECTOR || offset >= area.len() || len == 0 || len > ring.min(MAX_READ) {
         return Err(header.corrupt("a text that does not lie in its area", 40));
     }
+    view.spend(len.saturating_mul(PER_BYTE))?;
     let first = len.min(area.len().saturating_sub(offset));
     let mut text = view.read(area.offset().saturating_add(offset), first)?.bytes().to_vec();
     if first < len {

@@ -17,6 +17,9 @@ use crate::units::Extent;
 const MARGIN: u64 = 1 << 20;
 /// A gap between partitions up to this size is one of alignment.
 const ALIGNMENT: u64 = 16 << 20;
+/// So many ranges of logical volumes are looked at on a physical one, at each stripe once; what comes behind them is used. It
+/// is several times what is known of a disk at most.
+const MAX_STEPS: usize = 1 << 24;
 /// Used at the beginning of a file system, where a boot loader's sectors are.
 const BOOT: u64 = 64 << 10;
 
@@ -67,7 +70,7 @@ impl Layout {
                 outside(&group.group, member, volume, place.size)
                     .iter()
                     .for_each(|range| add(used, place.at, *range));
-                logical_volumes(group, member, |range| add(used, place.at, range));
+                logical_volumes(group, member, MAX_STEPS, |range| add(used, place.at, range));
             }
             _ => place.extent().into_iter().for_each(|range| used.add(range)),
         }
@@ -123,8 +126,14 @@ fn outside(group: &Group, member: usize, volume: &PhysicalVolume, size: u64) -> 
     own.chain(between(0, extents.start)).chain(between(extents.end, size)).collect()
 }
 
-/// Gives what the logical volumes use of a physical one, from its beginning and in ascending order.
-fn logical_volumes(layout: &GroupLayout, member: usize, mut give: impl FnMut(Extent)) {
+/// Gives what the logical volumes use of a physical one, from its beginning and in ascending order, as far as that takes no
+/// more than `left` ranges; what comes behind these is used.
+pub(super) fn logical_volumes(
+    layout: &GroupLayout,
+    member: usize,
+    mut left: usize,
+    mut give: impl FnMut(Extent),
+) {
     let mut pieces: Vec<(Extent, usize, &Segment, u64, Option<&Content>)> = Vec::new();
     for (volume, content) in layout.group.volumes.iter().zip(&layout.contents) {
         for segment in &volume.segments {
@@ -139,9 +148,13 @@ fn logical_volumes(layout: &GroupLayout, member: usize, mut give: impl FnMut(Ext
     for (extent, index, segment, size, content) in pieces {
         match content {
             Some(Content::FileSystem(found)) if matches!(found.allocation, Allocation::Known(_)) => {
-                of_file_system(found, size, segment.extent)
-                    .filter_map(|range| segment.on_stripe(index, range))
-                    .for_each(&mut give);
+                for range in of_file_system(found, size, segment.extent).take(left) {
+                    left = left.saturating_sub(1);
+                    segment.on_stripe(index, range).into_iter().for_each(&mut give);
+                }
+                if left == 0 {
+                    give(extent);
+                }
             }
             _ => give(extent),
         }

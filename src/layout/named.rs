@@ -1,16 +1,23 @@
 //! What is recognised by name and not looked into: its UUID and label as `blkid` prints them, and all of it used.
 
 use super::fields::{Fields, uuid};
+use super::signature::MEMBERS;
 use super::view::View;
 use super::{Allocation, Error, FileSystem};
 use crate::units::ByteLen;
+
+const MEMBER: &str = "a member of something larger";
 
 /// Describes what announced itself as `kind`.
 pub(super) fn read(kind: &'static str, view: &View<'_>) -> Result<FileSystem, Error> {
     let why = Error::unsupported(match kind {
         "swap" => "what swap holds".to_owned(),
         "crypto_LUKS" | "BitLocker" => "encrypted data".to_owned(),
-        "linux_raid_member" | "bcache" | "zfs_member" => "a member of something larger".to_owned(),
+        "swsuspend" => "the memory of a machine that sleeps".to_owned(),
+        "bcache" | "zfs_member" | "LVM1_member" | "VMFS_volume_member" | "stratis" | "oracleasm" => {
+            MEMBER.to_owned()
+        }
+        _ if MEMBERS.contains(&kind) => MEMBER.to_owned(),
         _ => format!("the free space of {kind}"),
     });
     let mut found = FileSystem::new(kind, view.size(), Allocation::Whole { why });
@@ -23,6 +30,12 @@ pub(super) fn read(kind: &'static str, view: &View<'_>) -> Result<FileSystem, Er
         "vfat" => fat(view, &mut found)?,
         "ntfs" => ntfs(view, &mut found)?,
         "iso9660" => iso(view, &mut found)?,
+        "ocfs2" => ocfs2(view, &mut found)?,
+        "gfs" | "gfs2" => {
+            let block = view.read(64 << 10, 512)?;
+            found.label = block.fields().label(160, 64)?;
+            found.uuid = block.fields().uuid(256)?;
+        }
         "jbd" => {
             let block = view.read(1024, 256)?;
             let header = block.fields();
@@ -61,6 +74,22 @@ fn swap(view: &View<'_>, found: &mut FileSystem) -> Result<(), Error> {
         return Ok(());
     }
     Err(Error::Corrupt { what: "no signature of swap", at: 0 })
+}
+
+fn ocfs2(view: &View<'_>, found: &mut FileSystem) -> Result<(), Error> {
+    // Its superblock is the third block, of whatever size.
+    for size in (9..=12).map(|shift| 1u64 << shift) {
+        let block = view.read(size.saturating_mul(2), 512)?;
+        let header = block.fields();
+        if header.has(0, b"OCFSV2") {
+            found.version = Some(format!("{}.{}", header.le16(192)?, header.le16(194)?));
+            found.block_size = Some(size);
+            found.label = header.label(272, 64)?;
+            found.uuid = header.uuid(336)?;
+            break;
+        }
+    }
+    Ok(())
 }
 
 fn luks(view: &View<'_>, found: &mut FileSystem) -> Result<(), Error> {

@@ -2,6 +2,9 @@
 
 use crate::units::Extent;
 
+/// What a range takes in memory.
+const PER_RANGE: u64 = 16;
+
 /// A set of bytes: ranges in ascending order that neither overlap nor touch. Exact, whatever is done with it; what it
 /// takes in memory is 16 bytes a range. For sets that a disk determines there is [`Used`], which is bounded.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -21,6 +24,11 @@ impl Ranges {
     /// How many ranges it has.
     pub fn count(&self) -> usize {
         self.0.len()
+    }
+
+    /// How much memory it takes.
+    pub fn memory(&self) -> u64 {
+        u64::try_from(self.count()).unwrap_or(u64::MAX).saturating_mul(PER_RANGE)
     }
 
     /// How many bytes it holds.
@@ -119,6 +127,37 @@ pub fn between(from: u64, to: u64) -> Option<Extent> {
     Extent::new(from, to.checked_sub(from)?)
 }
 
+/// Gives the runs of ones among the first `count` bits of a bitmap, of whose bytes the lowest bit is the first: the first
+/// of each run, and the first behind it.
+pub fn runs(bitmap: &[u8], count: u64, mut give: impl FnMut(u64, u64)) {
+    let mut since = None;
+    for (first, chunk) in (0u64..).step_by(64).zip(bitmap.chunks(8)) {
+        if first >= count {
+            break;
+        }
+        let mut bytes = [0; 8];
+        bytes.iter_mut().zip(chunk).for_each(|(to, from)| *to = *from);
+        let mut rest = u64::from_le_bytes(bytes);
+        let mut at = first;
+        let mut left = 64;
+        loop {
+            // To the next bit of the other kind. Most words have none.
+            let same = if since.is_some() { rest.trailing_ones() } else { rest.trailing_zeros() };
+            at = at.saturating_add(same.into());
+            if same >= left || at >= count {
+                break;
+            }
+            left = left.saturating_sub(same);
+            rest = rest.checked_shr(same).unwrap_or(0);
+            match since.take() {
+                Some(from) => give(from, at),
+                None => since = Some(at),
+            }
+        }
+    }
+    since.into_iter().for_each(|from| give(from, count));
+}
+
 /// The ends of ranges, one after the other.
 struct Edges<'a> {
     ranges: std::slice::Iter<'a, Extent>,
@@ -177,6 +216,12 @@ impl Default for Used {
 }
 
 impl Used {
+    /// With as many ranges as fit into so much memory, and no more than otherwise.
+    pub fn within(memory: u64) -> Used {
+        let most = memory.checked_div(PER_RANGE).and_then(|most| usize::try_from(most).ok());
+        Used::with(most.unwrap_or(MAX_RANGES).min(MAX_RANGES))
+    }
+
     /// With at most so many ranges, and two in any case.
     fn with(most: usize) -> Used {
         Used { ranges: Ranges::new(), most: most.max(2), gap: 0 }
@@ -275,6 +320,20 @@ mod tests {
             let clipped: Ranges = [extent(from, to)].into_iter().collect();
             prop_assert_eq!(a.within(extent(from, to)).collect::<Ranges>(), a.intersect(&clipped));
             prop_assert_eq!(a.covers(extent(from, to)), rest.iter().all(|bit| !bit));
+        }
+
+        #[test]
+        fn runs_are_those_of_the_bits(words in prop::collection::vec(prop_oneof![Just(0), Just(u64::MAX), any::<u64>()], 1..6), cut in 0..64u64) {
+            let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+            let count = words.len() as u64 * 64 - cut;
+            let mut found = Vec::new();
+            runs(&bytes, count, |from, to| {
+                assert!(found.last().is_none_or(|last| *last + 1 < from) && from < to);
+                found.extend(from..to);
+            });
+            let expected: Vec<u64> =
+                (0..count).filter(|at| bytes[*at as usize / 8] >> (at % 8) & 1 == 1).collect();
+            prop_assert_eq!(found, expected);
         }
 
         #[test]

@@ -11,8 +11,8 @@ mod journal;
 mod superblock;
 
 use super::fields::Fields;
-use super::ranges::{Ranges, Used, between};
-use super::view::View;
+use super::ranges::{Ranges, between, runs};
+use super::view::{PER_RANGE, View};
 use super::{Allocation, Error, FileSystem, State};
 use crate::units::ByteLen;
 use journal::Replayed;
@@ -93,7 +93,7 @@ fn follow(view: &View<'_>, in_place: &Superblock) -> Result<(Superblock, u64, Ra
 
 /// The used bytes by the bitmaps.
 fn used(superblock: &Superblock, replayed: &Replayed<'_, '_>) -> Result<Ranges, Error> {
-    let mut used = Used::default();
+    let mut used = replayed.view.used();
     let mut free: u64 = 0;
     let mut rooted = false;
     let bytes = |block: u64| block.saturating_mul(superblock.block_size);
@@ -104,14 +104,17 @@ fn used(superblock: &Superblock, replayed: &Replayed<'_, '_>) -> Result<Ranges, 
         // What lies at the beginning is never free: all up to the journal's end, or a bitmap.
         let fixed = if index == 0 { superblock.kept().end } else { superblock.bitmaps_within() };
         let mut begins = fixed == 0;
+        let mut ranges: u64 = 0;
         free = free.saturating_add(count);
         runs(bitmap.bytes(), count, |from, to| {
+            ranges = ranges.saturating_add(1);
             begins |= from == 0 && to >= fixed;
             free = free.saturating_sub(to.saturating_sub(from));
             let (from, to) = (first.saturating_add(from), first.saturating_add(to));
             rooted |= (from..to).contains(&superblock.root);
             between(bytes(from), bytes(to)).into_iter().for_each(|range| used.add(range));
         });
+        replayed.view.spend(ranges.saturating_mul(PER_RANGE))?;
         if !begins {
             return Err(bitmap.fields().corrupt("a bitmap that calls a bitmap or the journal free", 0));
         }
@@ -124,37 +127,6 @@ fn used(superblock: &Superblock, replayed: &Replayed<'_, '_>) -> Result<Ranges, 
         return fails("a count of free blocks that is not that of the bitmaps", 4);
     }
     Ok(used.finish())
-}
-
-/// Gives the runs of ones among the first `count` bits: the first of each, and the first behind it.
-fn runs(bytes: &[u8], count: u64, mut give: impl FnMut(u64, u64)) {
-    let mut since = None;
-    let mut at: u64 = 0;
-    for byte in bytes {
-        if at >= count {
-            break;
-        }
-        let rest = count.saturating_sub(at).min(8);
-        match (byte, since) {
-            (0, None) | (0xff, Some(_)) => at = at.saturating_add(rest),
-            _ => {
-                for bit in 0..rest {
-                    match ((byte >> bit) & 1, since) {
-                        (1, None) => since = Some(at),
-                        (0, Some(from)) => {
-                            give(from, at);
-                            since = None;
-                        }
-                        _ => {}
-                    }
-                    at = at.saturating_add(1);
-                }
-            }
-        }
-    }
-    if let Some(from) = since {
-        give(from, at);
-    }
 }
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! What lies on a disk that is not empty, by its signatures alone.
 //!
 //! This answers one question: would something be lost? So it looks at the places where partition tables, file
-//! systems, volume managers and swap announce themselves, and believes each of them. All of these places lie in
-//! the first and the last MiB. Where nothing announces itself there, places all over the disk are looked at: data
+//! systems, volume managers and swap announce themselves, and believes each of them. All of these places but one lie
+//! in the first and the last MiB. Where nothing announces itself there, places all over the disk are looked at: data
 //! without a signature, or whose signature was wiped, is data all the same. To read all of a large disk would take
 //! hours, so [`Content`] says what was looked at.
 
@@ -34,7 +34,7 @@ impl fmt::Display for Signature {
 /// What was found on a disk.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct Content {
-    /// All signatures that were found in the first and the last MiB, by their place.
+    /// All signatures that were found, by their place.
     pub signatures: Vec<Signature>,
     /// Where the first byte lies that is not zero, of those that were looked at.
     pub first_data: Option<u64>,
@@ -68,6 +68,8 @@ impl fmt::Display for Content {
 
 /// How much is read at either end.
 const END: u64 = 1 << 20;
+/// The one place behind that where something announces itself, and how much of it is read.
+pub const FAR: (u64, u64) = (1 << 20, 4096);
 /// How many places between are looked at, and how much is read at each. A disk that turns takes some seconds.
 const PLACES: u64 = 512;
 const PLACE: u64 = 4096;
@@ -83,7 +85,10 @@ pub fn probe(source: &impl ReadAt) -> Result<Content, IoError> {
     let start = size.saturating_sub(END);
     let mut tail = vec![0; len];
     source.read_at(start, &mut tail)?;
-    let mut content = parse(&head, &tail, size);
+    let far = usize::try_from(size.saturating_sub(FAR.0).min(FAR.1)).unwrap_or(0);
+    let mut far = vec![0; far];
+    source.read_at(FAR.0.min(size), &mut far)?;
+    let mut content = parse(&[(0, &head), (FAR.0, &far), (start, &tail)], size);
     if !content.is_blank() {
         return Ok(content);
     }
@@ -123,6 +128,13 @@ pub fn probe_file(file: &File, target: &str) -> Result<Content, IoError> {
 /// Magic bytes at a fixed place from the beginning.
 const MAGICS: &[(&str, u64, &[u8])] = &[
     ("xfs", 0, b"XFSB"),
+    ("DM_snapshot_cow", 0, b"SnAp"),
+    ("DM_verity_hash", 0, b"verity\0\0"),
+    ("DM_integrity", 0, b"integrt\0"),
+    ("LVM1_member", 0, b"HM\x01\0"),
+    ("LVM1_member", 0, b"HM\x02\0"),
+    ("vdo", 0, b"dmvdo001"),
+    ("ReFS", 0, b"\0\0\0ReFS\0"),
     ("crypto_LUKS", 0, b"LUKS\xba\xbe"),
     ("squashfs", 0, b"hsqs"),
     ("ceph_bluestore", 0, b"bluestore block device"),
@@ -132,11 +144,23 @@ const MAGICS: &[(&str, u64, &[u8])] = &[
     ("exfat", 3, b"EXFAT   "),
     ("BitLocker", 3, b"-FVE-FS-"),
     ("apfs", 32, b"NXSB"),
+    ("oracleasm", 32, b"ORCLDISK"),
+    ("stratis", 512 + 4, STRATIS),
+    ("stratis", 9 * 512 + 4, STRATIS),
     ("gpt", 512, b"EFI PART"),
     ("gpt", 4096, b"EFI PART"),
     ("f2fs", 1024, b"\x10\x20\xf5\xf2"),
     ("erofs", 1024, b"\xe2\xe1\xf5\xe0"),
     ("hfsplus", 1024, b"H+\0\x04"),
+    ("vxfs", 1024, b"\xf5\xfc\x01\xa5"),
+    ("vxfs", 8 << 10, b"\xa5\x01\xfc\xf5"),
+    // It begins its third block, of 512 bytes to 4 KiB.
+    ("ocfs2", 1 << 10, b"OCFSV2"),
+    ("ocfs2", 2 << 10, b"OCFSV2"),
+    ("ocfs2", 4 << 10, b"OCFSV2"),
+    ("ocfs2", 8 << 10, b"OCFSV2"),
+    ("ocfs", 8 << 10, b"OracleCFS"),
+    ("bcachefs", 4096 + 24, b"\xc6\x85\x73\xf6\x66\xce\x90\xa9\xd9\x6a\x60\xcf\x80\x3d\xf7\xef"),
     ("bcache", 4096 + 24, b"\xc6\x85\x73\xf6\x4e\x1a\x45\xca\x82\x65\xf5\x7f\x48\xba\x6d\x81"),
     ("jfs", 32 << 10, b"JFS1"),
     ("iso9660", (32 << 10) + 1, b"CD001"),
@@ -147,11 +171,22 @@ const MAGICS: &[(&str, u64, &[u8])] = &[
     ("reiserfs", (64 << 10) + 52, b"ReIsEr3Fs"),
     ("reiser4", 64 << 10, b"ReIsEr4"),
     ("btrfs", (64 << 10) + 64, b"_BHRfS_M"),
+    ("ufs", (8 << 10) + 1372, b"\x54\x19\x01\0"),
+    ("ufs", (64 << 10) + 1372, b"\x19\x01\x54\x19"),
+    ("VMFS_volume_member", FAR.0, b"\x0d\xd0\x01\xc0"),
 ];
 
-/// Looks for signatures in the first and the last bytes (up to a MiB each) of a disk of `size` bytes.
-pub fn parse(head: &[u8], tail: &[u8], size: u64) -> Content {
-    let ends = Ends { head, tail, start: size.saturating_sub(u64::try_from(tail.len()).unwrap_or(u64::MAX)) };
+const STRATIS: &[u8] = b"!Stra0tis\x86\xff\x02^\x41rh";
+
+/// Parts of arrays and the like, which most often announce themselves at their end. What announces itself at their beginning
+/// is in the array, and lies elsewhere once that is put together.
+pub const MEMBERS: [&str; 5] =
+    ["linux_raid_member", "ddf_raid_member", "isw_raid_member", "lsi_mega_raid_member", "drbd"];
+
+/// Looks for signatures in pieces of a disk of `size` bytes, in ascending order, of each of which it is said where it lies:
+/// the first and the last bytes (up to a MiB each), and what is [`FAR`].
+pub fn parse(pieces: &[(u64, &[u8])], size: u64) -> Content {
+    let ends = Pieces(pieces);
     let mut signatures: Vec<Signature> = Vec::new();
     let mut add = |kind, at| signatures.push(Signature { kind, at });
     for (kind, at, magic) in MAGICS {
@@ -176,6 +211,10 @@ pub fn parse(head: &[u8], tail: &[u8], size: u64) -> Content {
         let at = page.saturating_sub(10);
         if ends.has(at, b"SWAPSPACE2") || ends.has(at, b"SWAP-SPACE") {
             add("swap", at);
+        }
+        // A machine that sleeps left its memory there.
+        if [b"S1SUSPEND", b"S2SUSPEND", b"ULSUSPEND"].into_iter().any(|magic| ends.has(at, magic)) {
+            add("swsuspend", at);
         }
     }
     // LUKS 2 keeps a second header at one of these places; it is found even where the first one was wiped.
@@ -207,6 +246,33 @@ pub fn parse(head: &[u8], tail: &[u8], size: u64) -> Content {
     {
         add("linux_raid_member", at);
     }
+    // Of controllers of disks: in the last sectors, which they may count in either size.
+    for sector in [512, 4096] {
+        let last = |back: u64| size.checked_div(sector)?.checked_sub(back)?.checked_mul(sector);
+        if let Some(at) = last(2).filter(|at| ends.has(*at, b"Intel Raid ISM Cfg Sig. ")) {
+            add("isw_raid_member", at);
+        }
+    }
+    let last = |back: u64| (size >> 9).checked_sub(back).map(|sector| sector << 9);
+    if let Some(at) = last(1).filter(|at| ends.has(*at, b"$XIDE$")) {
+        add("lsi_mega_raid_member", at);
+    }
+    for at in [last(1), last(257)].into_iter().flatten() {
+        if ends.has(at, b"\xde\x11\xde\x11") || ends.has(at, b"\x11\xde\x11\xde") {
+            add("ddf_raid_member", at);
+        }
+    }
+    // DRBD: in the block that ends the disk, where that has its own metadata.
+    if let Some(at) = size.checked_sub(4096 - 60)
+        && [0x6b, 0x6c, 0x6d].into_iter().any(|version| ends.has(at, &[0x83, 0x74, 0x02, version]))
+    {
+        add("drbd", at);
+    }
+    // GFS and GFS2 have one magic, and the number of their format is another.
+    if ends.has(64 << 10, b"\x01\x16\x19\x70") {
+        let first = ends.has((64 << 10) + 24, &1309u32.to_be_bytes());
+        add(if first { "gfs" } else { "gfs2" }, 64 << 10);
+    }
     // The boot sector of FAT and NTFS ends as a partition table does, and what stands before that is code.
     let boot_sector =
         signatures.iter().any(|found| matches!(found.kind, "vfat" | "ntfs" | "exfat" | "BitLocker"));
@@ -218,30 +284,19 @@ pub fn parse(head: &[u8], tail: &[u8], size: u64) -> Content {
     }
     signatures.sort_by_key(|found| found.at);
     signatures.dedup();
-    let first_data = first_data(head, 0).or_else(|| first_data(tail, ends.start));
+    let first_data = pieces.iter().find_map(|(at, bytes)| first_data(bytes, *at));
     Content { signatures, first_data, places: Some(0) }
 }
 
-/// The two ends of a disk, addressed by offsets on the disk.
-struct Ends<'a> {
-    head: &'a [u8],
-    tail: &'a [u8],
-    /// Where `tail` begins.
-    start: u64,
-}
+/// Pieces of a disk, addressed by offsets on the disk.
+struct Pieces<'a>(&'a [(u64, &'a [u8])]);
 
-impl Ends<'_> {
+impl Pieces<'_> {
     fn get(&self, at: u64, len: usize) -> Option<&[u8]> {
-        let within = |bytes: &'_ [u8], from: u64| {
-            let from = usize::try_from(at.checked_sub(from)?).ok()?;
-            let to = from.checked_add(len)?;
-            (to <= bytes.len()).then_some((from, to))
-        };
-        if let Some((from, to)) = within(self.head, 0) {
-            return self.head.get(from..to);
-        }
-        let (from, to) = within(self.tail, self.start)?;
-        self.tail.get(from..to)
+        self.0.iter().find_map(|(start, bytes)| {
+            let from = usize::try_from(at.checked_sub(*start)?).ok()?;
+            bytes.get(from..from.checked_add(len)?)
+        })
     }
 
     fn has(&self, at: u64, magic: &[u8]) -> bool {
@@ -257,7 +312,7 @@ impl Ends<'_> {
 const EXT: u64 = 1024;
 
 /// Which of the ext file systems it is, if it is one, by its feature words.
-fn ext(ends: &Ends<'_>) -> Option<&'static str> {
+fn ext(ends: &Pieces<'_>) -> Option<&'static str> {
     if !ends.has(EXT + 0x38, b"\x53\xef") {
         return None;
     }
@@ -281,7 +336,7 @@ fn ext(ends: &Ends<'_>) -> Option<&'static str> {
 }
 
 /// Where FAT says that it is FAT.
-fn fat(ends: &Ends<'_>) -> Option<u64> {
+fn fat(ends: &Pieces<'_>) -> Option<u64> {
     let names: [(u64, &[u8]); 4] =
         [(0x52, b"FAT32   "), (0x36, b"FAT12   "), (0x36, b"FAT16   "), (0x36, b"FAT     ")];
     let jump = matches!(ends.get(0, 1), Some([0xeb | 0xe9]));
@@ -289,7 +344,7 @@ fn fat(ends: &Ends<'_>) -> Option<u64> {
 }
 
 /// Whether the first sector ends as a master boot record does, and its four entries have boot flags.
-fn has_partition_table(ends: &Ends<'_>) -> bool {
+fn has_partition_table(ends: &Pieces<'_>) -> bool {
     let flag = |at: u64| matches!(ends.get(at, 1), Some([0x00 | 0x80]));
     ends.has(510, b"\x55\xaa") && [446, 462, 478, 494].into_iter().all(flag)
 }
@@ -407,7 +462,7 @@ mod tests {
     fn md_lvm_and_zfs_are_found_at_their_places() {
         let size = SIZE + 12345 * 512;
         let last = (size & !0xffff) - 0x1_0000;
-        let cases: [(&str, u64, &[u8]); 8] = [
+        let cases: [(&str, u64, &[u8]); 13] = [
             ("linux_raid_member", last, b"\xfc\x4e\x2b\xa9\0\0\0\0"),
             ("linux_raid_member", ((size / 512 - 16) & !7) * 512, b"\xfc\x4e\x2b\xa9\x01\0\0\0"),
             ("linux_raid_member", 0, b"\xfc\x4e\x2b\xa9\x01\0\0\0"),
@@ -416,6 +471,11 @@ mod tests {
             ("gpt", size - 4096, b"EFI PART"),
             ("zfs_member", (128 << 10) + 5 * 1024, b"\x0c\xb1\xba\0\0\0\0\0"),
             ("zfs_member", 128 << 10, b"\0\0\0\0\0\xba\xb1\x0c"),
+            ("isw_raid_member", (size / 4096 - 2) * 4096, b"Intel Raid ISM Cfg Sig. 1.3"),
+            ("ddf_raid_member", size - 512, b"\x11\xde\x11\xde"),
+            ("ddf_raid_member", size - 257 * 512, b"\xde\x11\xde\x11"),
+            ("swsuspend", 4086, b"ULSUSPEND"),
+            ("bcachefs", 4120, b"\xc6\x85\x73\xf6\x66\xce\x90\xa9\xd9\x6a\x60\xcf\x80\x3d\xf7\xef"),
         ];
         for (kind, at, magic) in cases {
             // One byte beside its place it is nothing.
@@ -423,14 +483,14 @@ mod tests {
                 let (mut head, mut tail) = (vec![0; END as usize], vec![0; END as usize]);
                 let (end, from) = if at < END { (&mut head, at) } else { (&mut tail, at - (size - END)) };
                 end[from as usize + shift..][..magic.len()].copy_from_slice(magic);
-                assert_eq!(parse(&head, &tail, size).signatures, expected);
+                assert_eq!(parse(&[(0, &head), (size - END, &tail)], size).signatures, expected, "{kind}");
             }
         }
         let mut head = vec![0; END as usize];
         head[512..520].copy_from_slice(b"LABELONE");
-        assert_eq!(parse(&head, &[], size).signatures, []);
+        assert_eq!(parse(&[(0, &head)], size).signatures, []);
         head[536..544].copy_from_slice(b"LVM2 001");
-        assert_eq!(parse(&head, &[], size).signatures, [Signature { kind: "LVM2_member", at: 536 }]);
+        assert_eq!(parse(&[(0, &head)], size).signatures, [Signature { kind: "LVM2_member", at: 536 }]);
     }
 
     #[test]
@@ -484,7 +544,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_bytes_make_it_panic(head: Vec<u8>, tail: Vec<u8>, size: u64) {
-            parse(&head, &tail, size);
+            parse(&[(0, &head), (size.saturating_sub(tail.len() as u64), &tail)], size);
         }
     }
 }

@@ -23,6 +23,17 @@ pub struct Partition {
     pub container: bool,
 }
 
+/// The types of partitions that hold a boot loader's code and no file system: BIOS boot, and PReP in either table.
+const BOOT: [&str; 3] =
+    ["21686148-6449-6e6f-744e-656564454649", "9e1a2d38-c612-4316-aa26-8b49521e5a8b", "0x41"];
+
+impl Partition {
+    /// Whether a boot loader's code is all that it holds, by its type.
+    pub fn boots(&self) -> bool {
+        BOOT.contains(&self.kind.as_str())
+    }
+}
+
 /// A partition table.
 #[derive(Debug)]
 pub struct Table {

@@ -13,6 +13,7 @@ use super::lvm::{self, group::Group};
 use super::ranges::{Ranges, between};
 use super::table::Table;
 use super::tree::{Content, Disk, Layout, Place, read};
+use super::view::View;
 use super::{Allocation, Error, FileSystem};
 use crate::checksum::crc32;
 use crate::error::IoError;
@@ -607,6 +608,30 @@ fn every_rule_of_a_metadata_area_has_its_error() {
     }
 }
 
+/// Areas that keep the same text are one; of others it is not known which one counts.
+#[test]
+fn two_metadata_areas_keep_the_same_text() {
+    let other_area = 64u64 << 10;
+    let image = |first: &str, second: &str| {
+        let mut image = physical(0, first, 512);
+        let second = physical(0, second, 512);
+        let bytes = second.get(AREA, AREA_LEN).to_vec();
+        image.put(632, &other_area.to_le_bytes()).put(640, &AREA_LEN.to_le_bytes()).put(648, &[0; 32]);
+        image.put(other_area, &bytes).put(other_area + 24, &other_area.to_le_bytes());
+        let crc = lvm::checksum(image.get(other_area + 4, 508));
+        image.put(other_area, &crc.to_le_bytes());
+        seal_physical(&mut image);
+        image
+    };
+    let (one, other) = (text(1, ""), text(2, ""));
+    let layout = layout_of(&[image(&one, &one)]);
+    assert!(layout.physical[0].flaw.is_none() && layout.physical[0].text.is_some());
+    assert_eq!(layout.physical[0].metadata_areas.len(), 2);
+    let layout = layout_of(&[image(&one, &other)]);
+    says(layout.physical[0].flaw.as_ref(), "two metadata areas with different texts");
+    assert_eq!(layout.used(0).unwrap().count(), 1);
+}
+
 #[test]
 fn every_rule_of_a_group_has_its_error() {
     let good = text(1, &(volume("a", &linear(1, 0, 2, "pv0", 0)) + &volume("b", &linear(1, 0, 2, "pv0", 2))));
@@ -665,6 +690,14 @@ fn every_rule_of_a_group_has_its_error() {
         let layout = layout_of(&both(&good.replacen(from, to, 1)));
         says(group(&layout).flaw.as_ref(), expected);
         assert!((0..2).all(|disk| layout.used(disk).unwrap().count() == 1), "{expected}");
+    }
+    let stripes = |count: usize| {
+        let stripes = (0..count).map(|_| "\"pv0\", 0").collect::<Vec<_>>().join(", ");
+        format!("stripe_count = {count} stripe_size = 8 stripes = [{stripes}]")
+    };
+    for (count, expected) in [(128, "a segment that its stripes"), (129, "a segment of 129 stripes")] {
+        let many = good.replacen("stripe_count = 1 stripes = [\"pv0\", 0]", &stripes(count), 1);
+        says(group(&layout_of(&both(&many))).flaw.as_ref(), expected);
     }
 }
 
@@ -744,6 +777,16 @@ fn what_a_file_system_proves_free_is_free_where_it_lies() {
     }
     assert_eq!([0, 1].map(|disk| layout.used(disk).unwrap()), expected);
     assert!(expected[0].count() > 2 && expected[1].count() > 3);
+    // Whoever has no time for all of that takes the rest as used. Each stripe of a segment is a walk of its own.
+    for steps in 0..20 {
+        let some = |steps| {
+            let mut given = Ranges::new();
+            super::map::logical_volumes(&layout.groups[0], 1, steps, |range| given.insert(range));
+            given
+        };
+        let (all, some) = (some(1000), some(steps));
+        assert!(all.subtract(&some).is_empty() && (steps < 7) == (some != all), "{steps}");
+    }
     // And right on a disk.
     let found = FileSystem::new("ext4", size, Allocation::Known(used));
     layout.disks[0] = Place { at: 0, size: 16 * MIB, content: Content::FileSystem(found) };
@@ -882,5 +925,207 @@ fn an_array_s_member_is_not_taken_for_what_lies_in_the_array() {
             assert_eq!(found.label.as_deref(), Some("host:0"));
         }
         other => panic!("{other:?}"),
+    }
+}
+
+/// A large disk of zeros but for some pieces, which counts what is read of it.
+struct Sparse {
+    size: u64,
+    pieces: Vec<(u64, Vec<u8>)>,
+    read: std::cell::Cell<u64>,
+    reads: std::cell::Cell<u64>,
+}
+
+/// How much of what may be spent it takes to read a file system, beside what is read of it.
+pub(super) fn spent_on_ranges(bytes: &[u8], read: fn(&View<'_>) -> Result<Option<FileSystem>, Error>) -> u64 {
+    let known = |work| {
+        let disk = Sparse::new(bytes.len() as u64, vec![(0, bytes.to_vec())]);
+        let found = read(&View::limited(&disk, work, 32 << 20));
+        let whole = matches!(found, Ok(Some(FileSystem { allocation: Allocation::Known(_), .. })));
+        whole.then(|| disk.read.get() + disk.reads.get() * super::view::PER_READ)
+    };
+    let (mut less, mut enough) = (0, 1 << 30);
+    while enough - less > 1 {
+        let middle = (less + enough) / 2;
+        match known(middle) {
+            Some(_) => enough = middle,
+            None => less = middle,
+        }
+    }
+    enough - known(enough).unwrap()
+}
+
+impl Sparse {
+    fn new(size: u64, pieces: Vec<(u64, Vec<u8>)>) -> Sparse {
+        Sparse { size, pieces, read: 0.into(), reads: 0.into() }
+    }
+
+    /// Why nothing is known of the file system on it.
+    #[track_caller]
+    fn whole(&self) -> String {
+        match &read(&[Disk { reader: self, sector: Some(512) }]).disks[0].content {
+            Content::FileSystem(FileSystem { allocation: Allocation::Whole { why }, .. }) => why.to_string(),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+impl ReadAt for Sparse {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), IoError> {
+        self.read.set(self.read.get() + buf.len() as u64);
+        self.reads.set(self.reads.get() + 1);
+        buf.fill(0);
+        let end = offset + buf.len() as u64;
+        for (at, bytes) in &self.pieces {
+            let (from, to) = (offset.max(*at), end.min(at + bytes.len() as u64));
+            if from < to {
+                let piece = &bytes[(from - at) as usize..(to - at) as usize];
+                buf[(from - offset) as usize..(to - offset) as usize].copy_from_slice(piece);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// An ext2 of `groups` groups with blocks of `1024 << shift` bytes, whose bitmaps are these blocks in turn, and which has
+/// `free` blocks in each group: its superblock and descriptors.
+fn groups(shift: u32, groups: u32, per_group: u32, bitmaps: &[u32], free: u16) -> Vec<(u64, Vec<u8>)> {
+    let block = 1024u64 << shift;
+    let mut superblock = vec![0; 1024];
+    let mut put = |at: usize, bytes: &[u8]| superblock[at..at + bytes.len()].copy_from_slice(bytes);
+    let numbers = [
+        (0x00, groups * 512),
+        (0x04, groups * per_group),
+        (0x18, shift),
+        (0x1c, shift),
+        (0x20, per_group),
+        (0x24, per_group),
+        (0x28, 512),
+        (0x4c, 1),
+        (0x54, 11),
+        // Types in directories, and bitmaps wherever they are; few copies of the superblock.
+        (0x60, 0x202),
+        (0x64, 1),
+    ];
+    numbers.into_iter().for_each(|(at, number)| put(at, &number.to_le_bytes()));
+    put(0x38, b"\x53\xef\x01\0");
+    put(0x58, &128u16.to_le_bytes());
+    put(0x68, &[7; 16]);
+    let descriptor = |index: u32| {
+        let mut bytes = [0; 32];
+        let places = [bitmaps[index as usize % bitmaps.len()], 701, 702];
+        places
+            .iter()
+            .enumerate()
+            .for_each(|(word, at)| bytes[4 * word..][..4].copy_from_slice(&at.to_le_bytes()));
+        bytes[12..14].copy_from_slice(&free.to_le_bytes());
+        bytes
+    };
+    vec![(1024, superblock), (block.max(2048), (0..groups).flat_map(descriptor).collect())]
+}
+
+/// A million groups with two bitmaps, which lie apart: to read these is to read 64 GiB.
+#[test]
+fn what_is_read_of_a_disk_that_was_made_to_be_read_for_ever_is_limited() {
+    let disk = Sparse::new(8 << 40, groups(6, 1 << 20, 128, &[700, 1000], 128));
+    assert_eq!(disk.whole(), "so much metadata cannot be followed");
+    assert!((1 << 30..4 << 30).contains(&disk.read.get()), "{}", disk.read.get());
+}
+
+/// All groups have one bitmap, in which every other block is used.
+#[test]
+fn ranges_without_end_are_limited() {
+    let mut pieces = groups(1, 60, 16384, &[700], 8192);
+    pieces.push((700 << 11, vec![0x55; 2048]));
+    let disk = Sparse::new((60 * 16384) << 11, pieces);
+    let map = |work| super::ext4::read(&View::limited(&disk, work, 32 << 20)).unwrap().unwrap();
+    // Some of what lies in fixed places is free by that: for its ranges alone it takes this much work.
+    let says = |work| match map(work).allocation {
+        Allocation::Whole { why } => why.to_string(),
+        other => panic!("{other:?}"),
+    };
+    assert!(says(4 << 30).starts_with("metadata in blocks that its bitmap calls free"), "{}", says(4 << 30));
+    assert!(says(60 * 8192 * 64 + MIB).starts_with("metadata in blocks that its bitmap"));
+    assert_eq!(says(60 * 8192 * 64), "so much metadata cannot be followed");
+}
+
+/// A volume in the smallest of stripes is read piece by piece.
+#[test]
+fn each_piece_of_a_logical_volume_is_paid_for() {
+    let striped = "segment1 { start_extent = 0 extent_count = 4 type = \"striped\" stripe_count = 2 stripe_size = 1 \
+        stripes = [\"pv0\", 1, \"pv1\", 5] }";
+    let images = both(&text(1, &volume("small", striped)));
+    let layout = layout_of(&images);
+    let group = group(&layout);
+    let look = |work| {
+        let begins = images.each_ref().map(|image| View::limited(image, work, 32 << 20));
+        super::tree::logical(group, &group.volumes[0], &begins).unwrap()
+    };
+    assert!(matches!(look(16 * MIB), Content::Unknown));
+    // More than twice what is read of it.
+    match look(MIB) {
+        Content::Unread { kind: None, why } => says(Some(&why), "so much metadata cannot be followed"),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Partitions that lie one over the other do not multiply what is known of one of them.
+#[test]
+fn the_memory_that_is_taken_for_a_disk_is_limited() {
+    // Its own structures are used, and then every other block.
+    let mut bitmap = vec![0xff_u8; 2048];
+    bitmap[8..808].fill(0x55);
+    let mut one = groups(1, 1, 16384, &[3], 3200);
+    one[1].1[4..12].copy_from_slice(&[4, 0, 0, 0, 5, 0, 0, 0]);
+    one.push((3 << 11, bitmap));
+    let disk = Sparse::new(32 * MIB, one);
+    let count = |memory| {
+        let view = View::limited(&disk, 1 << 30, memory);
+        let found = super::tree::file_system("ext2", &view);
+        match found {
+            Content::FileSystem(FileSystem { allocation: Allocation::Known(used), .. }) => {
+                (used.count() as u64, used.bytes(), memory - view.memory())
+            }
+            other => panic!("{other:?}"),
+        }
+    };
+    let (ranges, bytes, memory) = count(32 << 20);
+    assert!(ranges > 3000 && memory == 16 * ranges, "{ranges}");
+    // With too little it is more that is used, never less.
+    let (fewer, more, memory) = count(16 * 1000);
+    assert!(fewer <= 1000 && more > bytes && memory == 16 * fewer, "{fewer} {more}");
+    assert!(count(0).0 <= 2);
+}
+
+/// A boot loader's own partition is never looked into: there is code where a file system of earlier times has its name.
+#[test]
+fn a_boot_loader_s_partition_is_used_whatever_lies_in_it() {
+    // A sound ext2 of 2 MiB, at the beginning of a partition of 4 MiB.
+    let mut pieces = groups(1, 1, 1024, &[3], 960);
+    pieces[1].1[4..12].copy_from_slice(&[4, 0, 0, 0, 5, 0, 0, 0]);
+    pieces.push((3 << 11, [vec![0xff; 8], vec![0; 2040]].concat()));
+    let place = |image: &mut Image| pieces.iter().for_each(|(at, bytes)| _ = image.put(MIB + at, bytes));
+    let partition = between(MIB, 5 * MIB).unwrap();
+    for (kind, boots) in [(0x83, false), (0x41, true)] {
+        let mut image = dos();
+        image.0[446 + 4] = kind;
+        place(&mut image);
+        assert_eq!(image.layout(Some(512)).used(0).unwrap().covers(partition), boots, "{kind:x}");
+    }
+    let bios = *b"Hah!IdontNeedEFI";
+    let prep =
+        [0x38, 0x2d, 0x1a, 0x9e, 0x12, 0xc6, 0x16, 0x43, 0xaa, 0x26, 0x8b, 0x49, 0x52, 0x1e, 0x5a, 0x8b];
+    for (kind, boots) in [([0xaf; 16], false), (bios, true), (prep, true)] {
+        let mut gpt = Gpt::new(512);
+        for which in 0..2 {
+            let at = gpt.entries(which);
+            gpt.image.put(at, &kind);
+        }
+        place(&mut gpt.seal().image);
+        assert_eq!(gpt.layout().used(0).unwrap().covers(partition), boots, "{kind:x?}");
     }
 }

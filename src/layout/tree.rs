@@ -4,8 +4,9 @@ use std::io;
 
 use super::lvm::group::{Group, Volume};
 use super::lvm::{self, PhysicalVolume};
+use super::signature::{FAR, MEMBERS};
 use super::table::{self, Table};
-use super::view::View;
+use super::view::{PER_READ, View};
 use super::{Allocation, Error, FileSystem, PARSERS, mbr, named, signature};
 use crate::error::IoError;
 use crate::storage::ReadAt;
@@ -55,7 +56,7 @@ pub struct GroupLayout {
 /// What lies in a place.
 #[derive(Debug)]
 pub enum Content {
-    /// Nothing announces itself. There may be data all the same.
+    /// Nothing announces itself, or it is a boot loader's partition. There may be data all the same.
     Unknown,
     /// More than one thing announces itself, and which of them is meant cannot be told.
     Several(Vec<&'static str>),
@@ -120,7 +121,7 @@ impl<'a> Walk<'_, 'a> {
             Err(why) => return Content::Unread { kind: None, why },
         };
         // An array's super block may lie at the end, and what lies in the array is then seen at its beginning.
-        if let Some(member) = kinds.iter().find(|kind| **kind == "linux_raid_member") {
+        if let Some(member) = kinds.iter().find(|kind| MEMBERS.contains(kind)) {
             kinds = vec![member];
         }
         let (mut tables, others): (Vec<&str>, Vec<&str>) =
@@ -156,6 +157,8 @@ impl<'a> Walk<'_, 'a> {
         for partition in table.leaves() {
             let (at, size) = (partition.extent.offset(), partition.extent.len());
             let content = match disk.part(at, size) {
+                // There is code, and what else announces itself is of an earlier time.
+                Some(_) if partition.boots() => Content::Unknown,
                 Some(view) => self.content(&view, Level::Partition),
                 None => Content::Unread {
                     kind: None,
@@ -188,18 +191,21 @@ impl<'a> Walk<'_, 'a> {
     }
 }
 
-/// How much is read at the beginning and the end of a place for its signatures: they lie in less.
+/// How much is read at the beginning and the end of a place for its signatures: but for what is [`FAR`], they lie in less.
 const HEAD: u64 = 272 << 10;
-const TAIL: u64 = 128 << 10;
+const TAIL: u64 = 132 << 10;
 
 /// What announces itself in a place.
 fn signatures(view: &View<'_>) -> Result<Vec<&'static str>, Error> {
     let size = view.size();
-    let head = view.read(0, size.min(HEAD))?;
-    let tail = size.min(TAIL);
-    let tail = view.read(size.saturating_sub(tail), tail)?;
+    let mut blocks = Vec::new();
+    for (at, len) in [(0, HEAD), FAR, (size.saturating_sub(TAIL), TAIL)] {
+        let at = at.min(size);
+        blocks.push((at, view.read(at, len.min(size.saturating_sub(at)))?));
+    }
+    let pieces: Vec<(u64, &[u8])> = blocks.iter().map(|(at, block)| (*at, block.bytes())).collect();
     let mut kinds = Vec::new();
-    for signature in signature::parse(head.bytes(), tail.bytes(), size).signatures {
+    for signature in signature::parse(&pieces, size).signatures {
         if !kinds.contains(&signature.kind) {
             kinds.push(signature.kind);
         }
@@ -214,7 +220,7 @@ fn whole(kind: &'static str, view: &View<'_>, why: &str) -> Content {
 }
 
 /// What announced itself as this.
-fn file_system(kind: &'static str, view: &View<'_>) -> Content {
+pub(super) fn file_system(kind: &'static str, view: &View<'_>) -> Content {
     let parser = PARSERS.iter().find(|parser| parser.kinds.contains(&kind));
     let found = match parser.map(|parser| (parser.read)(view)) {
         Some(Ok(Some(found))) => Ok(found),
@@ -235,6 +241,9 @@ fn lost(view: &View<'_>) -> Content {
 
 /// A file system larger than its place was cut off, or its place is not what it was.
 fn fitted(mut found: FileSystem, view: &View<'_>) -> FileSystem {
+    if let Allocation::Known(used) = &found.allocation {
+        view.keep(used.memory());
+    }
     if found.size.0 > view.size() {
         let why = Error::Corrupt { what: "a file system that is larger than its place", at: 0 };
         found.allocation = Allocation::Whole { why };
@@ -243,7 +252,7 @@ fn fitted(mut found: FileSystem, view: &View<'_>) -> FileSystem {
 }
 
 /// Looks into a logical volume.
-fn logical(group: &Group, volume: &Volume, begins: &[View<'_>]) -> Option<Content> {
+pub(super) fn logical(group: &Group, volume: &Volume, begins: &[View<'_>]) -> Option<Content> {
     let begin = begins.first()?;
     if group.flaw.is_some() || !volume.is_plain() {
         return None;
@@ -256,7 +265,7 @@ fn logical(group: &Group, volume: &Volume, begins: &[View<'_>]) -> Option<Conten
         let why = Error::unsupported("a logical volume of which a part lies on a disk that is not here");
         return Some(Content::Unread { kind: None, why });
     }
-    let reader = LogicalReader { volume, members };
+    let reader = LogicalReader { volume, members, begin };
     let (mut physical, mut inner) = (Vec::new(), Vec::new());
     let mut walk = Walk { physical: &mut physical, begins: &mut inner };
     Some(walk.content(&begin.beside(&reader), Level::LogicalVolume))
@@ -266,6 +275,8 @@ fn logical(group: &Group, volume: &Volume, begins: &[View<'_>]) -> Option<Conten
 struct LogicalReader<'a> {
     volume: &'a Volume,
     members: Vec<Option<&'a View<'a>>>,
+    /// Where it is counted what is spent.
+    begin: &'a View<'a>,
 }
 
 impl LogicalReader<'_> {
@@ -293,6 +304,8 @@ impl ReadAt for LogicalReader<'_> {
                 self.locate(at).ok_or_else(|| failed(at, io::ErrorKind::UnexpectedEof))?;
             let count = usize::try_from(len).unwrap_or(usize::MAX).min(rest.len());
             let (now, later) = rest.split_at_mut(count);
+            // Where nothing is left of that, it is the next read that fails, and this one is short enough.
+            self.begin.spend(PER_READ).ok();
             member.direct(place, now)?;
             at = at.saturating_add(len);
             rest = later;

@@ -31,6 +31,7 @@ pub fn read(view: &View<'_>) -> Result<Option<FileSystem>, Error> {
     let state = match &log {
         _ if superblock.needs_repair() => Some(State::Errors),
         Ok(end) if end.clean => Some(State::Clean),
+        Ok(_) => Some(State::NotUnmounted),
         // Whether there is anything in it cannot be seen from here.
         Err(Error::Io(_)) => None,
         Err(_) if superblock.log.is_none() => None,
@@ -63,7 +64,7 @@ fn used(view: &View<'_>, superblock: &Superblock, end: End) -> Result<(Used, u64
     if superblock.lsn.is_some_and(|lsn| !in_log(lsn, end.head)) {
         return Err(superblock.corrupt("a superblock that is younger than the log", 240));
     }
-    let mut used = Used::default();
+    let mut used = view.used();
     let mut free = 0u64;
     for index in 0..superblock.groups {
         let group = Group::read(view, superblock, end.head, index)?;

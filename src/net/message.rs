@@ -202,6 +202,10 @@ pub struct Open {
     /// The compressions that the client can send. Unknown names are passed over; `raw` needs no mention.
     #[serde(default, deserialize_with = "known_encodings")]
     pub compression: Vec<Encoding>,
+    /// Whether the source is only to be compared, beside whatever else happens to the disk: its pass is of kind
+    /// [`Verify`](PassKind::Verify), and no other is.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub verify: bool,
     /// The consistency group whose point the pass is a part of, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<Name>,
@@ -224,7 +228,8 @@ pub struct OpenReply {
     /// The offered compressions that the server takes.
     #[serde(default, deserialize_with = "known_encodings")]
     pub compression: Vec<Encoding>,
-    /// The point at which the volume stands, or would be brought to: only then a delta pass is possible.
+    /// The point at which the volume stands, or would be brought to: only then a delta pass is possible. It is what is
+    /// compared where that is all that is wanted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub baseline: Option<PointId>,
     /// Whether the volume likely holds much of what the source does, so that comparing pays.
@@ -568,6 +573,7 @@ mod tests {
             resized: false,
             another: false,
             compression: vec![Encoding::Lz4, Encoding::Zstd],
+            verify: false,
             group: None,
             disks: Vec::new(),
         };
@@ -578,9 +584,9 @@ mod tests {
         let open = Open { group: Some("shop".parse().unwrap()), disks: vec!["sda".parse().unwrap()], ..open };
         assert_eq!(text(&open), json);
         assert_eq!(parse::<Open>(json.as_bytes()).unwrap(), open);
-        let json = r#"{"disk":"sda","size":1073741824,"sector":512,"source":"eui.0011223344556677","resized":true,"another":true,"compression":["lz4","zstd"],"group":"shop","disks":["sda"]}"#;
+        let json = r#"{"disk":"sda","size":1073741824,"sector":512,"source":"eui.0011223344556677","resized":true,"another":true,"compression":["lz4","zstd"],"verify":true,"group":"shop","disks":["sda"]}"#;
         let source = Some("eui.0011223344556677".parse().unwrap());
-        let open = Open { source, resized: true, another: true, ..open };
+        let open = Open { source, resized: true, another: true, verify: true, ..open };
         assert_eq!(text(&open), json);
         assert_eq!(parse::<Open>(json.as_bytes()).unwrap(), open);
         let (point, disks) = (PointId(1), vec!["sda".parse().unwrap()]);

@@ -13,10 +13,12 @@ mod numbers;
 mod receiving;
 mod report;
 mod stage;
+mod verifying;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
@@ -52,6 +54,25 @@ pub trait Host: Send + Sync + 'static {
     /// Opens the target disk that belongs to `open.disk` of `machine`, if all rules allow it. The volume
     /// reports to `events`.
     fn open(&self, machine: &Name, open: &Open, events: Events) -> Result<Opened, message::Error>;
+
+    /// Opens the same disk only to look at it, as at its newest point where it has one: beside whoever writes it then.
+    fn view(&self, machine: &Name, open: &Open) -> Result<Viewed, message::Error>;
+}
+
+/// A volume that is only looked at.
+pub struct Viewed {
+    /// The size of the target disk in bytes.
+    pub device_size: u64,
+    /// Its logical block size in bytes.
+    pub block: u32,
+    /// The point that is looked at; with none, nobody writes to the disk meanwhile.
+    pub baseline: Option<PointId>,
+    /// Opens what is looked at for reading. A point that is let go of is an error, which may be a [`message::Error`].
+    pub reader: Reader,
+    /// Up to where the client has compared it.
+    pub covered: Arc<AtomicU64>,
+    /// What must last as long as it is looked at.
+    pub hold: Box<dyn Send>,
 }
 
 /// An open volume.
@@ -337,6 +358,12 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
     let (source_size, disk) = (open.size, open.disk.clone());
     if source_size == 0 {
         return Err(protocol("a source of 0 bytes"));
+    }
+    if open.verify {
+        let of_machine = machine.clone();
+        let viewed = off_runtime(move || host.view(&of_machine, &open)).await??;
+        let stopped = stopped(&mut ending, Some(&machine));
+        return verifying::verify(reader, writer, viewed, source_size, patience, stopped).await;
     }
     let report = Arc::new(Report::default());
     let (fault_sender, mut fault) = oneshot::channel();

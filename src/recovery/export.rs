@@ -1,9 +1,5 @@
 //! Writes the disks of a machine as they were at a point to image files, or tells their digests. The volumes are only read,
-//! and replication goes on meanwhile.
-//!
-//! Whoever writes a disk makes the old content durable in the journal before it overwrites a block. So a range of the disk
-//! is read first, and the journal is looked at afterwards: whatever was overwritten before the read is in the journal by
-//! then.
+//! and replication goes on meanwhile ([`past`](super::past)).
 
 use std::fs::{self, File};
 use std::io;
@@ -11,12 +7,11 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use super::failover::written_to;
+use super::past::Past;
 use super::target::{CHUNK, Target};
 use super::{Error, Journal};
 use crate::digest::Digest;
 use crate::error::IoError;
-use crate::journal::View;
-use crate::journal::recover::recover;
 use crate::name::Name;
 use crate::points::{Log, Point};
 use crate::protection::{Assignment, Store};
@@ -198,18 +193,10 @@ fn read(
 ) -> Result<(), Error> {
     let Planned { disk, pass, journal, target } = one;
     let failed = |source| Error::Journal { machine: machine.clone(), disk: disk.name.clone(), source };
-    let Journal { shelf, mut history, standing } = journal;
-    let mut view = View::after(&history, pass, &shelf).map_err(failed)?;
-    let (mut at, end) = (0, size.min(target.size()));
-    while let Some(part) = Extent::new(at, (target.size() - at).min(CHUNK)).filter(|part| part.offset() < end)
-    {
-        let mut bytes = target.read(part)?;
-        if !history.is_current(&shelf).map_err(failed)? {
-            history = recover(&shelf, &|lineage| standing.is_ours(lineage), &|extent| target.read(extent))
-                .map_err(failed)?;
-            view = View::after(&history, pass, &shelf).map_err(failed)?;
-        }
-        view.overlay(at, &mut bytes).map_err(failed)?;
+    let mut past = Past::of(target, journal, pass).map_err(failed)?;
+    let (mut at, end) = (0, size.min(past.size()));
+    while let Some(part) = Extent::new(at, (past.size() - at).min(CHUNK)).filter(|part| part.offset() < end) {
+        let bytes = past.read(part).map_err(failed)?;
         each(at, &bytes[..bytes.len().min((end - at) as usize)])?;
         at = part.end();
     }

@@ -256,7 +256,7 @@ fn fail_over_to(
         };
         let mut history = journal.history.clone();
         open.iter().for_each(|pass| drop(history.passes.remove(&pass.number)));
-        let view = View::after(&history, pass, &journal.shelf).map_err(failed)?;
+        let view = View::after(&history, pass).map_err(failed)?;
         report.brought_back = view.len();
         if let Some(target) = target {
             journal.tidy().map_err(failed)?;
@@ -417,8 +417,8 @@ pub(super) fn written_to(
     };
     let mut history = journal.history.clone();
     history.passes.remove(&back);
-    let compared = View::after(&history, pass, &journal.shelf)
-        .and_then(|view| view.is_on(|extent| target.read(extent).map_err(recover::Error::Io)));
+    let read = |extent| target.read(extent).map_err(recover::Error::Io);
+    let compared = View::after(&history, pass).and_then(|view| view.is_on(&journal.shelf, read));
     match compared {
         Ok(false) => Ok(Some("something that was brought back to the point")),
         // What was brought back cannot be read any more; to take it back, that is not needed.
@@ -486,7 +486,7 @@ fn go_back(
     disk: &Assignment,
     target: &OpenDisk,
     journal: &Journal,
-    view: &View<'_>,
+    view: &View,
     number: u64,
     engine: EngineChoice,
 ) -> Result<(), Error> {
@@ -518,7 +518,7 @@ fn go_back(
         Event::Written { .. } | Event::Resumed => Ok(false),
     };
     let failed = |source| Error::Journal { machine: machine.clone(), disk: disk.name.clone(), source };
-    view.each(|offset, bytes| {
+    view.each(&journal.shelf, |offset, bytes| {
         let mut buffer = loop {
             match volume.arena().try_alloc(bytes.len()) {
                 Some(buffer) => break buffer,

@@ -76,6 +76,17 @@ impl Target {
         self.size
     }
 
+    /// Its logical block size in bytes.
+    pub(super) fn block(&self) -> Result<u32, IoError> {
+        ioctl::logical_sector(&self.file)
+            .map_err(|error| IoError::new("ask for the sector size of", &*self.name, error))
+    }
+
+    /// The same disk, for others to read.
+    pub(super) fn file(&self) -> Result<File, IoError> {
+        self.file.try_clone().map_err(|error| IoError::new("duplicate", &*self.name, error))
+    }
+
     /// What it holds there now.
     pub(super) fn read(&self, extent: Extent) -> Result<Vec<u8>, IoError> {
         let mut bytes = Vec::new();

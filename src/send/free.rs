@@ -77,7 +77,7 @@ pub struct Space {
 
 impl Space {
     /// All of it is used, for this reason.
-    fn unknown(why: &str) -> Space {
+    pub(super) fn unknown(why: &str) -> Space {
         Space { reasons: vec![why.to_owned()], ..Space::default() }
     }
 }

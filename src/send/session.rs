@@ -41,6 +41,8 @@ pub(super) struct Opening {
     /// Whether it may have another size, or be another disk, than what was sent before.
     pub(super) resized: bool,
     pub(super) another: bool,
+    /// Whether it is only to be compared.
+    pub(super) verify: bool,
     pub(super) group: Option<Name>,
     /// All disks of the point.
     pub(super) disks: Vec<Name>,
@@ -53,6 +55,8 @@ pub(super) struct Job {
     pub(super) still: Arc<Still>,
     pub(super) source: Arc<Source>,
     pub(super) free: Arc<Free>,
+    /// What of a source in use seems to be free: where it is compared, that is told by itself.
+    pub(super) in_doubt: Free,
     pub(super) progress: Arc<Progress>,
     pub(super) compression: Compression,
     pub(super) engine: EngineChoice,
@@ -83,8 +87,12 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     job.progress.waiting.store(false, Ordering::Relaxed);
     job.progress.target.store(reply.volume_size, Ordering::Relaxed);
     job.progress.connections.store(1 + joined.len() as u64, Ordering::Relaxed);
-    let Progress { read, zero, same, sent, done, differs, .. } = &*job.progress;
-    for counter in [read, zero, same, sent, done, differs] {
+    if let Some(point) = reply.baseline {
+        // An attempt has a progress of its own.
+        job.progress.baseline.set(point).ok();
+    }
+    let Progress { read, zero, same, sent, done, differs, differs_free, .. } = &*job.progress;
+    for counter in [read, zero, same, sent, done, differs, differs_free] {
         counter.store(0, Ordering::Relaxed);
     }
     job.differences().clear();
@@ -260,6 +268,7 @@ pub(super) async fn open<S: AsyncRead + AsyncWrite + Unpin>(
         resized: opening.resized,
         another: opening.another,
         compression: opening.compression.encodings(),
+        verify: opening.verify,
         group: opening.group.clone(),
         disks: opening.group.as_ref().map_or_else(Vec::new, |_| opening.disks.clone()),
     };
@@ -312,6 +321,24 @@ async fn begin<S: AsyncRead + AsyncWrite + Unpin>(
 }
 
 impl Job {
+    /// Counts a range that differs.
+    fn differs(&self, extent: Extent) {
+        let used = self.in_doubt.outside(extent);
+        let bytes: u64 = used.iter().map(|extent| extent.len()).sum();
+        self.progress.differs.fetch_add(bytes, Ordering::Relaxed);
+        self.progress.differs_free.fetch_add(extent.len() - bytes, Ordering::Relaxed);
+        let mut differences = self.differences();
+        for extent in used {
+            let joined = differences.last().filter(|last| last.end() == extent.offset());
+            let joined = joined.and_then(|last| Extent::new(last.offset(), last.len() + extent.len()));
+            if let (Some(joined), Some(last)) = (joined, differences.last_mut()) {
+                *last = joined;
+            } else if differences.len() < MOST_DIFFERENCES {
+                differences.push(extent);
+            }
+        }
+    }
+
     fn differences(&self) -> MutexGuard<'_, Vec<Extent>> {
         // A list is whole whoever panicked beside it.
         self.progress.differences.lock().unwrap_or_else(PoisonError::into_inner)
@@ -509,18 +536,7 @@ impl Shared {
                     self.refining.lock().unwrap_or_else(PoisonError::into_inner).push_back(extent);
                     self.say(writer, &Header::refine(extent.offset(), extent.len())).await?;
                 }
-                Some(Output::Differs(extent)) => {
-                    job.progress.differs.fetch_add(extent.len(), Ordering::Relaxed);
-                    let mut differences = job.differences();
-                    let joined = differences.last().filter(|last| last.end() == extent.offset());
-                    let joined =
-                        joined.and_then(|last| Extent::new(last.offset(), last.len() + extent.len()));
-                    if let (Some(joined), Some(last)) = (joined, differences.last_mut()) {
-                        *last = joined;
-                    } else if differences.len() < MOST_DIFFERENCES {
-                        differences.push(extent);
-                    }
-                }
+                Some(Output::Differs(extent)) => job.differs(extent),
                 Some(Output::Finished) => finished += 1,
                 Some(Output::Failed(error)) => return Err(error.into()),
                 None => unreachable!("the reading thread lives while it may be asked, or says why not"),

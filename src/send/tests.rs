@@ -19,11 +19,11 @@ use crate::net::message::{
     Begin, BeginReply, Code, Commit, Enroll, EnrollReply, Hello, HelloReply, Open, OpenReply,
 };
 use crate::net::session::{
-    self as server, Begun, Ending, Guest, Host, Lanes, Opened, Passes, Patience, Reader, Stage,
+    self as server, Begun, Ending, Guest, Host, Lanes, Opened, Passes, Patience, Reader, Stage, Viewed,
 };
-use crate::storage::Storage;
 use crate::storage::device::Engine;
 use crate::storage::fault::FaultDisk;
+use crate::storage::{Geometry, Storage};
 use crate::sys::aligned::Arena;
 use crate::volume::counters::Counters;
 use crate::volume::{Events, Fault, Volume};
@@ -59,6 +59,14 @@ impl Bench {
         Arc::new(Bench { disk, alike: true, ..bench })
     }
 
+    fn reader(&self) -> Reader {
+        let again = self.disk.clone();
+        Box::new(move |_| {
+            let again = again.open().map_err(|error| IoError::new("open", "bench", error))?;
+            Ok(Box::new(again))
+        })
+    }
+
     fn story(&self) -> Vec<String> {
         self.story.lock().unwrap().clone()
     }
@@ -69,6 +77,12 @@ impl Host for Bench {
         Err(message::Error::new(Code::TokenRefused, "no tokens here"))
     }
 
+    fn view(&self, _: &Name, _: &Open) -> Result<Viewed, message::Error> {
+        let Geometry { size: device_size, block } = self.disk.open().unwrap().geometry();
+        let (reader, covered, hold) = (self.reader(), Arc::default(), Box::new(()));
+        Ok(Viewed { device_size, block, baseline: None, reader, covered, hold })
+    }
+
     fn open(&self, _: &Name, open: &Open, events: Events) -> Result<Opened, message::Error> {
         let storage = self.disk.open().unwrap();
         let (device_size, block) = (storage.geometry().size, storage.geometry().block);
@@ -77,11 +91,7 @@ impl Host for Bench {
         }
         let arena = Arena::new(WINDOW as usize).unwrap();
         let volume = Volume::start("bench", Box::new(storage), open.size, arena, events).unwrap();
-        let again = self.disk.clone();
-        let reader: Reader = Box::new(move |_| {
-            let again = again.open().map_err(|error| IoError::new("open", "bench", error))?;
-            Ok(Box::new(again))
-        });
+        let reader = self.reader();
         let passes = Box::new(Story(self.story.clone(), self.disk.clone(), watch::Sender::new(Stage::Begun)));
         Ok(Opened {
             volume,
@@ -180,6 +190,7 @@ async fn transfer_of(
         still: Arc::new(Still::new("web01".parse().unwrap(), 1, Wishes::default())),
         source: Arc::new(Source::open(file.path()).unwrap()),
         free: Arc::default(),
+        in_doubt: super::free::Free::default(),
         progress: progress.clone(),
         compression,
         engine: EngineChoice::Auto,
@@ -220,6 +231,7 @@ async fn pass(mut client: DuplexStream, job: &Job) -> Result<Done, Error> {
         compression: job.compression,
         resized: false,
         another: false,
+        verify: job.scope == Scope::Verify,
         group: None,
         disks: job.point.disks.clone(),
         connections: Connections::Auto,
@@ -576,6 +588,7 @@ async fn lied_to(liar: Liar) -> Error {
         still: Arc::new(Still::new("web01".parse().unwrap(), 1, Wishes::default())),
         source: Arc::new(Source::open(file.path()).unwrap()),
         free: Arc::default(),
+        in_doubt: super::free::Free::default(),
         progress: Arc::default(),
         compression: Compression::Off,
         engine: EngineChoice::Auto,

@@ -220,7 +220,7 @@ fn a_flipped_byte_is_found_and_costs_only_what_needs_it() {
             }
             for point in damaged_pass..3 {
                 let mut bytes = disk.bytes();
-                View::after(&history, point, &shelf).unwrap().overlay(0, &mut bytes).unwrap();
+                View::after(&history, point).unwrap().overlay(&shelf, 0, &mut bytes).unwrap();
                 assert!(bytes == points[point as usize]);
             }
         }
@@ -271,6 +271,55 @@ fn a_flipped_byte_of_an_open_pass_is_damage_unless_the_disk_needs_it_not() {
         }
     }
     assert!(damaged > 100 && harmless > 10, "{damaged} damaged, {harmless} harmless");
+}
+
+/// Whoever reads beside the writer, and only brings up to date what it knows of the journal, sees the point at every moment:
+/// over passes, interruptions and new segments.
+#[test]
+fn a_history_that_is_brought_up_to_date_shows_the_point_at_every_moment() {
+    let mut rng = Dice::seed_from_u64(21);
+    for _ in 0..6 {
+        let mut model = vec![0; SIZE as usize];
+        rng.fill_bytes(&mut model);
+        let point = model.clone();
+        let disk = FaultDisk::new(point.clone(), SECTOR);
+        for pass in 1..=3 {
+            // Interrupted, ended without its point, and ended.
+            for end in [false, true, true] {
+                let shelf = disk.shelf();
+                let writer = match journal(&disk).unwrap().passes.get(&pass) {
+                    Some(open) => go_on(open, LINEAGE, SEGMENT, &shelf).unwrap(),
+                    None => Writer::new(LINEAGE, pass, SEGMENT),
+                };
+                let session = Session::open(&disk, Some(writer));
+                let steps = rng.random_range(1..9);
+                scribble(&session, &mut model, &mut rng, steps);
+                if end {
+                    session.flush().unwrap();
+                }
+                session.volume.close();
+            }
+        }
+        let mut replay = disk.replay();
+        let mut history = History::default();
+        let mut view = View::after(&history, 0).unwrap();
+        loop {
+            let now = FaultDisk::with(replay.cut(|_, _| true), SECTOR);
+            let (shelf, mut bytes) = (now.shelf(), now.bytes());
+            let held = bytes.clone();
+            let holds = |extent: Extent| Ok(held[extent.offset() as usize..extent.end() as usize].to_vec());
+            history.refresh(&shelf, &ours, &holds).unwrap();
+            view.extend(&history).unwrap();
+            view.overlay(&shelf, 0, &mut bytes).unwrap();
+            assert!(bytes == point, "not the point");
+            let anew = View::after(&journal(&now).unwrap(), 0).unwrap();
+            assert_eq!((view.len(), view.parts()), (anew.len(), anew.parts()));
+            if replay.step().is_none() {
+                break;
+            }
+        }
+        assert_eq!(history.passes.len(), 3);
+    }
 }
 
 /// Files that got to another volume's place are neither read nor removed.

@@ -364,7 +364,7 @@ fn index(dir: &Path, segments: u64) -> Result<Value, Failure> {
     let saved = memory()?;
     drop(writers);
     let again = memory()?;
-    let view = View::after(&history, 0, &shelf)?;
+    let view = View::after(&history, 0)?;
     let viewed = memory()?;
     // The passes overlap: the view has the part of the images that is the oldest of each place.
     Ok(json!({

@@ -20,4 +20,5 @@ mod receive;
 mod reiserfs;
 mod roles;
 mod small;
+mod striped;
 mod writers;

@@ -39,7 +39,7 @@ pub fn config_of(state: &Path, machine: &str) -> Arc<ClientConfig> {
 pub struct Client {
     pub stream: TlsStream<TcpStream>,
     pub pass: PassId,
-    /// What its pass will be, as the service's answer to the opening asks for.
+    /// What its pass will be: as the service's answer to the opening asks for, unless it was told before to compare.
     pub kind: PassKind,
     /// The unit of the digests that it asks for, if it does.
     pub compare: Option<u32>,
@@ -108,11 +108,12 @@ impl Client {
                 resized: self.another,
                 another: self.another,
                 compression,
+                verify: self.kind == PassKind::Verify,
                 group: None,
                 disks: Vec::new(),
             })
             .await;
-        if reply.as_ref().is_ok_and(|reply| reply.baseline.is_some()) {
+        if self.kind == PassKind::Initial && reply.as_ref().is_ok_and(|reply| reply.baseline.is_some()) {
             self.kind = PassKind::Delta;
         }
         reply

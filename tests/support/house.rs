@@ -273,13 +273,13 @@ impl House {
             self.journal(disk).reaches(pass).unwrap();
             self.roll_back(disk);
             let journal = self.journal(disk);
-            let view = View::after(&journal.history, pass, &journal.shelf).unwrap();
+            let view = View::after(&journal.history, pass).unwrap();
             let mut back = None;
             if !view.is_empty() {
                 let (lineage, pass) = (journal.standing.lineage.unwrap(), journal.next());
                 let writer = Writer::new(lineage, pass, self.segment);
                 let session = self.session(disk, lineage, Some(writer), pass);
-                view.each(|at, bytes| {
+                view.each(&journal.shelf, |at, bytes| {
                     session.write(at, bytes);
                     Ok::<(), recover::Error>(())
                 })
@@ -339,8 +339,8 @@ impl House {
             let pass = self.pass(point.id, disk);
             journal.reaches(pass).unwrap();
             let mut bytes = bytes.to_owned();
-            let view = View::after(&journal.history, pass, &journal.shelf).unwrap();
-            view.overlay(0, &mut bytes).unwrap();
+            let view = View::after(&journal.history, pass).unwrap();
+            view.overlay(&journal.shelf, 0, &mut bytes).unwrap();
             (point.id, bytes)
         };
         self.log.points(&machine()).map(view).collect()

@@ -46,7 +46,14 @@ pub(super) fn text(all: &[Named], layout: &Layout) -> String {
             node.add(note);
         }
         let (size, free) = (ByteLen(named.file.size()), ByteLen(place.size - used));
-        node.add(format!("{} of {size} are used, {free} are proven free", ByteLen(used)));
+        let free = match named.notes.is_empty() {
+            true => format!("{free} are proven free"),
+            // Who has it may write to it, and some of that may not be on it yet.
+            false => format!(
+                "{free} are free as it stands on the disk at this moment, which is only proven while it is frozen"
+            ),
+        };
+        node.add(format!("{} of {size} are used, {free}", ByteLen(used)));
         node.print("", &mut out);
     }
     for group in &layout.groups {
@@ -122,7 +129,12 @@ fn file_system(found: &FileSystem) -> String {
     let mut facts = Vec::new();
     facts.extend(found.block_size.map(|size| format!("blocks of {}", ByteLen(size))));
     if let (Some(used), Some(free)) = (found.used(), found.free) {
-        facts.push(format!("{used} used, {free} free"));
+        // Of one that is not clean and could not be followed, that is what was written down at some time.
+        let old = match (&found.allocation, found.state) {
+            (Allocation::Known(_), _) | (_, Some(State::Clean)) => "",
+            (Allocation::Whole { .. }, _) => " by its last count, which may be old",
+        };
+        facts.push(format!("{used} used, {free} free{old}"));
     }
     facts.extend(found.state.map(|state| {
         match state {
@@ -174,13 +186,15 @@ fn kind_name(kind: &str) -> Option<&'static str> {
 fn volume_group(layout: &Layout, one: &GroupLayout) -> Node {
     let group = &one.group;
     let here = group.members.iter().filter(|member| member.found.is_some()).count();
-    let mut node = Node::new(format!(
-        "volume group {} {here} of {} physical volumes are here, extents of {}, UUID={}",
-        group.name,
-        group.members.len(),
-        ByteLen(group.extent_size),
-        group.uuid
-    ));
+    let members = match group.members.len() {
+        0 => "whose physical volumes are not known".to_owned(),
+        count => format!("{here} of {count} physical volumes are here"),
+    };
+    let extents = match group.extent_size {
+        0 => String::new(),
+        size => format!(", extents of {}", ByteLen(size)),
+    };
+    let mut node = Node::new(format!("volume group {} {members}{extents}, UUID={}", group.name, group.uuid));
     if let Some(flaw) = &group.flaw {
         node.add(format!("all of it is taken as used: {}", chain(flaw)));
     }

@@ -202,7 +202,7 @@ impl Job {
             for disk in &disks {
                 let (path, verify) = (disk.source.path().display(), self.plan.scope == Scope::Verify);
                 let what = if verify {
-                    "what it holds is changing, and what of it is free is compared, too"
+                    "what it holds is changing, and what was written since its last pass differs"
                 } else {
                     "what arrives is not one point in time"
                 };

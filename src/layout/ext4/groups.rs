@@ -18,7 +18,8 @@
 
 use super::super::Error;
 use super::super::fields::{Block, Fields};
-use super::super::ranges::{Ranges, Used, between};
+use super::super::ranges::{Ranges, between, runs};
+use super::super::view::PER_RANGE;
 use super::blocks::Blocks;
 use super::superblock::{Checks, Geometry};
 use crate::checksum::{crc16_raw, crc32c_raw};
@@ -29,6 +30,9 @@ const BLOCK_UNINIT: u16 = 2;
 
 /// The most bytes of neighbouring bitmaps that are read at once.
 const WINDOW: u64 = 1 << 20;
+
+/// What a group takes beside what is read of it: its descriptor's checksum, and where its structures lie.
+const PER_GROUP: u64 = 2048;
 
 /// What a descriptor says of its group.
 #[derive(Clone, Copy, Debug)]
@@ -53,14 +57,15 @@ pub struct Map {
 /// Reads the descriptors and bitmaps.
 pub fn map(blocks: &Blocks<'_, '_>, geometry: &Geometry) -> Result<Map, Error> {
     let groups = descriptors(blocks, geometry)?;
-    let mut used = Used::default();
+    let mut used = blocks.view.used();
     between(0, geometry.byte(geometry.first_block)).into_iter().for_each(|boot| used.add(boot));
     let mut free = 0u64;
     let mut window = Window { first: 0, read: Block::new(Vec::new(), 0) };
     for (index, group) in (0u64..).zip(&groups) {
         let clusters = geometry.len(index).div_ceil(geometry.cluster.max(1));
-        let mut count = 0u64;
+        let (mut count, mut ranges) = (0u64, 0u64);
         let mut add = |from: u64, to: u64| {
+            ranges = ranges.saturating_add(1);
             count = count.saturating_add(to.saturating_sub(from));
             let byte = |cluster: u64| {
                 let block = geometry.start(index).saturating_add(cluster.saturating_mul(geometry.cluster));
@@ -76,6 +81,7 @@ pub fn map(blocks: &Blocks<'_, '_>, geometry: &Geometry) -> Result<Map, Error> {
             verify(bitmap, group, geometry)?;
             runs(bitmap.all(), clusters, &mut add);
         }
+        blocks.view.spend(ranges.saturating_mul(PER_RANGE))?;
         if clusters.checked_sub(count) != Some(group.free) {
             let at = geometry.byte(group.bitmap);
             return Err(Error::Corrupt {
@@ -106,7 +112,8 @@ pub fn map(blocks: &Blocks<'_, '_>, geometry: &Geometry) -> Result<Map, Error> {
 }
 
 fn descriptors(blocks: &Blocks<'_, '_>, geometry: &Geometry) -> Result<Vec<Group>, Error> {
-    let mut groups = Vec::new();
+    // The number is limited, and a larger memory that grows would for a moment be taken twice.
+    let mut groups = Vec::with_capacity(usize::try_from(geometry.groups).unwrap_or(0));
     for index in 0..geometry.descriptor_blocks() {
         let at = geometry.descriptor_block(index);
         if !geometry.holds(at, 1) {
@@ -115,6 +122,7 @@ fn descriptors(blocks: &Blocks<'_, '_>, geometry: &Geometry) -> Result<Vec<Group
         }
         let read = blocks.read(at, 1)?;
         let first = index.saturating_mul(geometry.per_block());
+        blocks.view.spend(geometry.per_block().saturating_mul(PER_GROUP))?;
         for group in first..first.saturating_add(geometry.per_block()).min(geometry.groups) {
             let at = group.saturating_sub(first).saturating_mul(geometry.descriptor);
             groups.push(Group::parse(read.fields().part(at, geometry.descriptor)?, group, geometry)?);
@@ -235,66 +243,4 @@ fn own(group: &Group, index: u64, geometry: &Geometry) -> Ranges {
             between(from.checked_div(cluster)?, if to > from { to.div_ceil(cluster) } else { 0 })
         })
         .collect()
-}
-
-/// Gives the runs of set bits among the first `count`.
-fn runs(bytes: &[u8], count: u64, give: &mut impl FnMut(u64, u64)) {
-    let mut since = None;
-    let mut at = 0u64;
-    for chunk in bytes.chunks_exact(8) {
-        let word = chunk.first_chunk().copied().map_or(0, u64::from_le_bytes);
-        // Most words are all of one kind.
-        if (since.is_none() && word == 0) || (since.is_some() && word == u64::MAX) {
-            at = at.saturating_add(64);
-            continue;
-        }
-        let mut rest = word;
-        for _ in 0..64 {
-            match (since, rest & 1 == 1) {
-                _ if at >= count => break,
-                (None, true) => since = Some(at),
-                (Some(from), false) => {
-                    give(from, at);
-                    since = None;
-                }
-                _ => {}
-            }
-            rest >>= 1;
-            at = at.saturating_add(1);
-        }
-        if at >= count {
-            break;
-        }
-    }
-    if let Some(from) = since.filter(|from| *from < count) {
-        give(from, count);
-    }
-}
-
-#[cfg(test)]
-#[allow(
-    clippy::unwrap_used,
-    clippy::indexing_slicing,
-    clippy::arithmetic_side_effects,
-    clippy::as_conversions
-)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    proptest! {
-        #[test]
-        fn runs_are_those_of_the_bits(words in prop::collection::vec(prop_oneof![Just(0), Just(u64::MAX), any::<u64>()], 1..6), cut in 0..64u64) {
-            let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-            let count = words.len() as u64 * 64 - cut;
-            let mut found = Vec::new();
-            runs(&bytes, count, &mut |from, to| {
-                assert!(found.last().is_none_or(|last| *last + 1 < from) && from < to);
-                found.extend(from..to);
-            });
-            let expected: Vec<u64> =
-                (0..count).filter(|at| bytes[*at as usize / 8] >> (at % 8) & 1 == 1).collect();
-            prop_assert_eq!(found, expected);
-        }
-    }
 }

@@ -62,8 +62,12 @@ const MIN_BLOCKS: u64 = 1024;
 /// What the area of fast commits begins with, where it holds any: a tag, and the length of what follows.
 const FAST_HEAD: (u16, u16) = (9, 8);
 
-/// More blocks or revocations to replay are not followed: each takes some 30 bytes of memory, twice.
-const MAX_REPLAYED: usize = 1 << 20;
+/// More blocks or revocations to replay are not followed: each takes some 30 bytes of memory, twice. A journal of 1 GiB,
+/// which is the largest that `mke2fs` makes unless it is told to, has not as many blocks of 4 KiB.
+const MAX_REPLAYED: usize = 1 << 18;
+
+/// What a byte takes that is in the checksum of its transaction, beside that it is read.
+const TRANSACTION_CRC: u64 = 8;
 
 /// How much of the journal is read at once.
 const WINDOW: u64 = 256 << 10;
@@ -325,17 +329,18 @@ impl Log {
                 DESCRIPTOR => {
                     self.verify(fields)?;
                     let mut crc = |block: &Block| {
-                        if self.checks == Checks::Transaction {
-                            register = crc32_of_transaction(register, block.bytes());
-                        }
+                        register = crc32_of_transaction(register, block.bytes());
+                        file.view.spend(self.block_size.saturating_mul(TRANSACTION_CRC))
                     };
-                    crc(&block);
+                    if self.checks == Checks::Transaction {
+                        crc(&block)?;
+                    }
                     for tag in self.tags(fields)? {
                         let logical = way.at;
                         way.step(self, fields)?;
                         tags.push(Tag { logical, age: found.transactions, ..tag });
                         if self.checks == Checks::Transaction {
-                            crc(&file.read(logical)?);
+                            crc(&file.read(logical)?)?;
                         }
                     }
                 }

@@ -10,6 +10,8 @@ use crate::units::Extent;
 
 /// Metadata counts in sectors of 512 bytes.
 const SECTOR: u64 = 512;
+/// LVM makes no more stripes than these.
+const MAX_STRIPES: u64 = 128;
 
 /// A volume group, as its newest metadata describes it.
 #[derive(Debug)]
@@ -284,6 +286,9 @@ fn segment(group: &Group, section: &Section, names: &BTreeMap<&str, usize>) -> R
     let count = u64::try_from(list.len() / 2).unwrap_or(0);
     if count == 0 || !list.len().is_multiple_of(2) || section.number("stripe_count") != Some(count) {
         return Err(corrupt("a segment with another number of stripes than it says"));
+    }
+    if count > MAX_STRIPES {
+        return Err(Error::unsupported(format!("a segment of {count} stripes")));
     }
     let share = extent.len().checked_div(count).filter(|share| {
         share.is_multiple_of(group.extent_size) && share.checked_mul(count) == Some(extent.len())

@@ -2,8 +2,10 @@
 
 use super::super::Error;
 
-/// More than any metadata has; bounds the memory that a text takes when it was read.
-const MAX_VALUES: usize = 1 << 19;
+/// More than any text takes that LVM writes.
+const MEMORY: u64 = 64 << 20;
+/// The memory that a value takes when it was read, with its key, beside their letters.
+const VALUE: u64 = 96;
 /// Sections within sections, lists within lists; metadata has four.
 const MAX_DEPTH: usize = 16;
 
@@ -91,11 +93,22 @@ impl Section {
 
 /// Reads a text, which ends at its end or at a zero. Errors say where in it something is wrong.
 pub fn parse(text: &[u8]) -> Result<Section, Error> {
+    parse_within(text, MEMORY).map(|(section, _)| section)
+}
+
+/// The same into no more than so much memory, and says how much that was.
+pub fn parse_within(text: &[u8], memory: u64) -> Result<(Section, u64), Error> {
     let text = text.split(|byte| *byte == 0).next().unwrap_or_default();
-    let mut parser = Parser { text, at: 0, left: MAX_VALUES };
+    // Letters are never more than those of the text.
+    let letters = u64::try_from(text.len()).unwrap_or(u64::MAX);
+    let values = memory.saturating_sub(letters) / VALUE;
+    let mut parser = Parser { text, at: 0, left: values };
     let section = parser.section(0)?;
     match parser.peek() {
-        None => Ok(section),
+        None => {
+            let values = values.saturating_sub(parser.left);
+            Ok((section, letters.saturating_add(values.saturating_mul(VALUE))))
+        }
         Some(_) => Err(parser.corrupt("a closing brace too many")),
     }
 }
@@ -104,7 +117,7 @@ struct Parser<'a> {
     text: &'a [u8],
     at: usize,
     /// How many more values may come.
-    left: usize,
+    left: u64,
 }
 
 impl<'a> Parser<'a> {
@@ -140,7 +153,8 @@ impl<'a> Parser<'a> {
     }
 
     fn count(&mut self) -> Result<(), Error> {
-        self.left = self.left.checked_sub(1).ok_or_else(|| self.corrupt("more values than metadata has"))?;
+        self.left =
+            self.left.checked_sub(1).ok_or_else(|| self.corrupt("more values than there is memory for"))?;
         Ok(())
     }
 
@@ -243,7 +257,7 @@ impl<'a> Parser<'a> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
+#[allow(clippy::unwrap_used, clippy::arithmetic_side_effects, clippy::as_conversions)]
 mod tests {
     use super::*;
 
@@ -251,7 +265,9 @@ mod tests {
     fn sections_lists_strings_and_numbers_are_read() {
         let text = b"vg {\n id = \"a\\\"b\\\\\" # a comment } \n seqno=3 x = -2 f = 0.5\n \
             list = [\"pv0\", 7,[]]\n empty = [] inner { } }\ncontents = \"Text\"\n\0 }}}";
-        let all = parse(text).unwrap();
+        let (all, memory) = parse_within(text, 10_000).unwrap();
+        // Twelve values, and all letters up to the zero.
+        assert_eq!(memory, 12 * VALUE + text.iter().position(|byte| *byte == 0).unwrap() as u64);
         assert_eq!(all.text("contents"), Some("Text"));
         let vg = all.section("vg").unwrap();
         assert_eq!((vg.text("id"), vg.number("seqno"), vg.number("x")), (Some("a\"b\\"), Some(3), None));
@@ -286,7 +302,10 @@ mod tests {
                 other => panic!("{text:.40}: {other:?}"),
             }
         }
-        let many = format!("a=[{}]", "1,".repeat(MAX_VALUES));
-        assert!(parse(many.as_bytes()).unwrap_err().to_string().starts_with("more values than metadata has"));
+        let many = format!("a=[{}]", "1,".repeat(999));
+        let letters = many.len() as u64;
+        assert_eq!(parse_within(many.as_bytes(), letters + 1000 * VALUE).unwrap().1, letters + 1000 * VALUE);
+        let error = parse_within(many.as_bytes(), letters + 1000 * VALUE - 1).unwrap_err();
+        assert!(error.to_string().starts_with("more values than there is memory for"));
     }
 }

@@ -25,7 +25,8 @@ const MAGIC: &[u8] = b"ReIsErLB";
 
 /// A file system's blocks as they are once the journal is replayed.
 pub struct Replayed<'v, 'a> {
-    view: &'v View<'a>,
+    /// All of the file system's place.
+    pub view: &'v View<'a>,
     block_size: u64,
     /// For blocks that are newer in the journal: where.
     newer: BTreeMap<u64, u64>,

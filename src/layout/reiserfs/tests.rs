@@ -170,6 +170,13 @@ fn the_journal_is_followed() {
 }
 
 #[test]
+fn ranges_are_paid_for() {
+    // Two bitmaps tell of one of the four.
+    let spent = super::super::tests::spent_on_ranges(&made().bytes, read);
+    assert_eq!(spent, 5 * crate::layout::view::PER_RANGE);
+}
+
+#[test]
 fn only_transactions_that_the_kernel_replays_count() {
     type Change = fn(&mut Made);
     const COMMITS: [usize; 2] = [JOURNAL + 70, JOURNAL + 75];

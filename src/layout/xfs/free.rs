@@ -16,8 +16,9 @@ use super::group::Group;
 const NONE: u64 = 0xffff_ffff;
 /// Trees are never higher.
 const MAX_LEVELS: u64 = 9;
-/// The most blocks of one level: with blocks of 4 KiB enough for a billion extents.
-const MAX_BLOCKS: usize = 1 << 21;
+/// The most blocks of one level, which take 16 bytes of memory each and some more: with blocks of 4 KiB enough for every
+/// other block of a group of the greatest size.
+const MAX_BLOCKS: usize = 1 << 18;
 
 pub(super) const STAMP: Stamp = Stamp { checksum: 52, uuid: 32, lsn: 24 };
 
@@ -166,7 +167,9 @@ impl<'a> Tree<'a> {
             let fields = block.fields();
             // A group without a free block has a root without a record.
             let least = if child.first.is_none() { 0 } else { 1 };
-            for entry in 0..self.count(fields, self.room() / 8, least)? {
+            let count = self.count(fields, self.room() / 8, least)?;
+            self.group.spend(count)?;
+            for entry in 0..count {
                 let at = self.header().saturating_add(entry.saturating_mul(8));
                 let record = Record::parse(fields, at)?;
                 if record.len == 0 || record.end() > self.group.blocks() {

@@ -6,7 +6,7 @@
 use super::super::Error;
 use super::super::fields::{Block, Fields};
 use super::super::ranges::{Ranges, Used, between};
-use super::super::view::View;
+use super::super::view::{PER_RANGE, View};
 use super::free::{Order, Tree};
 use super::superblock::Superblock;
 use super::{Lsn, Stamp};
@@ -113,6 +113,11 @@ impl<'a> Group<'a> {
         let block = u64::from(block).saturating_mul(self.superblock.block);
         let at = self.superblock.start_of(self.index).saturating_add(block);
         self.view.read(at, self.superblock.block)
+    }
+
+    /// Spends what so many free extents take.
+    pub fn spend(&self, extents: u64) -> Result<(), Error> {
+        self.view.spend(extents.saturating_mul(PER_RANGE))
     }
 
     /// What is wrong with it.

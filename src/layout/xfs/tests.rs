@@ -761,7 +761,7 @@ fn a_log_that_is_only_covered_leaves_the_map_as_it_is() {
             let (image, tail) = covered();
             assert_eq!(image.known(), used());
             let found = image.read().unwrap().unwrap();
-            assert_eq!((found.state, found.notes.len()), (Some(State::JournalToReplay), 1));
+            assert_eq!((found.state, found.notes.len()), (Some(State::NotUnmounted), 1));
             // The count of now, and not that of the superblock.
             let (mut image, _) = covered();
             image.u64(144, 1).seal();
@@ -851,5 +851,15 @@ proptest! {
             // The headers at least.
             prop_assert!((0..4).all(|group| found.covers(between(group * GROUP * BLOCK, (group * GROUP + 4) * BLOCK).unwrap())));
         }
+    }
+}
+
+/// A tree of free extents costs what is done with its extents, and not only what it takes to read it.
+#[test]
+fn free_extents_are_paid_for() {
+    let extents: usize = FREE.iter().map(|group| group.len()).sum();
+    for v5 in [false, true] {
+        let spent = super::super::tests::spent_on_ranges(&Image::new(v5).bytes, read);
+        assert_eq!(spent, 2 * extents as u64 * super::super::view::PER_RANGE);
     }
 }

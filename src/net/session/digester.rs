@@ -2,7 +2,8 @@
 //!
 //! It runs ahead of the client by no more than [`AHEAD`] bytes of the volume, and what the client asks to see more
 //! closely comes first. It reads through a queue of its own, beside the volume's thread: a client writes only where it
-//! has the digest already, so that no range is read while it is written.
+//! has the digest already, so that no range is read while it is written. Where another client writes, the queue gives what
+//! the volume held before.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -202,8 +203,12 @@ impl Work {
     }
 }
 
-/// The volume cannot be read for digests.
+/// The volume cannot be read for digests, or what it held is not there any more.
 pub(super) fn unreadable(error: &IoError) -> Error {
+    let refused = error.source.get_ref().and_then(|source| source.downcast_ref::<message::Error>());
+    if let Some(refused) = refused {
+        return refused.clone().into();
+    }
     tracing::error!(error = chain(error), "the volume cannot be read for comparing");
     message::Error::new(Code::Io, format!("the target disk cannot be read: {}", chain(error))).into()
 }

@@ -52,6 +52,16 @@ fn after_the_commit(header: Header) -> Error {
     protocol(format!("a {:?} frame came after the commit: a connection carries one pass", header.kind))
 }
 
+/// Whether digests of so many bytes each may be asked for.
+pub(super) fn check_unit(unit: u32) -> Result<(), Error> {
+    match unit.is_power_of_two() && DIGEST_UNITS.contains(&unit.into()) {
+        true => Ok(()),
+        false => Err(protocol(format!(
+            "digests of {unit} bytes each: a power of two from 4 KiB to 1 MiB is allowed"
+        ))),
+    }
+}
+
 pub(super) fn protocol(text: impl Into<String>) -> Error {
     Error::Refused(message::Error::new(Code::Protocol, text))
 }
@@ -156,33 +166,27 @@ impl Receiving {
         if self.intake.pass().is_some() {
             return Err(protocol("a connection carries one pass"));
         }
-        if begin.kind == PassKind::Unknown {
-            let text = "the client asks for a kind of pass that this agent does not have; it has `initial`, `delta` and \
-                        `verify`";
-            return Err(message::Error::new(Code::UnsupportedFeature, text).into());
+        match begin.kind {
+            PassKind::Initial | PassKind::Delta => {}
+            PassKind::Verify => {
+                return Err(protocol("a pass that only compares, on a disk that was opened for writing"));
+            }
+            PassKind::Unknown => {
+                let text = "the client asks for a kind of pass that this agent does not have; it has `initial`, `delta` and \
+                            `verify`";
+                return Err(message::Error::new(Code::UnsupportedFeature, text).into());
+            }
         }
         tracing::Span::current().record("point", tracing::field::display(begin.point));
         let (id, kind) = (begin.pass, begin.kind);
-        if let Some(unit) = begin.compare
-            && (!unit.is_power_of_two() || !DIGEST_UNITS.contains(&unit.into()))
-        {
-            return Err(protocol(format!(
-                "digests of {unit} bytes each: a power of two from 4 KiB to 1 MiB is allowed"
-            )));
-        }
+        begin.compare.map_or(Ok(()), check_unit)?;
         let compare = begin.compare;
-        if kind == PassKind::Verify {
-            if compare.is_none() {
-                return Err(protocol("a pass that only compares, without digests"));
-            }
-        } else {
-            let Begun { writer, stage } = self.record(move |passes| passes.begin(&begin)).await?;
-            if let Some(writer) = writer {
-                self.intake.volume.save(writer);
-            }
-            self.stage = Some(stage);
-            self.intake.counters.begin(id.to_string());
+        let Begun { writer, stage } = self.record(move |passes| passes.begin(&begin)).await?;
+        if let Some(writer) = writer {
+            self.intake.volume.save(writer);
         }
+        self.stage = Some(stage);
+        self.intake.counters.begin(id.to_string());
         // From here on nobody joins.
         self.inviting = None;
         let joined = self.places.taken();

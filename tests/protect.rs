@@ -280,7 +280,7 @@ fn wrong_usage_and_broken_files_say_what_to_do() {
 
     fs::write(site.path().join("mt-agent.toml"), "\nretention = \"/x\"\n").unwrap();
     let (code, _, err) = site.run(&["protect", "list"]);
-    assert_eq!(code, 1);
+    assert_eq!(code, 3, "{err}");
     assert!(err.contains("mt-agent.toml:2: ") && err.contains("`retention_dir`"), "{err}");
 }
 

@@ -29,6 +29,7 @@
 //! The segments of a volume carry its *lineage*, as do its points: files that were exchanged between two volumes are told by
 //! it, and neither read nor removed.
 
+mod back;
 pub mod format;
 mod parallel;
 pub mod recover;
@@ -37,6 +38,7 @@ pub mod verify;
 pub mod view;
 pub mod writer;
 
+pub use back::roll_back;
 pub use format::{BLOCK, Entry};
 pub use recover::{History, Pass};
 pub use verify::verify;

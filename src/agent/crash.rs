@@ -15,8 +15,8 @@ use tokio::sync::watch;
 
 use super::commit::{Coordinator, Ticket};
 use crate::disk::id::DiskId;
-use crate::journal::recover::{self, History, Pass, go_on, let_go, recover, roll_back, tidy};
-use crate::journal::{View, Writer, verify};
+use crate::journal::recover::{self, History, Pass, go_on, let_go, recover, tidy};
+use crate::journal::{View, Writer, roll_back, verify};
 use crate::name::Name;
 use crate::net::message::{Begin, Commit, PassKind};
 use crate::net::session::Stage;

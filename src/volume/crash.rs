@@ -7,8 +7,8 @@ use rand::rngs::StdRng as Dice;
 use rand::{Rng, RngExt, SeedableRng};
 
 use super::*;
-use crate::journal::recover::{self, History, go_on, let_go, recover, roll_back, tidy};
-use crate::journal::{View, Writer, verify};
+use crate::journal::recover::{self, History, go_on, let_go, recover, tidy};
+use crate::journal::{View, Writer, roll_back, verify};
 use crate::pass::Lineage;
 use crate::storage::Shelf;
 use crate::storage::fault::{Content, FaultDisk, Replay};

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, channel};
 
 use mt_agent::disk::id::DiskId;
-use mt_agent::journal::recover::{self, recover, roll_back};
+use mt_agent::journal::recover::{self, recover};
+use mt_agent::journal::roll_back;
 use mt_agent::journal::{View, Writer, verify};
 use mt_agent::name::Name;
 use mt_agent::pass::{Lineage, PassId};

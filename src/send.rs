@@ -1,7 +1,7 @@
 //! The source side: reads the disks of a machine and sends them to its master target.
 //!
-//! Each disk has a thread that reads ahead, finds zeros, compresses and checksums ([`source`]), and a connection
-//! of its own (`session`). [`send`] runs them side by side and returns when the last commit was acknowledged. Before
+//! Each disk has a thread that reads ahead, finds zeros, compresses and checksums ([`source`]), and one connection
+//! or several ([`lanes`], `session`). [`send`] runs them side by side and returns when the last commit was acknowledged. Before
 //! anything is read the machine can be made to stand still ([`still`]): by hooks, and by freezing its file systems.
 
 mod compare;

@@ -320,6 +320,13 @@ fn a_rescan_finds_what_no_bus_told() {
         assert_eq!(found, id(3).parse().ok());
         rescan();
         assert!(find(2).is_none() && find(3).is_some());
+        // Nor is it told of one that went. What the kernel still shows has no size, and so no use.
+        hypervisor.unplug(&disks[3]);
+        rescan();
+        let gone = find(3).unwrap();
+        assert_eq!((&gone["size"], &gone["role"]), (&json!(0), &json!("unknown")), "{gone:#}");
+        assert!(gone["problems"][0].as_str().unwrap().contains("no size"), "{gone:#}");
+        open_target(&id(3).parse().unwrap(), &TargetOptions::default()).unwrap_err();
     });
 }
 

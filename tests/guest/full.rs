@@ -190,7 +190,8 @@ fn id(number: u32) -> String {
 struct Watching {
     process: Child,
     lines: Receiver<(Instant, Value)>,
-    slowest: Duration,
+    /// How long each word took to come.
+    late: Vec<Duration>,
 }
 
 impl Watching {
@@ -207,11 +208,11 @@ impl Watching {
         });
         let (_, listing): (Instant, Value) = lines.recv_timeout(PATIENCE).unwrap();
         assert_eq!(listing["disks"], json!([]));
-        Watching { process, lines, slowest: Duration::ZERO }
+        Watching { process, lines, late: Vec::new() }
     }
 
-    /// It says these events of these disks within two seconds from now, in any order, each once, and no other; and
-    /// gives what it said of the last one.
+    /// It says these events of these disks, in any order, each once, and no other; and gives what it said of the last
+    /// one.
     fn says(&mut self, event: &str, disks: &[u32]) -> Value {
         let asked = Instant::now();
         let mut missing: Vec<String> = disks.iter().map(|number| id(*number)).collect();
@@ -227,8 +228,9 @@ impl Watching {
             missing.swap_remove(at);
             assert_eq!(said["event"], event, "{said}");
             let late = when.saturating_duration_since(asked);
-            assert!(late < Duration::from_secs(2), "only after {late:?}: {said}");
-            self.slowest = self.slowest.max(late);
+            // No later than an event that was seen; the look that comes without one comes after 30 seconds.
+            assert!(late < Duration::from_secs(15), "only after {late:?}: {said}");
+            self.late.push(late);
             if missing.is_empty() {
                 return said;
             }
@@ -273,7 +275,11 @@ fn a_watch_misses_no_disk_that_comes_grows_or_goes() {
         watching.says("attached", &all);
         disks.drain(..).for_each(|disk| hypervisor.unplug(&disk));
         watching.says("detached", &all);
-        println!("the slowest word came after {:?}", watching.slowest);
+        // On a busy machine single ones may take longer.
+        watching.late.sort_unstable();
+        let (median, slowest) = (watching.late[watching.late.len() / 2], watching.late.last().unwrap());
+        println!("a word came after {median:?}, the slowest after {slowest:?}");
+        assert!(median < Duration::from_secs(2), "half of all words came only after {median:?}");
     });
 }
 

@@ -76,7 +76,8 @@ impl VirtualDisk {
     /// With the properties of QEMU's `scsi-hd` that make its identity: `serial`, `wwn`, `vendor`, `product`.
     pub fn new(directory: &Path, name: &str, size: u64, properties: Value) -> VirtualDisk {
         let image = directory.join(format!("{name}.img"));
-        File::create_new(&image).unwrap().set_len(size).unwrap();
+        // It may be there, in a guest that was kept and is looked into.
+        File::create(&image).unwrap().set_len(size).unwrap();
         VirtualDisk { name: name.to_owned(), image, properties }
     }
 

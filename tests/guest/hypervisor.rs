@@ -26,8 +26,9 @@ pub fn machine(command: &mut Command, root: &Path, share: &Path, memory: u64, wo
     command.arg("-kernel").arg(root.join("vmlinux")).arg("-initrd").arg(root.join("initramfs"));
     // Much that a kernel checks and tunes at boot is slow where the processor is emulated. And what it finds out about
     // the speed of the processor's own clock may be wrong by far on a busy host: that of another one is known.
-    let quick = "clocksource=hpet mitigations=off tsc=reliable no_timer_check nokaslr rcupdate.rcu_expedited=1 cryptomgr.notests";
-    command.args(["-append", &format!("console=ttyS0 quiet panic=-1 {quick} {words}")]);
+    let quick =
+        "mitigations=off tsc=reliable no_timer_check nokaslr rcupdate.rcu_expedited=1 cryptomgr.notests";
+    command.args(["-append", &format!("console=ttyS0 quiet panic=-1 clocksource=hpet {quick} {words}")]);
 
     // QEMU takes a comma for the end of a path.
     let escaped = |path: &Path| path.display().to_string().replace(',', ",,");

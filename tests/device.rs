@@ -4,12 +4,14 @@
 mod guard;
 
 use std::fs::{self, File, OpenOptions};
+use std::io::{BufRead, BufReader};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use guard::{LoopDev, available, directory, image, run};
 use mt_agent::disk::device::{self, Error, OpenDisk, Refusal, TargetOptions, open_target};
@@ -377,7 +379,7 @@ fn a_watch_sees_a_disk_come_grow_and_go() {
         let mut watch = Watch::new(Sysroot::default(), options).unwrap();
         ready.send(()).unwrap();
         loop {
-            let seen = watch.wait(Some(stopped.as_fd())).unwrap();
+            let seen = watch.wait(stopped.as_fd()).unwrap();
             if seen.is_empty() {
                 return;
             }
@@ -403,4 +405,26 @@ fn a_watch_sees_a_disk_come_grow_and_go() {
     assert!(matches!(next(), Change::Detached { .. }));
     drop(stop);
     follower.join().unwrap();
+}
+
+/// `discover-disks --watch | head -n1`, where nothing changes that would be told.
+#[test]
+fn a_watch_ends_with_whoever_reads_it() {
+    let mut watch = Command::new(env!("CARGO_BIN_EXE_mt-agent"));
+    let mut watch =
+        watch.args(["discover-disks", "--watch", "--json"]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(watch.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    assert!(line.starts_with("{\"schema_version\":1"), "{line}");
+    // Well before the look that comes without an event.
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let ended = loop {
+        match watch.try_wait().unwrap() {
+            None if Instant::now() < deadline => thread::sleep(Duration::from_millis(10)),
+            ended => break ended,
+        }
+    };
+    watch.kill().unwrap();
+    watch.wait().unwrap();
+    assert_eq!(ended.and_then(|status| status.code()), Some(0));
 }

@@ -9,6 +9,7 @@ use std::path::Path;
 use assert_cmd::Command;
 use mt_agent::disk::discover::watch::compare;
 use mt_agent::disk::discover::{self, Disk, FindError, IdSource, Options, Role, Sysroot};
+use serde_json::json;
 use tree::{GIB, LSI, PVSCSI, Scsi, Tree, VMWARE_A, VMWARE_B};
 
 fn list(root: &Path, options: &Options) -> Vec<Disk> {
@@ -458,6 +459,33 @@ fn a_disk_that_lost_its_size_is_not_a_smaller_one() {
     };
     assert_eq!((event(&small, &large), event(&large, &small)), ("resized".to_owned(), "resized".to_owned()));
     assert_eq!((event(&large, &none), event(&none, &large)), ("changed".to_owned(), "changed".to_owned()));
+    // Nor one that could be used.
+    let roles = [&large, &none].map(|disks| disks.iter().find(|disk| disk.name == "sdb").unwrap().role);
+    assert_eq!(roles, [Role::Free, Role::Unknown]);
+}
+
+#[test]
+fn another_disk_without_identity_in_the_place_of_one_is_another() {
+    let dir = tempfile::tempdir().unwrap();
+    let events = |tree: &Tree| {
+        let numbered = |number: &str| {
+            tree.write("sys/block/sdb/diskseq", number);
+            disks(tree)
+        };
+        let (one, again, other) = (numbered("7\n"), numbered("7\n"), numbered("9\n"));
+        assert_eq!(compare(&one, &again), []);
+        let changes = serde_json::to_value(compare(&one, &other)).unwrap();
+        let changes = changes.as_array().unwrap().clone();
+        Vec::from_iter(
+            changes.into_iter().map(|change| (change["event"].clone(), change["disk"]["name"].clone())),
+        )
+    };
+    let seen = |names: &[&str]| Vec::from_iter(names.iter().map(|name| (json!(name), json!("sdb"))));
+    let without = tree::vmware(&dir.path().join("without"), PVSCSI, false);
+    assert_eq!(events(&without), seen(&["detached", "attached"]));
+    // By its identity it is the same one, on whatever occasion it was found again.
+    let with = tree::vmware(&dir.path().join("with"), PVSCSI, true);
+    assert_eq!(events(&with), seen(&["changed"]));
 }
 
 #[test]

@@ -6,6 +6,7 @@
 //! Sizes are in bytes.
 
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -37,7 +38,8 @@ pub struct Args {
     /// Stay, and print what changes as disks come, go and are resized
     #[arg(long)]
     watch: bool,
-    /// First ask every SCSI disk for its size again, and every SCSI host for new disks (needs root)
+    /// First ask every SCSI disk for its size again, and every SCSI host for new disks (needs root). This takes no
+    /// disk away: one that went unnoticed by the bus stays listed, without a size
     #[arg(long, conflicts_with = "sysroot")]
     rescan: bool,
     /// Exit with 3 if a disk has no UUID
@@ -156,7 +158,12 @@ fn follow(mut watch: Watch, json: bool, out: &mut impl Write) -> Result<(), Fail
     }
     out.flush().map_err(failed)?;
     loop {
-        for change in watch.wait(None).map_err(failure)? {
+        let changes = watch.wait(io::stdout().as_fd()).map_err(failure)?;
+        if changes.is_empty() {
+            // Whoever read went away, and would otherwise be missed only at the next change.
+            return Ok(());
+        }
+        for change in changes {
             if json {
                 let line = serde_json::to_string(&Event { schema_version: SCHEMA_VERSION, change: &change });
                 writeln!(out, "{}", line.map_err(Failure::failed)?).map_err(failed)?;

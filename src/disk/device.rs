@@ -319,7 +319,10 @@ pub fn check_role(disk: &Disk) -> Result<(), Refusal> {
     match disk.role {
         Role::Free | Role::Assigned if disk.read_only => Err(Refusal::ReadOnly),
         Role::Free | Role::Assigned => Ok(()),
-        Role::NoUuid => Err(Refusal::Role { role: disk.role, evidence: disk.problems.clone() }),
+        // What speaks against these is not what uses them.
+        Role::NoUuid | Role::Unknown => {
+            Err(Refusal::Role { role: disk.role, evidence: disk.problems.clone() })
+        }
         role => Err(Refusal::Role { role, evidence: disk.evidence.clone() }),
     }
 }

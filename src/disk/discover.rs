@@ -44,6 +44,10 @@ pub struct Disk {
     pub node: PathBuf,
     /// Device number as the kernel writes it, `8:0`.
     pub devno: String,
+    /// Which of all the disks that this kernel had it is, from Linux 5.15 on: another one in its place has another
+    /// number.
+    #[serde(skip)]
+    pub sequence: Option<u64>,
     /// Host, channel, target and LUN, `2:0:1:0`, of a SCSI disk (of its first path).
     pub hctl: Option<String>,
     /// Size in bytes.
@@ -100,7 +104,7 @@ pub enum Role {
     Clone,
     /// Has no identity.
     NoUuid,
-    /// Nothing speaks against it, but what is assigned could not be read in full.
+    /// Nothing speaks against it, but what is assigned could not be read in full, or it has no size.
     Unknown,
     /// Nothing speaks against it.
     Free,
@@ -300,6 +304,7 @@ fn describe(
         name: own.to_owned(),
         node,
         devno,
+        sequence: attribute("diskseq"),
         hctl,
         // sysfs counts in units of 512 bytes, whatever the sector size.
         size: ByteLen(sectors.saturating_mul(512)),
@@ -386,6 +391,8 @@ impl Sketch {
             Role::Assigned
         } else if !options.unread.is_empty() {
             disk.problems.push(format!("whether it is assigned is not known: {}", options.unread.join("; ")));
+            Role::Unknown
+        } else if disk.size.0 == 0 {
             Role::Unknown
         } else {
             Role::Free

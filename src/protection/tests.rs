@@ -616,6 +616,7 @@ fn disk(kernel_name: &str, id: Option<DiskId>) -> Disk {
         size: ByteLen(ByteLen::GIB),
         logical_sector: 512,
         physical_sector: 4096,
+        sequence: None,
         vendor: None,
         model: None,
         serial: None,

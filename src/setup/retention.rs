@@ -156,7 +156,7 @@ fn find(host: &Host, id: &DiskId) -> Result<Disk, Error> {
                 disk.node.display(),
                 role.as_str(),
                 if disk.read_only { ", it is read-only" } else { "" },
-                disk.evidence.join("; ")
+                if disk.evidence.is_empty() { &disk.problems } else { &disk.evidence }.join("; ")
             ),
             "give another one of `mt-agent discover-disks`",
         )),

@@ -190,7 +190,8 @@ fn id(number: u32) -> String {
 struct Watching {
     process: Child,
     lines: Receiver<(Instant, Value)>,
-    slowest: Duration,
+    /// How long each word took to come.
+    late: Vec<Duration>,
 }
 
 impl Watching {
@@ -207,11 +208,11 @@ impl Watching {
         });
         let (_, listing): (Instant, Value) = lines.recv_timeout(PATIENCE).unwrap();
         assert_eq!(listing["disks"], json!([]));
-        Watching { process, lines, slowest: Duration::ZERO }
+        Watching { process, lines, late: Vec::new() }
     }
 
-    /// It says these events of these disks within two seconds from now, in any order, each once, and no other; and
-    /// gives what it said of the last one.
+    /// It says these events of these disks, in any order, each once, and no other; and gives what it said of the last
+    /// one.
     fn says(&mut self, event: &str, disks: &[u32]) -> Value {
         let asked = Instant::now();
         let mut missing: Vec<String> = disks.iter().map(|number| id(*number)).collect();
@@ -227,8 +228,9 @@ impl Watching {
             missing.swap_remove(at);
             assert_eq!(said["event"], event, "{said}");
             let late = when.saturating_duration_since(asked);
-            assert!(late < Duration::from_secs(2), "only after {late:?}: {said}");
-            self.slowest = self.slowest.max(late);
+            // No later than an event that was seen; the look that comes without one comes after 30 seconds.
+            assert!(late < Duration::from_secs(15), "only after {late:?}: {said}");
+            self.late.push(late);
             if missing.is_empty() {
                 return said;
             }
@@ -273,7 +275,11 @@ fn a_watch_misses_no_disk_that_comes_grows_or_goes() {
         watching.says("attached", &all);
         disks.drain(..).for_each(|disk| hypervisor.unplug(&disk));
         watching.says("detached", &all);
-        println!("the slowest word came after {:?}", watching.slowest);
+        // On a busy machine single ones may take longer.
+        watching.late.sort_unstable();
+        let (median, slowest) = (watching.late[watching.late.len() / 2], watching.late.last().unwrap());
+        println!("a word came after {median:?}, the slowest after {slowest:?}");
+        assert!(median < Duration::from_secs(2), "half of all words came only after {median:?}");
     });
 }
 
@@ -309,6 +315,8 @@ fn a_rescan_finds_what_no_bus_told() {
         rescan();
         assert_eq!((size(0), size(1), size(2)), (Some(16 * MIB), Some(24 * MIB), Some(16 * MIB)));
         // Another one in the place of one, and the bus is silent: the kernel shows what it knew.
+        // Not while udevd reads it: what the adapter is asked for a disk that is no more there it never answers.
+        tool("udevadm", &["settle"]);
         hypervisor.unplug(&disks[2]);
         hypervisor.plug(&disks[3], "parallel", 1);
         assert!(find(2).is_some() && find(3).is_none());
@@ -320,6 +328,14 @@ fn a_rescan_finds_what_no_bus_told() {
         assert_eq!(found, id(3).parse().ok());
         rescan();
         assert!(find(2).is_none() && find(3).is_some());
+        // Nor is it told of one that went. What the kernel still shows has no size, and so no use.
+        tool("udevadm", &["settle"]);
+        hypervisor.unplug(&disks[3]);
+        rescan();
+        let gone = find(3).unwrap();
+        assert_eq!((&gone["size"], &gone["role"]), (&json!(0), &json!("unknown")), "{gone:#}");
+        assert!(gone["problems"][0].as_str().unwrap().contains("no size"), "{gone:#}");
+        open_target(&id(3).parse().unwrap(), &TargetOptions::default()).unwrap_err();
     });
 }
 

@@ -6,9 +6,11 @@
 //! else there is memory, and goes with the guest.
 
 use std::cell::Cell;
+use std::ffi::OsString;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -24,6 +26,9 @@ const SHARE: &str = "MT_AGENT_GUEST_SHARE";
 
 /// How many guests run at once: they share the processors and the memory of the host with other tests.
 const AT_ONCE: usize = 2;
+
+/// User-mode Linux writes to its output, and reads nothing.
+const NO_INPUT: &str = "con0=null,fd:1";
 
 /// What a guest is made of.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -143,7 +148,14 @@ impl Guest {
 
     fn boot(&self, root: &Path, test: &str) -> tempfile::TempDir {
         let _place = Place::take();
-        let share = support::directory();
+        let keep = std::env::var_os("MT_AGENT_GUEST_KEEP").is_some_and(|value| value == "1");
+        let mut share = if keep {
+            // Under a name of its own, or the next tests would take it for forgotten.
+            let mut kept = tempfile::Builder::new();
+            kept.prefix("mt-agent-guest-").disable_cleanup(true).tempdir_in(support::memory()).unwrap()
+        } else {
+            support::directory()
+        };
         if self.kind == Kind::Host {
             let [image, disk] = [root.join("host.img"), cold_disk(share.path(), 0).1];
             support::tool("cp", &["--sparse=always", image.to_str().unwrap(), disk.to_str().unwrap()]);
@@ -152,9 +164,13 @@ impl Guest {
             }
         }
         for boot in 0.. {
-            fs::write(share.path().join("environment"), self.environment(test, boot)).unwrap();
+            let environment = self.environment(test, boot, std::env::vars_os());
+            fs::write(share.path().join("environment"), environment).unwrap();
             let mut command = self.kind.command(self, root, share.path());
             println!("{command:?}");
+            if keep {
+                write_start(&command, share.path(), test);
+            }
             let mut console = Console::start(&mut command);
             console.follow(self.limit);
             let status = fs::read_to_string(share.path().join("status"));
@@ -168,23 +184,25 @@ impl Guest {
                 break;
             }
         }
+        share.disable_cleanup(false);
         share
     }
 
-    /// What the guest's init is told: variables of a shell.
-    fn environment(&self, test: &str, boot: u32) -> Vec<u8> {
+    /// What the guest's init is told: variables of a shell. Those of the host that tests look at are among them.
+    fn environment(
+        &self,
+        test: &str,
+        boot: u32,
+        host: impl Iterator<Item = (OsString, OsString)>,
+    ) -> Vec<u8> {
         let program = std::env::current_exe().unwrap();
         let mut text = Vec::new();
         let mut variable = |name: &str, values: &[&[u8]]| {
             text.extend_from_slice(name.as_bytes());
             text.extend_from_slice(b"=(");
             for value in values {
-                text.push(b'\'');
-                value.iter().for_each(|byte| match byte {
-                    b'\'' => text.extend_from_slice(br"'\''"),
-                    byte => text.push(*byte),
-                });
-                text.extend_from_slice(b"' ");
+                text.extend_from_slice(&quoted(value));
+                text.push(b' ');
             }
             text.extend_from_slice(b")\n");
         };
@@ -199,8 +217,48 @@ impl Guest {
         let words: Vec<&[u8]> = words.iter().map(Vec::as_slice).collect();
         variable("MT_AGENT_GUEST_COMMAND", &words);
         text.extend_from_slice(format!("export MT_AGENT_GUEST_BOOT={boot}\n").as_bytes());
+        for (name, value) in host {
+            let name = name.as_bytes();
+            let told = name.starts_with(b"RUST_")
+                || name.starts_with(b"MT_AGENT_") && !name.starts_with(b"MT_AGENT_GUEST_");
+            // Not all that may stand in an environment is a name to a shell.
+            if told && name.iter().all(|byte| byte.is_ascii_alphanumeric() || *byte == b'_') {
+                text.extend_from_slice(&[b"export ", name, b"=", &quoted(value.as_bytes()), b"\n"].concat());
+            }
+        }
         text
     }
+}
+
+/// Leaves a script beside what a guest is given that boots it once more, with a shell in the place of the test.
+fn write_start(command: &Command, share: &Path, test: &str) {
+    let mut words = vec![b"env".to_vec()];
+    for (name, value) in command.get_envs() {
+        words.push(quoted(&[name.as_bytes(), b"=", value.unwrap_or_default().as_bytes()].concat()));
+    }
+    for word in [command.get_program()].into_iter().chain(command.get_args()) {
+        // Where user-mode Linux has its terminal.
+        let word = if word == NO_INPUT { "con0=fd:0,fd:1".as_ref() } else { word };
+        words.push(quoted(word.as_bytes()));
+    }
+    let shell = quoted(share.join("shell").as_os_str().as_bytes());
+    let lines = [b": >".as_slice(), &shell, b"\n", &words.join(&b' '), b"\nstty sane\n"].concat();
+    let path = share.join("start");
+    fs::write(&path, [b"#!/bin/sh\n".as_slice(), &lines].concat()).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    let (path, share) = (path.display(), share.display());
+    println!("if {test} fails, {share} stays; {path} boots it again, with a shell; then: rm -r {share}");
+}
+
+/// One word of a shell.
+fn quoted(word: &[u8]) -> Vec<u8> {
+    let mut text = vec![b'\''];
+    word.iter().for_each(|byte| match byte {
+        b'\'' => text.extend_from_slice(br"'\''"),
+        byte => text.push(*byte),
+    });
+    text.push(b'\'');
+    text
 }
 
 /// Whether this is the guest.
@@ -253,7 +311,7 @@ impl Kind {
                 command.args(["root=/dev/root", "rootfstype=hostfs", "ro", "init=/guest-init"]);
                 command.arg(format!("rootflags={}", root.display()));
                 command.arg(format!("uml_dir={}/", share.display()));
-                command.args(["con=null", "con0=null,fd:1", "ssl=null", "quiet", "panic=-1"]);
+                command.args(["con=null", NO_INPUT, "ssl=null", "quiet", "panic=-1"]);
                 command.arg(share_variable);
             }
             Kind::Full => hypervisor::machine(&mut command, root, share, guest.memory, &share_variable),
@@ -269,6 +327,9 @@ impl Kind {
         command
     }
 }
+
+/// How long what a kernel says after it panicked is waited for.
+const AFTER_PANIC: Duration = Duration::from_secs(1);
 
 /// What a guest says, and when it ends.
 struct Console {
@@ -298,22 +359,29 @@ impl Console {
     }
 
     /// Prints what it says, into the output of this test, until it ends.
-    fn follow(&mut self, limit: Duration) {
+    fn follow(&mut self, mut limit: Duration) {
         let start = Instant::now();
+        let mut panicked = false;
         loop {
             match self.lines.recv_timeout(limit.saturating_sub(start.elapsed())) {
                 Ok(line) => {
                     println!("{:6.2} | {line}", start.elapsed().as_secs_f64());
                     // User-mode Linux says so as the last thing it does, and then, rarely, does not end.
-                    // Where its kernel panics, it may not end at all.
-                    if line == "reboot: System halted" || line.starts_with("Kernel panic") {
+                    if line == "reboot: System halted" {
                         break;
+                    }
+                    // Where its kernel panics, it may not end at all; where it was follows.
+                    if line.contains("Kernel panic - not syncing: ") {
+                        panicked = true;
+                        limit = limit.min(start.elapsed() + AFTER_PANIC);
                     }
                 }
                 Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) if panicked => break,
                 Err(RecvTimeoutError::Timeout) => panic!("the guest runs after {limit:?}"),
             }
         }
+        assert!(!panicked, "the guest's kernel panicked");
     }
 }
 
@@ -343,5 +411,89 @@ impl Drop for Place {
     fn drop(&mut self) {
         *FREE.lock().unwrap() += 1;
         FREED.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a machine that is this script is found to have done.
+    fn followed(script: &str, limit: Duration) -> Result<(), String> {
+        let mut console = Console::start(Command::new("sh").args(["-c", script]));
+        let followed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| console.follow(limit)));
+        followed.map_err(|panic| match panic.downcast::<String>() {
+            Ok(text) => *text,
+            Err(panic) => (*panic.downcast_ref::<&str>().unwrap()).to_owned(),
+        })
+    }
+
+    #[test]
+    fn a_machine_that_panics_or_hangs_is_told_from_one_that_ends() {
+        let long = Duration::from_secs(60);
+        assert_eq!(followed("echo all is well", long), Ok(()));
+        assert_eq!(followed("echo 'reboot: System halted'; exec sleep 50", long), Ok(()));
+        let hangs = followed("exec sleep 50", Duration::from_millis(100));
+        assert_eq!(hangs, Err("the guest runs after 100ms".to_owned()));
+        // With and without the time before it; and what follows is read.
+        let panicked = Err("the guest's kernel panicked".to_owned());
+        let (dir, start) = (support::directory(), Instant::now());
+        let read = dir.path().join("read");
+        let script = format!(
+            "echo 'Kernel panic - not syncing: x'; sleep 0.3; echo trace && : >{}; exec sleep 50",
+            read.display()
+        );
+        assert_eq!(followed(&script, long), panicked);
+        assert!(read.exists() && start.elapsed() < long / 2);
+        assert_eq!(followed("echo '[    1.234567] Kernel panic - not syncing: x'", long), panicked);
+    }
+
+    #[test]
+    fn what_killed_tests_left_is_removed_unless_something_is_mounted_there() {
+        // No process has such a number.
+        let [left, mounted] = ["one", "two"].map(|name| {
+            let path = support::memory().join(format!("{}{name}", support::prefix(99_999_999)));
+            fs::create_dir_all(path.join("mnt")).unwrap();
+            path
+        });
+        let alive = support::directory();
+        let mount = nix::unistd::geteuid()
+            .is_root()
+            .then(|| support::Tmpfs::mount(&mounted.join("mnt"), support::MIB));
+        support::clear();
+        assert!(!left.exists() && alive.path().exists());
+        assert_eq!(mounted.exists(), mount.is_some());
+        drop(mount);
+        support::clear();
+        assert!(!mounted.exists());
+    }
+
+    #[test]
+    fn a_guest_is_told_what_the_host_s_environment_says() {
+        let host = [
+            ("RUST_BACKTRACE", "full"),
+            ("MT_AGENT_CRASH_SEED", "it's 'quoted'\n$HOME"),
+            ("MT_AGENT_GUEST_BOOT", "9"),
+            ("MT_AGENT_NO-NAME", "x"),
+            ("HOME", "/nowhere"),
+        ];
+        let host = host.map(|(name, value)| (name.into(), value.into()));
+        let dir = support::directory();
+        let path = dir.path().join("environment");
+        fs::write(&path, small().environment("one::test", 3, host.into_iter())).unwrap();
+        let script = r#"set -eu; . "$0"; printf '%s\n' "${MT_AGENT_GUEST_COMMAND[2]}"; exec env -0"#;
+        let shell = Command::new("bash").args(["-c", script]).arg(&path).env_clear().output().unwrap();
+        assert!(shell.status.success(), "{shell:?}");
+        let said = String::from_utf8(shell.stdout).unwrap();
+        let (test, variables) = said.split_once('\n').unwrap();
+        assert_eq!(test, "one::test");
+        let mut variables: Vec<&str> = variables
+            .split_terminator('\0')
+            .filter(|one| one.starts_with("RUST_") || one.contains("AGENT"))
+            .collect();
+        variables.sort_unstable();
+        let told =
+            ["MT_AGENT_CRASH_SEED=it's 'quoted'\n$HOME", "MT_AGENT_GUEST_BOOT=3", "RUST_BACKTRACE=full"];
+        assert_eq!(variables, told);
     }
 }

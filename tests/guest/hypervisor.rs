@@ -24,10 +24,11 @@ pub fn machine(command: &mut Command, root: &Path, share: &Path, memory: u64, wo
     command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio"]);
     command.args(["-machine", "pc,accel=tcg", "-cpu", "max", "-m", &memory.to_string()]);
     command.arg("-kernel").arg(root.join("vmlinux")).arg("-initrd").arg(root.join("initramfs"));
-    // Much that a kernel checks and tunes at boot is slow where the processor is emulated.
+    // Much that a kernel checks and tunes at boot is slow where the processor is emulated. And what it finds out about
+    // the speed of the processor's own clock may be wrong by far on a busy host: that of another one is known.
     let quick =
         "mitigations=off tsc=reliable no_timer_check nokaslr rcupdate.rcu_expedited=1 cryptomgr.notests";
-    command.args(["-append", &format!("console=ttyS0 quiet panic=-1 {quick} {words}")]);
+    command.args(["-append", &format!("console=ttyS0 quiet panic=-1 clocksource=hpet {quick} {words}")]);
 
     // QEMU takes a comma for the end of a path.
     let escaped = |path: &Path| path.display().to_string().replace(',', ",,");
@@ -76,7 +77,8 @@ impl VirtualDisk {
     /// With the properties of QEMU's `scsi-hd` that make its identity: `serial`, `wwn`, `vendor`, `product`.
     pub fn new(directory: &Path, name: &str, size: u64, properties: Value) -> VirtualDisk {
         let image = directory.join(format!("{name}.img"));
-        File::create_new(&image).unwrap().set_len(size).unwrap();
+        // It may be there, in a guest that was kept and is looked into.
+        File::create(&image).unwrap().set_len(size).unwrap();
         VirtualDisk { name: name.to_owned(), image, properties }
     }
 

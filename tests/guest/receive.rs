@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::harness::small;
@@ -87,6 +88,8 @@ fn arrives_with(engine: &str) {
     array.assign();
     let disks: [(&str, &Path); 2] = [("d0", &from.node()), ("d1", &second)];
     let send = rig.start_into_pass(&disks, &["--engine", engine, "--bwlimit", "20M"]);
+    // However busy this machine is, the pass is not over before it was looked at.
+    send.signal(Signal::SIGSTOP);
     for disk in ["d0", "d1"] {
         let volume = rig.service.volume(MACHINE, disk);
         assert_eq!(volume.engine.expect("an engine while it is received").name, engine);
@@ -96,6 +99,7 @@ fn arrives_with(engine: &str) {
     let held = disks.iter().find(|disk| disk["id"] == array.id(0).as_str()).unwrap();
     let ours = |line: &Value| line.as_str().unwrap().starts_with("mt-agent (pid");
     assert!(held["evidence"].as_array().unwrap().iter().any(ours), "{held:#}");
+    send.signal(Signal::SIGCONT);
     send.finish().ok();
     array.arrived(0, &first);
     array.arrived(1, &second);

@@ -246,6 +246,26 @@ fn used_disks(udev: bool) {
             run(&[&add[..], &["--overwrite"]].concat()).ok();
         }
     }
+
+    // What is used again after it was assigned is not written.
+    let assigned = |evidence: &str| {
+        let used = house.used.iter().find(|used| used.evidence[0].contains(evidence)).unwrap();
+        (used, used.lun.node().display().to_string())
+    };
+    let ((mounted, mounted_node), (swap, swap_node), (mapped, _)) =
+        (assigned("/srv/with space"), assigned("2 is swap"), assigned("(thing)"));
+    tool("mount", &[&mounted_node, "/srv/with space"]);
+    tool("swapon", &[&format!("{swap_node}2")]);
+    tool("dmsetup", &["create", "thing", "--table", &table]);
+    let by_map = format!("{} is held by {} (thing)", mapped.lun.name(), kernel_name("/dev/mapper/thing"));
+    if udev {
+        settle();
+    }
+    let source = house.rig.random("source", MIB);
+    for (used, evidence) in [(mounted, &mounted.evidence[0]), (swap, &swap.evidence[0]), (mapped, &by_map)] {
+        let disk = format!("d{}", used.lun.name());
+        house.rig.send(&[(&disk, &source)], &[]).fails(3, &[&format!("its role is {}", used.role), evidence]);
+    }
 }
 
 #[test]

@@ -18,6 +18,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Once;
 use std::time::{Duration, Instant};
 
 use mt_agent::agent::status::{Report, VolumeReport};
@@ -42,12 +43,13 @@ pub fn root(test: &str) -> bool {
     false
 }
 
-/// Says, past the capture of test output, that a test cannot run here; with `MT_AGENT_REQUIRE_ROOT_TESTS` set, as in
-/// CI, that is a failure.
+/// Says, past the capture of test output, that a test cannot run here; in CI, with `CI=true` or
+/// `MT_AGENT_REQUIRE_ROOT_TESTS` set, that is a failure.
 pub fn skipped(test: &str, why: &str) {
+    let required = std::env::var_os("MT_AGENT_REQUIRE_ROOT_TESTS").is_some();
     assert!(
-        std::env::var_os("MT_AGENT_REQUIRE_ROOT_TESTS").is_none(),
-        "{test} cannot run ({why}), and MT_AGENT_REQUIRE_ROOT_TESTS is set"
+        !required && std::env::var_os("CI").is_none_or(|value| value != "true"),
+        "{test} cannot run ({why}), and in CI (CI=true or MT_AGENT_REQUIRE_ROOT_TESTS) nothing may be skipped"
     );
     // Not `eprintln!`, which a test that passes swallows.
     let notice = format!("\n*** SKIPPED: {test}: {why} ***\n\n");
@@ -67,15 +69,40 @@ macro_rules! require_root {
 
 /// A directory in memory where there is one: the tests are about the program and not about this disk.
 pub fn directory() -> TempDir {
-    tempfile::Builder::new().prefix("mt-agent-test-").tempdir_in(memory()).unwrap()
+    static CLEARED: Once = Once::new();
+    CLEARED.call_once(clear);
+    tempfile::Builder::new().prefix(&prefix(std::process::id())).tempdir_in(memory()).unwrap()
 }
 
 /// An empty file in the same place.
 pub fn scratch() -> NamedTempFile {
-    tempfile::Builder::new().prefix("mt-agent-test-").tempfile_in(memory()).unwrap()
+    tempfile::Builder::new().prefix(&prefix(std::process::id())).tempfile_in(memory()).unwrap()
 }
 
-fn memory() -> PathBuf {
+/// How what a process makes there is called: by its number, and by where it has that number.
+pub fn prefix(pid: u32) -> String {
+    let namespace = fs::metadata("/proc/self/ns/pid").unwrap().ino();
+    format!("mt-agent-test-{namespace:x}-{pid}-")
+}
+
+/// Removes what tests left whose process was killed. Where something is mounted, it stays: that may be anyone's.
+pub fn clear() {
+    let ours = prefix(0).trim_end_matches("0-").to_owned();
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    for entry in fs::read_dir(memory()).unwrap().flatten() {
+        let (path, name) = (entry.path(), entry.file_name());
+        let pid = name.to_str().and_then(|name| name.strip_prefix(&ours)?.split('-').next());
+        let Some(pid) = pid.and_then(|pid| pid.parse::<u32>().ok()) else { continue };
+        if Path::new("/proc").join(pid.to_string()).exists() || mounts.contains(path.to_str().unwrap()) {
+            continue;
+        }
+        // Another test may be doing the same.
+        _ = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+    }
+}
+
+/// Where there is room in memory.
+pub fn memory() -> PathBuf {
     let shm = Path::new("/dev/shm");
     if shm.is_dir() { shm.to_owned() } else { std::env::temp_dir() }
 }

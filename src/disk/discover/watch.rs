@@ -51,10 +51,12 @@ pub enum Change {
     },
 }
 
-/// What changed from `before` to `after`. A disk is the same one while its identity (or, without one, its name
-/// and number) is.
+/// What changed from `before` to `after`. A disk is the same one while its identity and its name are; without an
+/// identity, while the kernel has not put another one in its place.
 pub fn compare(before: &[Disk], after: &[Disk]) -> Vec<Change> {
-    let same = |a: &Disk, b: &Disk| a.id == b.id && (a.name == b.name && a.devno == b.devno);
+    let in_place = |a: &Disk, b: &Disk| a.name == b.name && a.devno == b.devno;
+    let same =
+        |a: &Disk, b: &Disk| a.id == b.id && in_place(a, b) && (a.id.is_some() || a.sequence == b.sequence);
     let gone = before.iter().filter(|old| !after.iter().any(|new| same(old, new)));
     let mut changes: Vec<Change> = gone.map(|disk| Change::Detached { disk: disk.clone() }).collect();
     for new in after {
@@ -102,8 +104,9 @@ impl Watch {
         &self.disks
     }
 
-    /// Waits until something changed, or until `stop` is readable, which gives no changes.
-    pub fn wait(&mut self, stop: Option<BorrowedFd<'_>>) -> Result<Vec<Change>, Error> {
+    /// Waits until something changed, or until nobody has the other end of the pipe or connection `stop` any more,
+    /// which gives no changes.
+    pub fn wait(&mut self, stop: BorrowedFd<'_>) -> Result<Vec<Change>, Error> {
         loop {
             if self.sleep(stop, LOOK_ANYWAY)? == Woken::Stop {
                 return Ok(Vec::new());
@@ -125,12 +128,13 @@ impl Watch {
         }
     }
 
-    fn sleep(&self, stop: Option<BorrowedFd<'_>>, time: Duration) -> Result<Woken, Error> {
-        let mut fds: Vec<PollFd<'_>> = [Some(self.kernel.as_fd()), Some(self.udev.as_fd()), stop]
-            .into_iter()
-            .flatten()
-            .map(|fd| PollFd::new(fd, PollFlags::POLLIN))
-            .collect();
+    fn sleep(&self, stop: BorrowedFd<'_>, time: Duration) -> Result<Woken, Error> {
+        let mut fds = [
+            PollFd::new(self.kernel.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.udev.as_fd(), PollFlags::POLLIN),
+            // Its end is told unasked (POLLERR, POLLHUP), and nothing else matters.
+            PollFd::new(stop, PollFlags::empty()),
+        ];
         let timeout = PollTimeout::try_from(time).unwrap_or(PollTimeout::MAX);
         let ready = match poll(&mut fds, timeout) {
             Ok(ready) => ready,
@@ -138,7 +142,7 @@ impl Watch {
             Err(Errno::EINTR) => 0,
             Err(errno) => return Err(Error::Io(IoError::new("wait for", "uevents of block devices", errno))),
         };
-        if fds.get(2).is_some_and(|fd| fd.any() == Some(true)) {
+        if fds[2].any() == Some(true) {
             return Ok(Woken::Stop);
         }
         // What they say does not matter, only that they are emptied.

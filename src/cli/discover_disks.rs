@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use mt_agent::disk::discover::watch::{Change, Watch};
 use mt_agent::disk::discover::{self, Disk, Options, Sysroot, discover};
 use mt_agent::disk::id::DiskId;
+use mt_agent::error::plain;
 use mt_agent::protection::Store;
 use serde::Serialize;
 
@@ -247,10 +248,10 @@ fn table(disks: &[Disk]) -> String {
             out.push_str(&format!("  paths: {}\n", disk.paths.join(", ")));
         }
         for line in &disk.evidence {
-            out.push_str(&format!("  {}: {line}\n", disk.role.as_str()));
+            out.push_str(&format!("  {}: {}\n", disk.role.as_str(), plain(line)));
         }
         for line in &disk.problems {
-            out.push_str(&format!("  problem: {line}\n"));
+            out.push_str(&format!("  problem: {}\n", plain(line)));
         }
     }
     out

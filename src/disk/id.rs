@@ -189,6 +189,10 @@ impl DiskId {
 
     fn text(kind: Kind, text: &str) -> Option<DiskId> {
         let value = file_name_text(text);
+        // A longer one could not be read back.
+        if value.len() > LONGEST - kind.prefix().len() {
+            return None;
+        }
         value.chars().any(|c| c != '_').then_some(DiskId { kind, value })
     }
 }

@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::PathBuf;
 
+use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::file::ReadFile;
@@ -59,7 +60,7 @@ impl Directory {
         // One flush for all of it: each is a commit of the file system's own journal.
         let made = i64::try_from(len)
             .map_err(io::Error::other)
-            .and_then(|len| Ok(fallocate(&file, FallocateFlags::empty(), 0, len)?))
+            .and_then(|len| reserve(&file, len))
             .and_then(|()| Arena::new(header.len()))
             .and_then(|arena| {
                 let mut aligned = arena.alloc_blocking(header.len());
@@ -127,5 +128,15 @@ impl Shelf for Directory {
             }
         }
         durable::sync_dir(&self.0)
+    }
+}
+
+/// Some file systems give up on a signal, for which they take a completion of the ring too.
+fn reserve(file: &File, len: i64) -> io::Result<()> {
+    loop {
+        match fallocate(file, FallocateFlags::empty(), 0, len) {
+            Err(Errno::EINTR) => {}
+            other => return Ok(other?),
+        }
     }
 }

@@ -190,7 +190,7 @@ impl DiskId {
     fn text(kind: Kind, text: &str) -> Option<DiskId> {
         let value = file_name_text(text);
         // A longer one could not be read back.
-        if value.len() > LONGEST - kind.prefix().len() {
+        if value.len().saturating_add(kind.prefix().len()) > LONGEST {
             return None;
         }
         value.chars().any(|c| c != '_').then_some(DiskId { kind, value })

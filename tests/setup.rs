@@ -378,7 +378,9 @@ fn whatever_is_wrong_has_a_fix() {
             let names_kdump = checked.to_string().contains("kdump-utils is missing");
             assert_eq!(names_kdump, release == 10, "EL {release}, {what}");
             let text = setup(root, "check", &[]).fails(3, &[]).stdout;
-            let long: Vec<&str> = text.lines().filter(|line| line.chars().count() > 80).collect();
+            // The path of a root may be as long as it likes: there is nothing to break in it.
+            let is_long = |line: &&str| line.chars().count() > 80 && line.trim().contains(' ');
+            let long: Vec<&str> = text.lines().filter(is_long).collect();
             assert!(long.is_empty(), "EL {release}, {what}: {long:#?}");
             assert!(text.contains("\n        fix: ") && text.contains("\n        seen: "), "{text}");
         }

@@ -315,7 +315,7 @@ fn a_rescan_finds_what_no_bus_told() {
         rescan();
         assert_eq!((size(0), size(1), size(2)), (Some(16 * MIB), Some(24 * MIB), Some(16 * MIB)));
         // Another one in the place of one, and the bus is silent: the kernel shows what it knew.
-        // Not while udevd reads it: what the adapter is asked for a disk that is no more there it never answers.
+        // Not while udevd reads it: what the adapter is asked for a disk that is no more there it may never answer.
         tool("udevadm", &["settle"]);
         hypervisor.unplug(&disks[2]);
         hypervisor.plug(&disks[3], "parallel", 1);

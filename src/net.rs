@@ -344,6 +344,7 @@
 //! | `internal` | a defect of the peer | |
 //! | `incomplete` | another disk of the same point, or another machine of the group, did not arrive, so there is no point | |
 //! | `token-refused` | the token is unknown, used or expired | |
+//! | `silent` | nothing came for longer than is borne | yes |
 
 pub mod address;
 pub mod compress;

@@ -277,7 +277,7 @@ async fn silence_ends_the_pass_in_its_time() {
                 first.tell(2, &first.commit_message(2, 8192)).await;
             }
         }
-        first.refused(Code::Protocol, "sent nothing for 1s").await;
+        first.refused(Code::Silent, "sent nothing for 1s").await;
         let took = start.elapsed();
         assert!(took < Duration::from_secs(4), "{stuck}: {took:?}");
         rig.wait_until_closed("d0");

@@ -190,6 +190,28 @@ fn a_peer_that_vanishes_is_noticed() {
     assert_equal(&source, rig.targets[0].backing());
 }
 
+/// A connection on which nothing comes any more, one of several or the only one: the service gives the pass up, and it is gone
+/// on with.
+#[test]
+fn a_connection_that_stalls_is_no_end() {
+    require_root!();
+    let (mut rig, _) = rig();
+    let config = fs::read_to_string(rig.service.config()).unwrap();
+    rig.service.restart_with_config(&(config + "idle_timeout = \"1s\"\n"));
+    let proxy = Proxy::start(rig.service.address());
+    let source = rig.random("source.img", SIZE);
+    let stalls = Fate { up: Some((2 * MIB, Act::Swallow)), ..Fate::default() };
+    for (connections, fates) in [("4", vec![Fate::default(), stalls]), ("1", vec![stalls])] {
+        write_random(&source, 0, SIZE);
+        proxy.will(fates);
+        let outcome = send_through(&rig, &proxy, &source, &[connections]).ok();
+        assert!(outcome.stderr.contains("trying again in"), "{outcome:#?}");
+        assert_equal(&source, rig.targets[0].backing());
+        rig.synchronized("d0");
+        rig.service.wait_for_log("the peer sent nothing for 1s");
+    }
+}
+
 /// Pass after pass, through a service that is restarted meanwhile.
 #[test]
 fn a_machine_is_kept_protected() {

@@ -639,7 +639,7 @@ async fn a_sender_is_silent_only_while_the_disk_is_not_at_work() {
     let (mut client, _) = Client::begun(&rig, "d0", 16 * MIB).await;
     client.data(0, 0, &[7; 4096]).await;
     let start = Instant::now();
-    client.refused(Code::Protocol, "the peer sent nothing for 1s").await;
+    client.refused(Code::Silent, "the peer sent nothing for 1s").await;
     assert!(start.elapsed() >= Duration::from_secs(1), "{:?}", start.elapsed());
     assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
     assert_eq!(rig.wait_until_closed("d0").phase, "interrupted");

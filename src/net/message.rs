@@ -449,6 +449,8 @@ pub enum Code {
     Incomplete,
     /// The token is unknown, used or expired. Make a new one with `mt-agent token create`.
     TokenRefused,
+    /// The peer, or the way to it, was silent for longer than is borne. Connect again.
+    Silent,
     /// A code that this version does not know, from a newer peer. Go by the message.
     #[serde(other)]
     Unknown,
@@ -458,7 +460,7 @@ impl Code {
     /// Whether a new connection and the same request may well succeed without anyone doing anything.
     pub const fn retryable(self) -> bool {
         match self {
-            Code::BadChecksum | Code::Busy | Code::ShuttingDown => true,
+            Code::BadChecksum | Code::Busy | Code::ShuttingDown | Code::Silent => true,
             Code::UnsupportedVersion
             | Code::UnsupportedFeature
             | Code::BadFrame
@@ -501,6 +503,7 @@ impl Code {
             Code::Internal => "internal",
             Code::Incomplete => "incomplete",
             Code::TokenRefused => "token-refused",
+            Code::Silent => "silent",
             Code::Unknown => "unknown",
         }
     }
@@ -691,12 +694,13 @@ mod tests {
                 Code::ShuttingDown => Code::Internal,
                 Code::Internal => Code::Incomplete,
                 Code::Incomplete => Code::TokenRefused,
-                Code::TokenRefused | Code::Unknown => Code::Unknown,
+                Code::TokenRefused => Code::Silent,
+                Code::Silent | Code::Unknown => Code::Unknown,
             };
             (this != Code::Unknown).then_some(this)
         });
         let all: Vec<Code> = all.collect();
-        assert_eq!(all.len(), 19);
+        assert_eq!(all.len(), 20);
         for code in all {
             let json = format!("\"{}\"", code.name());
             assert_eq!(serde_json::to_string(&code).unwrap(), json);

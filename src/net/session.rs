@@ -206,7 +206,10 @@ impl Error {
         match self {
             Error::Wire(error) => error.to_peer(),
             Error::Refused(error) => Some(error.clone()),
-            Error::Silent(_) => Some(message::Error::new(Code::Protocol, self.to_string())),
+            Error::Silent(_) => {
+                let text = format!("{self}: it, or the way between, may be stalled; connect again");
+                Some(message::Error::new(Code::Silent, text))
+            }
             Error::Lane(why) => why.clone(),
             Error::Full => {
                 let text = "`max_sessions` connections are open on the master target";

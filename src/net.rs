@@ -211,7 +211,7 @@
 //!
 //! *Written* is not *durable*: a Progress promises nothing about a power cut. Only Committed does.
 //!
-//! **Commit.** The server checks both sums, and that all frames arrived; writes what is still in flight;
+//! **Commit.** The server checks both sums, and that all frames arrived and none beyond them; writes what is still in flight;
 //! makes the volume durable; and only then answers Committed. Until then the pass counts for nothing: a
 //! client whose connection broke off, at any moment before it read Committed, MUST take the pass for undone
 //! and send a new one, with a new `pass` and `point`. To send a pass twice is harmless.
@@ -297,8 +297,8 @@
 //! **Ends.** A connection that ends before Commit was sent, however it does, ends the pass: what was under way on it is
 //! gone. The server then closes all of them. It tells why in an Error on the first connection, where there is more to tell
 //! than that, and MAY do so on the one that it is about; it sends nothing else after JoinReply. After Committed the client
-//! closes all of them. Silence on one of them is normal as long as the others carry something; silence on all of them, or a
-//! frame that never comes, is borne as over one.
+//! closes all of them, and the server does after a moment. Silence on one of them is normal as long as the others carry
+//! something; silence on all of them, or a frame that never comes, is borne as over one.
 //!
 //! ## 7. Enrolment
 //!

@@ -148,6 +148,25 @@ async fn frames_come_in_any_order_and_each_counts_once() {
     goes_on(&rig);
 }
 
+/// A commit stands for the frames that it counts: none may come beyond it, whatever the sums say.
+#[tokio::test]
+async fn nothing_comes_beyond_the_commit() {
+    require_root!();
+    let rig = rig_with(4 * MIB, "");
+    let (mut first, reply) = opened(&rig).await;
+    let mut second = Client::joined(&rig, &reply).await.unwrap();
+    first.begin().await.unwrap();
+    second.frame(&Header::zero(0, 0, 2 * MIB), &[]).await;
+    second.frame(&Header::zero(2, 2 * MIB, 2 * MIB), &[]).await;
+    wait_for("both frames", || {
+        (rig.service.volume(MACHINE, "d0").received_bytes == Some(4 * MIB)).then_some(())
+    });
+    first.tell(1, &first.commit_message(1, 4 * MIB)).await;
+    first.refused(Code::Protocol, "numbered beyond the commit").await;
+    assert_eq!(rig.wait_until_closed("d0").phase, "interrupted");
+    goes_on(&rig);
+}
+
 /// Who may join, and when.
 #[tokio::test]
 async fn nobody_joins_who_was_not_invited() {

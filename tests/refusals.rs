@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use mt_agent::net::frame::{Encoding, Header, Kind, MAX_DATA};
 use mt_agent::net::message::{Code, HelloReply, Open, OpenReply};
 use mt_agent::net::tls::client::{Identity, pinning_config};
+use mt_agent::net::wire;
 use nix::sys::signal::Signal;
 use support::client::{Client, LENGTH_AT, PAYLOAD_LEN_AT, patched};
 use support::{
@@ -825,6 +826,23 @@ async fn a_busy_disk_says_who_has_it() {
     drop(client);
     rig.wait_until_closed("d0");
     let (_client, _) = Client::begun(&rig, "d0", MIB).await;
+}
+
+/// Everything is acknowledged, and the sender does not go.
+#[tokio::test]
+async fn who_stays_after_the_commit_keeps_nothing() {
+    require_root!();
+    let rig = Rig::new(&[4 * MIB]);
+    let (mut client, _) = Client::begun(&rig, "d0", 4096).await;
+    client.data(0, 0, &[7; 4096]).await;
+    client.commit(1, 4096).await.unwrap();
+    let start = Instant::now();
+    rig.wait_until_closed("d0");
+    assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
+    let end = client.header().await;
+    assert!(matches!(end, Err(wire::Error::Closed)), "{end:?}");
+    rig.synchronized("d0");
+    goes_on(&rig, "d0");
 }
 
 #[test]

@@ -98,6 +98,11 @@ impl Pass {
     pub(super) fn has_all(&self, before: u64) -> bool {
         self.numbers.reach(before) && self.arriving == 0
     }
+
+    /// Whether no frame is here, in part or whole, that comes after the first which has not come.
+    pub(super) fn is_complete(&self) -> bool {
+        self.numbers.none_early() && self.arriving == 0
+    }
 }
 
 impl Intake {

@@ -41,6 +41,11 @@ impl Numbers {
         !self.several || self.due >= number
     }
 
+    /// Whether none has come but those before the first that has not.
+    pub(super) fn none_early(&self) -> bool {
+        self.early.is_empty()
+    }
+
     /// Whether this one may come now.
     pub(super) fn check(&self, number: u64) -> Result<(), Error> {
         let early = self.several && number > self.due && !self.must_wait(number);

@@ -146,9 +146,10 @@ impl Receiving {
                         early = &mut next => return Err(early.map_or_else(Error::from, after_the_commit)),
                     };
                     wire::write_message(&mut *writer.lock().await, header.sequence, &committed).await?;
-                    return match within(self.patience.idle, next).await {
-                        Err(Error::Wire(wire::Error::Closed)) => Ok(()),
-                        other => Err(after_the_commit(other?)),
+                    // All is said. Whoever does not close nevertheless keeps neither the disk nor a place.
+                    return match timeout(CLOSING, next).await {
+                        Ok(Err(wire::Error::Closed)) | Err(_) => Ok(()),
+                        Ok(other) => Err(after_the_commit(other?)),
                     };
                 }
                 Kind::Error => {
@@ -264,6 +265,10 @@ impl Receiving {
             return Err(protocol(text));
         }
         pass.numbers.check(sequence)?;
+        // One that came since the commit began would be written behind its flush.
+        if !pass.is_complete() {
+            return Err(protocol("a frame came over another connection that is numbered beyond the commit"));
+        }
         if let Some(refused) = pass.coverage.first_refused() {
             return Err(protocol(format!("{refused} were refused and did not come again")));
         }

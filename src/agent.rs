@@ -9,6 +9,7 @@ pub mod logging;
 pub mod metrics;
 mod receive;
 mod retention;
+mod sessions;
 pub mod status;
 mod systemd;
 

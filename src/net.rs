@@ -134,7 +134,8 @@
 //! TCP reset, its sender SHOULD go on reading, and discard, for a moment; a client MUST read while it writes.
 //!
 //! How long silence is borne is each side's own affair. Before Open a server MAY close a connection that is
-//! silent for 20 seconds, and between OpenReply and Begin one that is silent for 10 minutes. In a pass silence is normal (a slow disk, a source that is read slowly), and dead
+//! silent for 20 seconds, and between OpenReply and Begin one that is silent for 10 minutes, or with `verify` for 15 seconds
+//! (this agent: for a minute by default). In a pass silence is normal (a slow disk, a source that is read slowly), and dead
 //! peers are found with TCP keepalive. A server MAY close a pass's connection after a long silence all the same,
 //! but only one in which it had carried out, and given back, everything that came; a client that limits its own
 //! rate SHOULD therefore send the bytes of a frame bit by bit, and something every few seconds.
@@ -177,8 +178,8 @@
 //!
 //! The server opens the target (and checks its identity) before it answers. From OpenReply on, the volume is
 //! this connection's alone; a second one is refused with `busy`. That is not so with `verify`: where the volume has a
-//! baseline, any number of such connections may be open beside the one that writes it. Without a baseline it is theirs alone
-//! as well.
+//! baseline, several such connections (this agent: four) may be open beside the one that writes it; one more is refused with
+//! `busy`. Without a baseline it is theirs alone as well.
 //!
 //! ### Begin, BeginReply, Commit, Committed
 //!
@@ -336,7 +337,7 @@
 //! | `refused` | a safety rule forbids to write to the target, the machine is being failed over, or there is nothing to join; the message says which | |
 //! | `size-mismatch` | the source is larger than the target | |
 //! | `out-of-range` | a frame past the end of the source | |
-//! | `busy` | another connection has the volume | yes |
+//! | `busy` | another connection has the volume, or as many as may compare it; or there are as many as may be | yes |
 //! | `volume-faulted` | the volume failed before and was not opened anew | |
 //! | `io` | reading, writing or flushing the target failed | |
 //! | `no-space` | no space for the server's own state | |

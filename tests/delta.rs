@@ -678,6 +678,32 @@ async fn comparing(rig: &Rig, size: u64) -> Client {
     client
 }
 
+/// Comparing takes a place among the sessions, of which one disk has no more than a few.
+#[tokio::test]
+async fn few_compare_a_disk_at_once() {
+    require_root!();
+    let size = 4 * MIB;
+    let rig = Rig::new(&[size]);
+    let source = rig.random("source.img", size);
+    rig.send(&[("d0", &source)], &[]).ok();
+    let mut four = Vec::new();
+    for _ in 0..4 {
+        four.push(comparing(&rig, size).await);
+    }
+    let mut fifth = Client::connect(&rig).await;
+    fifth.kind = PassKind::Verify;
+    let refusal = fifth.open("d0", size).await.unwrap_err();
+    assert_eq!(refusal.code, Code::Busy);
+    let from = |client: &Client| format!("from {} since ", client.stream.get_ref().0.local_addr().unwrap());
+    for text in four.iter().map(from).chain(["4 sessions compare disk d0".into(), "wait for one".into()]) {
+        assert!(refusal.message.contains(&text), "{text} is missing: {refusal}");
+    }
+    // A pass is another matter.
+    rig.send(&[("d0", &source)], &[]).ok();
+    drop(four.pop());
+    verify(&rig, &source, &[]).ok();
+}
+
 /// A point stays what it is while newer ones come; where it is let go of, nothing more is said of it; and a failover ends the
 /// comparing as it ends a pass.
 #[tokio::test]

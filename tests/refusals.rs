@@ -6,12 +6,12 @@ mod support;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use mt_agent::net::frame::{Encoding, Header, Kind, MAX_DATA};
-use mt_agent::net::message::{Code, HelloReply, Open, OpenReply};
+use mt_agent::net::message::{Code, HelloReply, Open, OpenReply, PassKind};
 use mt_agent::net::tls::client::{Identity, pinning_config};
 use mt_agent::net::wire;
 use nix::sys::signal::Signal;
@@ -163,7 +163,8 @@ fn disks_that_do_not_fit_are_refused_before_anything_is_written() {
     let larger = rig.random("larger.img", 4 * MIB + 1);
     rig.send(&[("root", &source)], &[]).fails(3, &["machine web01 has no disk root", "unknown-disk"]);
     assert!(rig.service.log().contains("machine web01 has no disk root"));
-    rig.send(&[("d0", &larger)], &[]).fails(3, &["4194305 bytes) are needed", "size-mismatch"]);
+    let way_out = "attach a larger disk, and assign that one in its place";
+    rig.send(&[("d0", &larger)], &[]).fails(3, &["4194305 bytes) are needed", way_out, "size-mismatch"]);
     assert!(rig.service.log().contains("4194305 bytes) are needed"));
     assert_eq!(rig.state("d0"), "empty");
     assert!(fs::read(rig.targets[0].backing()).unwrap().iter().all(|byte| *byte == 0));
@@ -798,7 +799,10 @@ fn a_second_sender_waits_for_the_first() {
     one.finish().ok();
     let two = two.finish().ok();
     assert!(two.stderr.contains("trying again") && two.stderr.contains("(busy)"), "{two:#?}");
-    assert!(two.stderr.contains("held by something else"), "{two:#?}");
+    assert!(
+        two.stderr.contains("another session receives disk d0 of machine web01, from 127.0.0.1:"),
+        "{two:#?}"
+    );
     // How long it will wait, before it does.
     assert!(two.stderr.contains("every second, 20 times at most"), "{two:#?}");
     assert_equal(&second, rig.targets[0].backing());
@@ -813,11 +817,10 @@ async fn a_busy_disk_says_who_has_it() {
     let mut late = Client::connect(&rig).await;
     let refusal = late.open("d0", MIB).await.unwrap_err();
     assert!(refusal.code == Code::Busy && refusal.code.retryable(), "{refusal}");
-    // By whom is for the administrator there, and not for the peer.
-    assert!(
-        refusal.message.contains("held by something else") && !refusal.message.contains("pid"),
-        "{refusal}"
-    );
+    let from = format!("from {} since 2", client.stream.get_ref().0.local_addr().unwrap());
+    for text in ["another session receives disk d0 of machine web01", &from, "or end that `mt-agent send`"] {
+        assert!(refusal.message.contains(text), "{refusal}");
+    }
     rig.service.wait_for_log("mt-agent (pid ");
     // The one that has it keeps it, and its assignment.
     let remove = ["protect", "remove", MACHINE, "--config", &rig.service.config()];
@@ -825,6 +828,24 @@ async fn a_busy_disk_says_who_has_it() {
     assert_eq!(rig.service.volume(MACHINE, "d0").phase, "receiving");
     drop(client);
     rig.wait_until_closed("d0");
+    // So does one that compares it where it stands at no point.
+    let mut compares = Client::connect(&rig).await;
+    compares.kind = PassKind::Verify;
+    compares.open("d0", MIB).await.unwrap();
+    let mut late = Client::connect(&rig).await;
+    let refusal = late.open("d0", MIB).await.unwrap_err();
+    for text in ["another session compares disk d0 of machine web01", "or end that `mt-agent verify`"] {
+        assert!(refusal.code == Code::Busy && refusal.message.contains(text), "{refusal}");
+    }
+    drop(compares);
+    rig.service.wait_until_idle();
+    // Of something else the peer hears no more than that: by whom is for the administrator there.
+    let held = File::options().read(true).custom_flags(libc::O_EXCL).open(rig.targets[0].node()).unwrap();
+    let mut late = Client::connect(&rig).await;
+    let refusal = late.open("d0", MIB).await.unwrap_err();
+    let text = &refusal.message;
+    assert!(text.contains("held by something else") && !text.contains("pid"), "{refusal}");
+    drop(held);
     let (_client, _) = Client::begun(&rig, "d0", MIB).await;
 }
 

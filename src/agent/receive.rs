@@ -12,6 +12,7 @@ use tokio::sync::watch;
 
 use super::commit::{self, Coordinator, Ticket};
 use super::config::Config;
+use super::sessions::Entry;
 use super::status::{Live, Shown};
 use super::systemd::Pulses;
 use crate::disk::device::{self, OpenDisk, Refusal, TargetOptions, open_target};
@@ -62,11 +63,18 @@ impl Host for Receiver {
             .map_err(|refused| refused.to_peer())
     }
 
-    fn open(&self, machine: &Name, open: &Open, events: Events) -> Result<Opened, message::Error> {
+    fn open(
+        &self,
+        peer: SocketAddr,
+        machine: &Name,
+        open: &Open,
+        events: Events,
+    ) -> Result<Opened, message::Error> {
         let config = self.config.borrow().clone();
         let (hold, assignment) = self.held(machine, open, &config)?;
         let assignment = &assignment;
-        let disk = self.target(machine, open, assignment, &config)?;
+        let session = self.live.sessions.receive(machine, &open.disk, peer);
+        let disk = self.target(machine, open, assignment, &config, &session)?;
         still_the_same_source(machine, open, assignment)?;
         let failed = |error: IoError| message::Error::new(Code::Internal, chain(&error));
         let arena = usize::try_from(config.window.0)
@@ -147,23 +155,23 @@ impl Host for Receiver {
             connections: config.max_connections,
             counters,
             passes: Box::new(ledger),
-            hold: Box::new(hold),
+            hold: Box::new((session, hold)),
         })
     }
 
-    fn view(&self, machine: &Name, open: &Open) -> Result<Viewed, message::Error> {
+    fn view(&self, peer: SocketAddr, machine: &Name, open: &Open) -> Result<Viewed, message::Error> {
         let config = self.config.borrow().clone();
         let (hold, assignment) = self.held(machine, open, &config)?;
+        let covered = Arc::new(AtomicU64::new(0));
+        let session = self.live.sessions.compare(machine, &open.disk, peer, &covered)?;
         let journal = self.journal(&config.retention_dir, machine, &assignment)?;
         let (baseline, lineage) = (journal.standing.newest(), journal.standing.lineage);
         let pass = journal.standing.committed();
-        let covered = Arc::new(AtomicU64::new(0));
-        let shown = self.live.show_verify(machine.clone(), open.disk.clone(), covered.clone());
         let newest = Newest::open(machine, &assignment, journal).map_err(|error| unusable(&error))?;
         let engine = config.engine;
         let Some(newest) = newest else {
             // There is nothing to go back to: it must not be written to.
-            let disk = self.target(machine, open, &assignment, &config)?;
+            let disk = self.target(machine, open, &assignment, &config, &session)?;
             let geometry = Geometry { size: disk.size.0, block: disk.logical_block };
             let name = disk.id.to_string();
             let file = disk.file.try_clone().map_err(|error| {
@@ -174,13 +182,16 @@ impl Host for Receiver {
                 Ok(Box::new(device))
             });
             let (device_size, block) = (geometry.size, geometry.block);
-            let hold = Box::new((shown, disk, hold));
+            let hold = Box::new((disk, session, hold));
             return Ok(Viewed { device_size, block, baseline, reader, covered, hold });
         };
         let (device_size, block) = (newest.size(), newest.block());
         if device_size < open.size {
             let (size, needed) = (ByteLen(device_size), ByteLen(open.size));
-            let text = format!("the target disk has {size}, and the source {needed}");
+            let text = format!(
+                "the target disk has {size}, and the source {needed}: {}",
+                larger(machine, &open.disk)
+            );
             return Err(message::Error::new(Code::SizeMismatch, text));
         }
         tracing::info!(id = %assignment.id, point = ?baseline, "volume opened to be compared");
@@ -198,7 +209,7 @@ impl Host for Receiver {
             Err(IoError::new("read", "the disk as it was", io::Error::other(refused)))
         });
         let reader: Reader = Box::new(move |arena| newest.queue(engine, DIGEST_DEPTH, arena, kept));
-        Ok(Viewed { device_size, block, baseline, reader, covered, hold: Box::new((shown, hold)) })
+        Ok(Viewed { device_size, block, baseline, reader, covered, hold: Box::new((session, hold)) })
     }
 }
 
@@ -231,15 +242,25 @@ impl Receiver {
         open: &Open,
         assignment: &Assignment,
         config: &Config,
+        session: &Entry,
     ) -> Result<OpenDisk, message::Error> {
         let discovery = Options {
             assigned: self.assigned()?,
             retention: Some(config.retention_dir.clone()),
             ..Options::default()
         };
-        let machine = Some(machine.to_string());
-        let options = TargetOptions { discovery, machine, at_least: ByteLen(open.size) };
-        let disk = open_target(&assignment.id, &options).map_err(|error| not_opened(&error))?;
+        let at_least = ByteLen(open.size);
+        let options = TargetOptions { discovery, machine: Some(machine.to_string()), at_least };
+        let disk = open_target(&assignment.id, &options).map_err(|error| {
+            let told = not_opened(&error);
+            let text = match told.code {
+                Code::Busy => self.live.sessions.holder(machine, &open.disk),
+                Code::SizeMismatch => Some(format!("{}: {}", told.message, larger(machine, &open.disk))),
+                _ => None,
+            };
+            text.map_or(told.clone(), |text| message::Error::new(told.code, text))
+        })?;
+        session.holds();
         for note in &disk.notes {
             tracing::warn!(id = %disk.id, note);
         }
@@ -532,6 +553,15 @@ pub(super) fn out_of_space(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
+/// What can be done about a target that is too small for its source.
+fn larger(machine: &Name, disk: &Name) -> String {
+    format!(
+        "enlarge it, and let the master target look (`mt-agent discover-disks --rescan` there); or attach a larger disk, and \
+         assign that one in its place, without its recovery points (`mt-agent protect remove {machine} --disk {disk}`, then \
+         `mt-agent protect add`)"
+    )
+}
+
 /// What the peer is told of a disk that cannot be opened.
 fn not_opened(error: &device::Error) -> message::Error {
     let code = match error {
@@ -543,7 +573,9 @@ fn not_opened(error: &device::Error) -> message::Error {
     tracing::warn!(error = chain(error), "target refused");
     let text = match error {
         device::Error::Refused { reason: Refusal::Busy(_), .. } => {
-            "the target disk is held by something else; the log of the master target says by what".to_owned()
+            "the target disk is held by something else: the log of the master target says by what, and \
+             once that is gone it is free"
+                .to_owned()
         }
         device::Error::Refused { reason, .. } => format!("the target disk is refused: {reason}"),
         device::Error::Io(io) => {

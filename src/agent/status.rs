@@ -36,6 +36,7 @@ use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
 use super::commit::Coordinator;
+use super::sessions::Sessions;
 use crate::error::{chain, plain};
 use crate::name::Name;
 use crate::points;
@@ -57,14 +58,15 @@ const LONGEST_REASON: usize = 200;
 
 /// The volumes that are open, by machine and disk. Clones share them.
 #[derive(Clone, Debug, Default)]
-pub struct Live(Arc<Mutex<Volumes>>);
+pub struct Live {
+    volumes: Arc<Mutex<Volumes>>,
+    pub(super) sessions: Sessions,
+}
 
 #[derive(Debug, Default)]
 struct Volumes {
     open: BTreeMap<(Name, Name), Arc<Counters>>,
     closed: BTreeMap<(Name, Name), Totals>,
-    /// Those that are compared with their sources, and up to where.
-    verified: Vec<((Name, Name), Arc<AtomicU64>)>,
 }
 
 /// What all passes over a volume came to since the service started.
@@ -132,19 +134,6 @@ impl Live {
         Shown { live: self.clone(), key, counters }
     }
 
-    /// Shows up to where a volume was compared for as long as the [`Verify`] lives.
-    pub fn show_verify(&self, machine: Name, disk: Name, bytes: Arc<AtomicU64>) -> Verify {
-        self.lock().verified.push(((machine, disk), bytes.clone()));
-        Verify { live: self.clone(), bytes }
-    }
-
-    /// Up to where a volume was compared, if it is being compared; of several, the one that came first.
-    fn verified(&self, key: &(Name, Name)) -> Option<u64> {
-        let volumes = self.lock();
-        let found = volumes.verified.iter().find(|(known, _)| known == key);
-        found.map(|(_, bytes)| bytes.load(Ordering::Relaxed))
-    }
-
     /// The volumes that are open.
     pub fn open(&self) -> BTreeMap<(Name, Name), Arc<Counters>> {
         self.lock().open.clone()
@@ -162,7 +151,7 @@ impl Live {
 
     fn lock(&self) -> MutexGuard<'_, Volumes> {
         // Nothing that is done under the lock leaves it half done.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.volumes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -181,19 +170,6 @@ impl Drop for Shown {
             volumes.open.remove(&self.key);
             volumes.closed.entry(self.key.clone()).or_default().add(Totals::of(&self.counters));
         }
-    }
-}
-
-/// Keeps a volume among those in the [`Live`] list that are compared.
-#[derive(Debug)]
-pub struct Verify {
-    live: Live,
-    bytes: Arc<AtomicU64>,
-}
-
-impl Drop for Verify {
-    fn drop(&mut self) {
-        self.live.lock().verified.retain(|(_, bytes)| !Arc::ptr_eq(bytes, &self.bytes));
     }
 }
 
@@ -561,7 +537,7 @@ impl Board {
             engine: None,
             lag,
             lag_bytes: None,
-            verified_bytes: self.live.verified(key),
+            verified_bytes: self.live.sessions.compared(&key.0, &key.1),
             last_commit: disk.last_commit.map(CommitReport::from),
             error,
         };

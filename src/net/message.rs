@@ -432,7 +432,7 @@ pub enum Code {
     SizeMismatch,
     /// A frame past the end of the source or the target. A defect of the sender, or a source that grew.
     OutOfRange,
-    /// Another connection has the volume open. Try again once it is done.
+    /// Another connection has the volume open, or as many as may compare it. Try again once it is done.
     Busy,
     /// The volume failed before and was not recovered yet. Look at its error with `mt-agent status`; once the
     /// cause is gone a new connection opens it anew.

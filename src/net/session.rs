@@ -53,10 +53,16 @@ pub trait Host: Send + Sync + 'static {
 
     /// Opens the target disk that belongs to `open.disk` of `machine`, if all rules allow it. The volume
     /// reports to `events`.
-    fn open(&self, machine: &Name, open: &Open, events: Events) -> Result<Opened, message::Error>;
+    fn open(
+        &self,
+        peer: SocketAddr,
+        machine: &Name,
+        open: &Open,
+        events: Events,
+    ) -> Result<Opened, message::Error>;
 
     /// Opens the same disk only to look at it, as at its newest point where it has one: beside whoever writes it then.
-    fn view(&self, machine: &Name, open: &Open) -> Result<Viewed, message::Error>;
+    fn view(&self, peer: SocketAddr, machine: &Name, open: &Open) -> Result<Viewed, message::Error>;
 }
 
 /// A volume that is only looked at.
@@ -364,7 +370,7 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
     }
     if open.verify {
         let of_machine = machine.clone();
-        let viewed = off_runtime(move || host.view(&of_machine, &open)).await??;
+        let viewed = off_runtime(move || host.view(peer, &of_machine, &open)).await??;
         let stopped = stopped(&mut ending, Some(&machine));
         return verifying::verify(reader, writer, viewed, source_size, patience, stopped).await;
     }
@@ -373,7 +379,7 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
     let events = report.clone().events(fault_sender);
     let encodings = open.compression.clone();
     let of_machine = machine.clone();
-    let opened = off_runtime(move || host.open(&of_machine, &open, events)).await??;
+    let opened = off_runtime(move || host.open(peer, &of_machine, &open, events)).await??;
     let Opened {
         volume,
         device_size,

@@ -77,13 +77,13 @@ impl Host for Bench {
         Err(message::Error::new(Code::TokenRefused, "no tokens here"))
     }
 
-    fn view(&self, _: &Name, _: &Open) -> Result<Viewed, message::Error> {
+    fn view(&self, _: SocketAddr, _: &Name, _: &Open) -> Result<Viewed, message::Error> {
         let Geometry { size: device_size, block } = self.disk.open().unwrap().geometry();
         let (reader, covered, hold) = (self.reader(), Arc::default(), Box::new(()));
         Ok(Viewed { device_size, block, baseline: None, reader, covered, hold })
     }
 
-    fn open(&self, _: &Name, open: &Open, events: Events) -> Result<Opened, message::Error> {
+    fn open(&self, _: SocketAddr, _: &Name, open: &Open, events: Events) -> Result<Opened, message::Error> {
         let storage = self.disk.open().unwrap();
         let (device_size, block) = (storage.geometry().size, storage.geometry().block);
         if open.size > device_size {

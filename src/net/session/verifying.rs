@@ -105,7 +105,11 @@ impl Verifying {
         let reader = &mut Heard { reader, report: report.clone() };
         wire::write_message(&mut *writer.lock().await, 0, reply).await?;
         loop {
-            let patience = if self.possible.is_some() { self.patience.begin } else { self.patience.idle };
+            // Until it begins its client runs no hook: it opens its other disks, and looks at what of them is free.
+            let patience = match self.possible {
+                Some(_) => self.patience.idle.max(self.patience.handshake),
+                None => self.patience.idle,
+            };
             let header = match patiently(&report, patience, wire::read_header(reader)).await {
                 Err(Error::Wire(wire::Error::Closed)) => return Ok(()),
                 other => other?,
@@ -175,5 +179,33 @@ impl Verifying {
             true => Ok(()),
             false => Err(protocol(format!("over {} ranges wait to be refined", digester::MOST_WISHES))),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    /// Who opens a disk only to compare it has nothing to do first that takes long.
+    #[tokio::test]
+    async fn who_does_not_begin_to_compare_is_not_waited_for_like_a_hook() {
+        let (_client, server) = tokio::io::duplex(64 << 10);
+        let (mut reader, writer) = tokio::io::split(server);
+        let writer = Mutex::new(writer);
+        let viewed = Viewed {
+            device_size: 4096,
+            block: 512,
+            baseline: None,
+            reader: Box::new(|_| unreachable!("nobody compares")),
+            covered: Arc::default(),
+            hold: Box::new(()),
+        };
+        let limit = Duration::from_millis(30);
+        let patience = Patience { handshake: limit, idle: limit / 2, ..Patience::default() };
+        let verifying = verify(&mut reader, &writer, viewed, 4096, patience, std::future::pending());
+        let result = timeout(Duration::from_secs(20), verifying).await.unwrap();
+        assert!(matches!(result, Err(Error::Silent(silent)) if silent == limit), "{result:?}");
     }
 }

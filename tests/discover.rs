@@ -309,6 +309,21 @@ fn the_kernel_s_wwid_serves_where_the_page_is_not_there() {
     assert!(found[0].problems[0].contains("reaches past the end of the page"));
 }
 
+#[test]
+fn this_machine_is_known_however_its_root_is_spelled() {
+    let dir = tempfile::tempdir().unwrap();
+    let link = dir.path().join("root");
+    std::os::unix::fs::symlink("/", &link).unwrap();
+    for root in [Path::new("/"), Path::new("//"), Path::new("/.."), Path::new("/proc/../.."), &link] {
+        let sysroot = Sysroot::new(root);
+        assert!(sysroot.is_live(), "{}", root.display());
+        assert_eq!(sysroot, Sysroot::default());
+    }
+    for root in [dir.path(), &dir.path().join("nowhere"), Path::new("/proc")] {
+        assert!(!Sysroot::new(root).is_live(), "{}", root.display());
+    }
+}
+
 /// The advice for a setting that is missing is not given where the page is there and broken.
 #[test]
 fn a_damaged_page_is_not_taken_for_a_missing_setting() {

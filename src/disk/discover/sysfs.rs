@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::Error;
@@ -28,9 +28,13 @@ const LONGEST_ATTRIBUTE: u64 = 128 << 10;
 const LONGEST_TABLE: u64 = 16 << 20;
 
 impl Sysroot {
-    /// The tree under `root`.
+    /// The tree under `root`. However `/` is spelled (`/..`, a link), it is the machine itself.
     pub fn new(root: impl Into<PathBuf>) -> Sysroot {
-        Sysroot { root: root.into() }
+        let root = root.into();
+        let inode = |path: &Path| fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).ok();
+        let own = PathBuf::from("/");
+        let live = inode(&root).is_some_and(|root| Some(root) == inode(&own));
+        Sysroot { root: if live { own } else { root } }
     }
 
     /// Whether this is the machine itself, so that devices may be opened and asked.

@@ -310,6 +310,18 @@ fn the_kernel_s_wwid_serves_where_the_page_is_not_there() {
 }
 
 #[test]
+fn a_holder_counts_whatever_its_name_is() {
+    use std::os::unix::ffi::OsStrExt;
+    let dir = tempfile::tempdir().unwrap();
+    let tree = tree::vmware(dir.path(), PVSCSI, true);
+    let holders = tree.root.join("sys/block/sdb/holders");
+    std::fs::write(holders.join(std::ffi::OsStr::from_bytes(b"th\xffng")), "").unwrap();
+    let found = disks(&tree);
+    let sdb = named(&found, "sdb");
+    assert_eq!((sdb.role, &sdb.evidence[..]), (Role::InUse, &["sdb is held by th\u{fffd}ng".to_owned()][..]));
+}
+
+#[test]
 fn this_machine_is_known_however_its_root_is_spelled() {
     let dir = tempfile::tempdir().unwrap();
     let link = dir.path().join("root");

@@ -85,10 +85,11 @@ impl Sysroot {
     }
 
     /// The names in a directory, sorted as people sort them (`sdb` before `sdaa`); none where there is no such
-    /// directory.
+    /// directory. A name that is not UTF-8 leads nowhere as it stands here, and yet counts: it may be a holder's.
     pub(super) fn names(&self, path: impl AsRef<Path>) -> Vec<String> {
-        let entries = fs::read_dir(self.path(path)).into_iter().flatten();
-        let mut names: Vec<String> = entries.filter_map(|e| e.ok()?.file_name().into_string().ok()).collect();
+        let entries = fs::read_dir(self.path(path)).into_iter().flatten().flatten();
+        let mut names: Vec<String> =
+            entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
         names.sort_by(|a, b| (a.len(), a).cmp(&(b.len(), b)));
         names
     }

@@ -230,6 +230,23 @@ fn a_map_without_paths_still_owns_its_disk() {
     assert_eq!(found[0].evidence, ["dm-0 is a multipath map that has no path left"]);
 }
 
+/// Such as the hidden path of an NVMe namespace: it has no identity, and does not hide the disk.
+#[test]
+fn a_map_whose_first_path_is_no_disk_by_its_name_is_still_the_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = tree::multipath(dir.path());
+    tree.other("ab", "250:0", 500 * GIB);
+    tree.write("sys/block/dm-0/slaves/ab/dev", "250:0\n");
+    let found = disks(&tree);
+    assert_eq!(found.len(), 1);
+    assert_eq!((found[0].name.as_str(), id(&found[0])), ("dm-0", Some(format!("naa.{}", tree::SAN))));
+    assert_eq!(
+        (&found[0].paths[..], found[0].hctl.as_deref()),
+        (&["ab", "sdb", "sdc"].map(str::to_owned)[..], Some("1:0:0:23"))
+    );
+    assert!(found[0].problems[0].contains("ab is a path of dm-0 and yet has another identity"));
+}
+
 #[test]
 fn a_third_path_outside_the_map_is_a_clone() {
     let dir = tempfile::tempdir().unwrap();

@@ -180,14 +180,16 @@ pub fn discover(sysroot: &Sysroot, options: &Options) -> Result<Vec<Disk>, Error
     let devices = sysroot.block_devices()?;
     let usage = roles::Usage::read(sysroot, options.retention.as_deref());
     let maps: Vec<Map> = devices.iter().filter_map(|name| multipath(sysroot, name)).collect();
+    let of_path: HashMap<&str, &Map> =
+        maps.iter().flat_map(|map| map.paths.iter().map(move |path| (path.as_str(), map))).collect();
+    let listed =
+        |name: &str| Transport::of(name).filter(|&kind| kind != Transport::Loop || options.include_loop);
     let mut disks = Vec::new();
     for name in &devices {
-        let Some(transport) = Transport::of(name) else { continue };
-        if transport == Transport::Loop && !options.include_loop {
-            continue;
-        }
-        let map = maps.iter().find(|map| map.paths.contains(name));
-        if map.is_some_and(|map| map.paths.first() != Some(name)) {
+        let Some(transport) = listed(name) else { continue };
+        let map = of_path.get(name.as_str()).copied();
+        // The first path stands for the map; one that is no disk by its name does not keep the others from it.
+        if map.is_some_and(|map| map.paths.iter().find(|path| listed(path).is_some()) != Some(name)) {
             continue;
         }
         disks.extend(describe(sysroot, options, &usage, name, transport, map));
@@ -263,6 +265,7 @@ fn describe(
     let paths = map.map_or_else(|| vec![name.to_owned()], |map| map.paths.clone());
     for path in paths.iter().filter(|path| path.as_str() != name) {
         let devno = sysroot.text(format!("sys/block/{path}/dev")).unwrap_or_default();
+        let transport = Transport::of(path).unwrap_or(transport);
         let other = identity::discover(sysroot, path, &devno, transport).id;
         if other.as_ref().map(|(id, _)| id) != id.as_ref().map(|(id, _)| id) {
             problems.push(format!(

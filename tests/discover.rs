@@ -326,6 +326,77 @@ fn the_kernel_s_wwid_serves_where_the_page_is_not_there() {
     assert!(found[0].problems[0].contains("reaches past the end of the page"));
 }
 
+/// A disk with this page 0x83 and this serial.
+fn presented(designators: &[(u8, u8, &[u8])], serial: Option<&str>) -> Disk {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = Tree::new(dir.path());
+    tree.scsi(&Scsi {
+        name: "sda",
+        devno: "8:0",
+        hctl: "0:0:0:0",
+        adapter: PVSCSI,
+        vendor: "VMware",
+        model: "Array",
+        revision: "1",
+        size: GIB,
+        page_83: Some(tree::page_83(designators)),
+        page_80: serial,
+        wwid: None,
+    });
+    disks(&tree).remove(0)
+}
+
+#[test]
+fn what_is_told_of_a_disk_has_an_end() {
+    let hostile = presented(&[(1, 3, &[][..]); 10_000], None);
+    assert_eq!(hostile.role, Role::NoUuid);
+    assert_eq!(hostile.problems.len(), 66);
+    assert_eq!(hostile.problems[64], "and 9936 more");
+    assert!(hostile.problems[65].starts_with("no UUID"));
+
+    let dir = tempfile::tempdir().unwrap();
+    let tree = tree::vmware(dir.path(), PVSCSI, true);
+    for at in 0..300 {
+        tree.write(format!("sys/block/sdb/holders/thing{at}"), "");
+    }
+    let assigned = [(format!("naa.{VMWARE_B}").parse().unwrap(), "web".to_owned())].into();
+    let found = list(dir.path(), &Options { assigned, ..Options::default() });
+    let evidence = &named(&found, "sdb").evidence;
+    assert_eq!(evidence.len(), 66);
+    assert_eq!(
+        evidence[63..],
+        ["sdb is held by thing63", "and 236 more", "it is assigned to the machine web"]
+    );
+}
+
+/// Each of many clones is told of a few others, and not of all.
+#[test]
+fn many_clones_are_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = Tree::new(dir.path());
+    for at in 0..200 {
+        tree.loop_device(&format!("loop{at}"), &format!("7:{at}"), "/srv/a.img", GIB);
+    }
+    let found = disks(&tree);
+    assert!(found.iter().all(|disk| disk.role == Role::Clone));
+    let shown = "loop1, loop2, loop3, loop4, loop5, loop6, loop7, loop8 and 191 more";
+    assert_eq!(named(&found, "loop0").evidence, [format!("loop0 has the same identity as {shown}")]);
+    let shown = shown.replace("loop1,", "loop0, loop1,").replace(", loop8", "");
+    for name in ["loop8", "loop9", "loop199"] {
+        assert_eq!(named(&found, name).evidence, [format!("{name} has the same identity as {shown}")]);
+    }
+    assert!(named(&found, "loop199").problems[0].starts_with(&shown));
+
+    let unread = (0..200).map(|at| format!("file {at}")).collect();
+    let tree = tree::vmware(&dir.path().join("unread"), PVSCSI, true);
+    let found = list(&tree.root, &Options { unread, ..Options::default() });
+    let why = &named(&found, "sdb").problems[0];
+    assert!(
+        why.ends_with("file 0; file 1; file 2; file 3; file 4; file 5; file 6; file 7 and 192 more"),
+        "{why}"
+    );
+}
+
 #[test]
 fn a_holder_counts_whatever_its_name_is() {
     use std::os::unix::ffi::OsStrExt;

@@ -283,6 +283,9 @@ fn describe(
         found.held = true;
         found.evidence.push(format!("{own} is a multipath map that has no path left"));
     }
+    // What comes after these is little, and says most.
+    bound(&mut problems);
+    bound(&mut found.evidence);
     let attribute = |attribute: &str| sysroot.number(format!("sys/block/{own}/{attribute}"));
     let sectors = attribute("size").unwrap_or(0);
     let node = PathBuf::from("/dev").join(own.replace('!', "/"));
@@ -340,22 +343,53 @@ fn hctl(sysroot: &Sysroot, name: &str) -> Option<String> {
     (last.split(':').count() == 4).then_some(last)
 }
 
+/// How many facts of one sort are told of a disk: a page can have thousands of designators, all of them wrong, and a disk as
+/// many openers.
+const LINES: usize = 64;
+
+/// Leaves the first lines, and says how many there were more.
+fn bound(lines: &mut Vec<String>) {
+    let more = lines.len().saturating_sub(LINES);
+    if more > 0 {
+        lines.truncate(LINES);
+        lines.push(format!("and {more} more"));
+    }
+}
+
+/// How many of many are named in one line.
+const NAMED: usize = 8;
+
+/// The first few of `count` in one line.
+fn few<'a>(first: impl Iterator<Item = &'a str>, count: usize, between: &str) -> String {
+    let first: Vec<&str> = first.take(NAMED).collect();
+    let line = first.join(between);
+    match count.saturating_sub(first.len()) {
+        0 => line,
+        more => format!("{line} and {more} more"),
+    }
+}
+
 /// Finds disks that share an identity.
 fn mark_clones(disks: &mut [Sketch]) {
-    let mut names: HashMap<DiskId, Vec<String>> = HashMap::new();
+    // How many have it, and the names of as many as are told of any of them.
+    let mut names: HashMap<DiskId, (usize, Vec<String>)> = HashMap::new();
     for Sketch { disk, .. } in disks.iter() {
         if let Some(id) = &disk.id {
-            names.entry(id.clone()).or_default().push(disk.name.clone());
+            let (count, first) = names.entry(id.clone()).or_default();
+            *count += 1;
+            if first.len() <= NAMED {
+                first.push(disk.name.clone());
+            }
         }
     }
     for sketch in disks.iter_mut() {
         let disk = &mut sketch.disk;
-        let same = disk.id.as_ref().and_then(|id| names.get(id)).map(Vec::as_slice).unwrap_or_default();
-        let others: Vec<&str> = same.iter().map(String::as_str).filter(|name| *name != disk.name).collect();
-        if others.is_empty() {
+        let Some((count, first)) = disk.id.as_ref().and_then(|id| names.get(id)) else { continue };
+        if *count < 2 {
             continue;
         }
-        let others = others.join(", ");
+        let others = first.iter().map(String::as_str).filter(|name| *name != disk.name);
+        let others = few(others, count - 1, ", ");
         sketch.clone = true;
         disk.evidence.push(format!("{} has the same identity as {others}", disk.name));
         disk.problems.push(if disk.id.as_ref().is_some_and(|id| id.backing_file().is_some()) {
@@ -393,7 +427,8 @@ impl Sketch {
         } else if machine.is_some() {
             Role::Assigned
         } else if !options.unread.is_empty() {
-            disk.problems.push(format!("whether it is assigned is not known: {}", options.unread.join("; ")));
+            let why = few(options.unread.iter().map(String::as_str), options.unread.len(), "; ");
+            disk.problems.push(format!("whether it is assigned is not known: {why}"));
             Role::Unknown
         } else if disk.size.0 == 0 {
             Role::Unknown

@@ -4,6 +4,7 @@ use std::fs::{self, OpenOptions};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
+use super::bound;
 use super::sysfs::Sysroot;
 
 /// What an attempt to open a disk exclusively for reading says of it.
@@ -47,6 +48,8 @@ pub(in crate::disk) fn holders(sysroot: &Sysroot, devnos: &[String]) -> Claim {
             "something holds it exclusively that shows in no mount, holder or process".to_owned()
         }));
     }
+    bound(&mut others);
+    bound(&mut ours);
     match others.is_empty() {
         true => Claim::Ours(ours),
         false => Claim::Other([others, ours].concat()),

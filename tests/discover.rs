@@ -347,6 +347,42 @@ fn presented(designators: &[(u8, u8, &[u8])], serial: Option<&str>) -> Disk {
 }
 
 #[test]
+fn a_name_that_nobody_gave_is_no_identity() {
+    let zeros = tree::hex("5000000000000000");
+    let next = presented(&[(1, 3, &zeros), (2, 1, b"ACME    lun 7")], None);
+    assert_eq!((id(&next).as_deref(), next.role), (Some("t10.ACME_lun_7"), Role::Free));
+    assert!(next.problems[0].contains("at byte 4 names no disk: it is a placeholder"), "{next:?}");
+    let serial =
+        presented(&[(1, 3, &tree::hex("5000c500ffffffff")), (1, 3, &tree::hex("5000c50fffffffff"))], None);
+    assert_eq!(id(&serial).as_deref(), Some("naa.5000c500ffffffff"), "a maker may well come to that number");
+    let none = presented(&[(1, 3, &zeros)], Some("0000-0000"));
+    assert_eq!((id(&none), none.role, none.serial.as_deref()), (None, Role::NoUuid, Some("0000-0000")));
+    let problems = none.problems.join("\n");
+    for said in ["it is a placeholder", "its serial `0000-0000` is a placeholder", "is damaged or names none"]
+    {
+        assert!(problems.contains(said), "{problems}");
+    }
+    assert!(!problems.contains("EnableUUID"), "{problems}");
+
+    // Where the kernel has no pages: its own word for the designator, and udev's.
+    let dir = tempfile::tempdir().unwrap();
+    let tree = tree::sata(dir.path());
+    without_pages(dir.path(), "sda");
+    tree.write("sys/block/sda/device/wwid", "naa.5000000000000000\n");
+    tree.udev(
+        "8:0",
+        &[
+            ("ID_SCSI", "1"),
+            ("ID_WWN_WITH_EXTENSION", "0x5000000000000000"),
+            ("ID_SERIAL", "35000000000000000"),
+        ],
+    );
+    let found = disks(&tree);
+    assert_eq!((id(&found[0]), found[0].role), (None, Role::NoUuid));
+    assert!(found[0].problems[0].contains("its wwid in sysfs: `naa.5000000000000000` is no disk identity"));
+}
+
+#[test]
 fn what_is_told_of_a_disk_has_an_end() {
     let hostile = presented(&[(1, 3, &[][..]); 10_000], None);
     assert_eq!(hostile.role, Role::NoUuid);

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::id::DiskId;
+use super::id::{DiskId, is_no_serial};
 use crate::error::IoError;
 use crate::units::ByteLen;
 
@@ -237,7 +237,7 @@ struct Sketch {
     found: roles::Findings,
     claim: Claim,
     clone: bool,
-    /// Whether the page that should identify it is damaged.
+    /// Whether the page that should identify it is damaged, or names no disk.
     damaged: bool,
 }
 
@@ -443,7 +443,13 @@ impl Sketch {
         evidence.extend(machine.map(|machine| format!("it is assigned to the machine {machine}")));
         disk.evidence = evidence;
         match &disk.id {
-            None => disk.problems.push(no_uuid(&disk, damaged).to_owned()),
+            None => {
+                let serial = disk.serial.as_deref().filter(|serial| is_no_serial(serial.as_bytes()));
+                let placeholder =
+                    |serial| format!("its serial `{serial}` is a placeholder and names no disk");
+                disk.problems.extend(serial.map(placeholder));
+                disk.problems.push(no_uuid(&disk, damaged).to_owned());
+            }
             Some(id) if id.is_weak() => disk.problems.push(
                 "its identity is only a serial: it is unique if whoever gave it took care of that".to_owned(),
             ),
@@ -463,8 +469,8 @@ impl Sketch {
 fn no_uuid(disk: &Disk, damaged: bool) -> &'static str {
     let vendor = disk.vendor.as_deref().unwrap_or_default();
     if damaged {
-        "no UUID: its VPD page 0x83, which should tell this disk from others, is damaged, and page 0x80 gives no serial. \
-         No setting is missing: mend what presents this disk, or attach it through another controller"
+        "no UUID: its VPD page 0x83, which should tell this disk from others, is damaged or names none, and page 0x80 gives \
+         no serial that does. No setting is missing: mend what presents this disk, or attach it through another controller"
     } else if vendor.eq_ignore_ascii_case("VMware") {
         "no UUID: the virtual machine lacks disk.EnableUUID. Power the VM off, add the row `disk.EnableUUID` = `TRUE` \
          (without quotes) under the advanced configuration parameters, and power it on"

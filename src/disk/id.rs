@@ -87,28 +87,28 @@ pub struct DiskId {
 const LONGEST: usize = 4096 + 64;
 
 impl DiskId {
-    /// An NAA designator of SPC-5, 7.7.6.6: 8 bytes that begin with 2, 3 or 5, or 16 that begin with 6.
+    /// An NAA designator of SPC-5, 7.7.6.6: 8 bytes that begin with 2, 3 or 5, or 16 that begin with 6, and that are no
+    /// placeholder: something must follow that digit, and in an NAA 5 its maker's, which is neither all zeros nor all ones.
     pub fn naa(bytes: &[u8]) -> Option<DiskId> {
-        let kind = match (bytes.first()? >> 4, bytes.len()) {
-            (2 | 3 | 5, 8) => Kind::Naa,
-            (6, 16) => Kind::NaaExtended,
-            _ => return None,
-        };
-        Some(DiskId { kind, value: hex(bytes) })
+        let kind = naa_kind(bytes)?;
+        let value = hex(bytes);
+        let name = value.get(if value.starts_with('5') { 7.. } else { 1.. })?;
+        (!is_placeholder(name)).then_some(DiskId { kind, value })
     }
 
-    /// An EUI-64 based designator of SPC-5, 7.7.6.5: 8, 12 or 16 bytes that are not all zero.
+    /// An EUI-64 based designator of SPC-5, 7.7.6.5: 8, 12 or 16 bytes that are neither all zeros nor all ones.
     pub fn eui(bytes: &[u8]) -> Option<DiskId> {
-        let sound = matches!(bytes.len(), 8 | 12 | 16) && bytes.iter().any(|&b| b != 0);
-        sound.then(|| DiskId { kind: Kind::Eui, value: hex(bytes) })
+        let value = hex(bytes);
+        let sound = matches!(bytes.len(), 8 | 12 | 16) && !is_placeholder(&value);
+        sound.then_some(DiskId { kind: Kind::Eui, value })
     }
 
-    /// A UUID that is not the nil UUID.
+    /// A UUID that is neither the nil UUID nor all ones.
     pub fn uuid(bytes: &[u8; 16]) -> Option<DiskId> {
-        if bytes.iter().all(|&b| b == 0) {
+        let mut value = hex(bytes);
+        if is_placeholder(&value) {
             return None;
         }
-        let mut value = hex(bytes);
         for at in [20, 16, 12, 8] {
             value.insert(at, '-');
         }
@@ -140,7 +140,7 @@ impl DiskId {
     /// A serial of VPD page 0x80, which is unique only together with its vendor and model.
     pub fn serial(vendor: &str, model: &str, serial: &str) -> Option<DiskId> {
         let serial = serial.trim();
-        if serial.is_empty() || serial.bytes().all(|b| b == b'0') {
+        if is_no_serial(serial.as_bytes()) {
             return None;
         }
         DiskId::text(Kind::Serial, &format!("{vendor} {model} {serial}"))
@@ -148,6 +148,9 @@ impl DiskId {
 
     /// The serial that a hypervisor gave a virtio disk.
     pub fn virtio(serial: &str) -> Option<DiskId> {
+        if is_no_serial(serial.as_bytes()) {
+            return None;
+        }
         DiskId::text(Kind::Virtio, serial)
     }
 
@@ -257,14 +260,17 @@ pub enum Reason {
     /// Not as many digits, or not the first digit, that an NAA name has.
     #[error("an NAA name has 16 digits and begins with 2, 3 or 5, or has 32 and begins with 6")]
     Naa,
+    /// An NAA name that nobody gave.
+    #[error("it is a placeholder, all zeros or all f, which tells no disk from another")]
+    Placeholder,
     /// Not as many digits as an EUI-64 has.
-    #[error("an EUI-64 name has 16, 24 or 32 hexadecimal digits that are not all zero")]
+    #[error("an EUI-64 name has 16, 24 or 32 hexadecimal digits that are not all zero or all f")]
     Eui,
     /// Not a UUID.
-    #[error("a UUID has 32 hexadecimal digits that are not all zero")]
+    #[error("a UUID has 32 hexadecimal digits that are not all zero or all f")]
     Uuid,
-    /// A prefix with nothing behind it.
-    #[error("there is nothing behind its prefix")]
+    /// A prefix with nothing behind it, or only with zeros.
+    #[error("there is nothing behind its prefix that tells one disk from another")]
     NoValue,
     /// A loop identity without an absolute path.
     #[error(
@@ -398,8 +404,27 @@ fn naa_digits(text: &str) -> Result<DiskId, Reason> {
     let bytes = bytes_of(text).ok_or(Reason::Naa)?;
     match (bytes.len(), bytes.first()) {
         (8, Some(0x60..=0x6f)) => Err(Reason::HalfName),
-        _ => DiskId::naa(&bytes).ok_or(Reason::Naa),
+        _ if naa_kind(&bytes).is_none() => Err(Reason::Naa),
+        _ => DiskId::naa(&bytes).ok_or(Reason::Placeholder),
     }
+}
+
+fn naa_kind(bytes: &[u8]) -> Option<Kind> {
+    match (bytes.first()? >> 4, bytes.len()) {
+        (2 | 3 | 5, 8) => Some(Kind::Naa),
+        (6, 16) => Some(Kind::NaaExtended),
+        _ => None,
+    }
+}
+
+/// Whether digits stand in the place of a name that nobody gave, and are the same on all disks of their kind.
+fn is_placeholder(digits: &str) -> bool {
+    digits.bytes().all(|digit| digit == b'0') || digits.bytes().all(|digit| digit == b'f')
+}
+
+/// Whether a serial stands in the place of one that nobody gave. udev writes `_` for a blank.
+pub(super) fn is_no_serial(serial: &[u8]) -> bool {
+    serial.iter().all(|b| matches!(b, b'0' | b' ' | b'-' | b'_' | 0))
 }
 
 fn uuid_digits(text: &str) -> Result<DiskId, Reason> {
@@ -539,6 +564,9 @@ mod tests {
         assert_eq!(reason("naa.50"), Reason::Naa);
         assert_eq!(reason("naa.5000c500a1b2c3dg"), Reason::Naa);
         assert_eq!(reason("eui.0000000000000000"), Reason::Eui);
+        assert_eq!(reason("eui.FFFFFFFFFFFFFFFF"), Reason::Eui);
+        assert_eq!(reason("uuid.ffffffff-ffff-ffff-ffff-ffffffffffff"), Reason::Uuid);
+        assert_eq!(reason("virtio.0000"), Reason::NoValue);
         assert_eq!(reason("uuid.1234"), Reason::Uuid);
         assert_eq!(reason("t10.   "), Reason::NoValue);
         assert_eq!(reason("loop:img"), Reason::LoopPath);
@@ -548,6 +576,45 @@ mod tests {
         assert_eq!(reason("nvme-Samsung_SSD_980_S649"), Reason::NvmeModel);
         assert_eq!(reason("sdb"), Reason::Form);
         assert_eq!(reason(&"6".repeat(5000)), Reason::TooLong);
+    }
+
+    #[test]
+    fn a_name_that_nobody_gave_is_none() {
+        for digits in [
+            "2000000000000000",
+            "2fffffffffffffff",
+            "3000000000000000",
+            "5000000000000000",
+            "5fffffffffffffff",
+            // A maker, and nothing of the disk.
+            "5000c50000000000",
+            "5000c50fffffffff",
+            "60000000000000000000000000000000",
+            "6fffffffffffffffffffffffffffffff",
+        ] {
+            for spelling in [format!("naa.{digits}"), format!("wwn-0x{digits}"), format!("scsi-3{digits}")] {
+                assert_eq!(reason(&spelling), Reason::Placeholder, "{spelling}");
+            }
+            assert_eq!(DiskId::name(&format!("naa.{digits}")), None);
+        }
+        // What somebody chose, however simple, is one: the first of a maker, scsi_debug's, tgt's.
+        for digits in [
+            "5000c50000000001",
+            "5000000000000001",
+            "3333333000000fa0",
+            "2222222000002000",
+            "5555555555555555",
+            "60000000000000000e00000000010001",
+            "6000c290000000000000000000000000",
+        ] {
+            assert_eq!(id(&format!("naa.{digits}")).to_string(), format!("naa.{digits}"));
+        }
+        for serial in ["", "   ", "0000", "00 00", "----", "0-0", "__"] {
+            assert_eq!((DiskId::serial("V", "M", serial), DiskId::virtio(serial)), (None, None), "{serial}");
+        }
+        for serial in ["1", "2000", "0123456789ABCDEF", "FFFF"] {
+            assert!(DiskId::serial("V", "M", serial).is_some() && DiskId::virtio(serial).is_some());
+        }
     }
 
     #[test]

@@ -14,7 +14,7 @@
 
 use std::fmt;
 
-use super::id::DiskId;
+use super::id::{DiskId, is_no_serial};
 
 /// Why a page cannot be used at all.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -142,6 +142,8 @@ pub enum Flaw {
     CodeSet,
     /// The two bytes in front of a UUID do not announce one.
     UuidHeader,
+    /// It stands in the place of a name that nobody gave.
+    Placeholder,
 }
 
 impl fmt::Display for Note {
@@ -156,6 +158,7 @@ impl fmt::Display for Note {
             Flaw::Text => write!(f, "is not the text that it should be"),
             Flaw::CodeSet => write!(f, "has a code set that does not go with its type"),
             Flaw::UuidHeader => write!(f, "is no UUID of RFC 4122"),
+            Flaw::Placeholder => write!(f, "names no disk: it is a placeholder, such as all zeros"),
         }
     }
 }
@@ -188,9 +191,16 @@ impl Designator<'_> {
             Value::Eui64(bytes) => DiskId::eui(bytes),
             Value::Uuid(bytes) => DiskId::uuid(bytes),
             Value::ScsiName(name) => DiskId::name(name),
-            // A vendor without anything behind it is the same on all of its disks.
-            Value::T10Vendor { specific, .. } if specific.iter().all(|b| matches!(b, b' ' | 0)) => None,
             Value::T10Vendor { vendor, specific } => {
+                // A vendor without anything behind it is the same on all of its disks, and so is an ATA disk's model (its 40
+                // bytes come first) without a serial.
+                let serial = match (*vendor, specific.split_at_checked(40)) {
+                    (b"ATA     ", Some((_, serial))) => serial,
+                    _ => specific,
+                };
+                if is_no_serial(serial) {
+                    return None;
+                }
                 DiskId::t10(std::str::from_utf8(&[*vendor, *specific].concat()).ok()?)
             }
             _ => None,
@@ -298,7 +308,13 @@ fn designator(codes: u8, types: u8, bytes: &[u8]) -> Result<Designator<'_>, Flaw
         other => Value::Unknown(other),
     };
     let protocol = (types & 0x80 != 0).then_some(codes >> 4);
-    Ok(Designator { association, code_set, protocol, value })
+    let designator = Designator { association, code_set, protocol, value };
+    let named =
+        matches!(designator.value, Value::Naa(_) | Value::Eui64(_) | Value::Uuid(_) | Value::ScsiName(_));
+    if association == Association::LogicalUnit && named && designator.identity().is_none() {
+        return Err(Flaw::Placeholder);
+    }
+    Ok(designator)
 }
 
 fn t10_vendor(bytes: &[u8]) -> Result<Value<'_>, Flaw> {
@@ -487,9 +503,19 @@ mod tests {
         assert_eq!(identity(&[(0x61, 0x93, &NAA6), (1, 3, &NAA5)]).as_deref(), Some("naa.5000c500a1b2c3d4"));
     }
 
+    /// As libata makes it.
+    fn ata(serial: &str) -> String {
+        format!("{:<8}{:<40}{serial:<20}", "ATA", "QEMU HARDDISK")
+    }
+
     #[test]
     fn hostile_designators_are_passed_over_with_a_note() {
-        let cases: [(u8, u8, &[u8], Flaw); 15] = [
+        let cases: [(u8, u8, &[u8], Flaw); 20] = [
+            (1, 3, &[0x50, 0, 0, 0, 0, 0, 0, 0], Flaw::Placeholder),
+            (1, 3, &[0x50, 0, 0xc5, 0, 0, 0, 0, 0], Flaw::Placeholder),
+            (1, 2, &[0xff; 8], Flaw::Placeholder),
+            (1, 0xa, &[0x10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], Flaw::Placeholder),
+            (3, 8, b"naa.5000000000000000", Flaw::Placeholder),
             (1, 3, &[], Flaw::Empty),
             (1, 3, &NAA6[..8], Flaw::Length(8)),
             (1, 3, &NAA6[..15], Flaw::Length(15)),
@@ -514,7 +540,13 @@ mod tests {
         }
         // All zeros name nothing.
         assert_eq!(identity(&[(1, 2, &[0; 8])]), None);
-        assert_eq!(identity(&[(2, 1, b"ACME            ")]), None);
+        for t10 in ["ACME            ".to_owned(), "ACME    0000-0000".to_owned(), ata("00000000"), ata("")] {
+            assert_eq!(identity(&[(2, 1, t10.as_bytes())]), None, "{t10}");
+        }
+        assert_eq!(identity(&[(2, 1, ata("QM0").as_bytes())]).as_deref(), Some("t10.ATA_QEMU_HARDDISK_QM0"));
+        // A port's does not speak of the disk.
+        let port = page(&[(0x61, 0x93, &[0x50, 0, 0, 0, 0, 0, 0, 0]), (1, 3, &NAA5)]);
+        assert_eq!(parse_identification(&port).unwrap().notes, []);
     }
 
     #[test]

@@ -69,7 +69,7 @@ pub(in crate::disk) struct Identity {
     pub(in crate::disk) model: Option<String>,
     /// What was passed over.
     pub(in crate::disk) notes: Vec<String>,
-    /// Whether VPD page 0x83 is there and breaks the rules.
+    /// Whether VPD page 0x83 is there and breaks the rules, or has a placeholder in the place of a name.
     pub(in crate::disk) damaged: bool,
 }
 
@@ -79,6 +79,15 @@ impl Identity {
         let Some(id) = id else { return };
         if self.id.as_ref().is_none_or(|(best, _)| id.kind() < best.kind()) {
             self.id = Some((id, source));
+        }
+    }
+
+    /// Offers the kernel's `wwid`, or says why it is none.
+    fn offer_wwid(&mut self, wwid: Option<String>) {
+        match wwid.map(|wwid| wwid.parse::<DiskId>()) {
+            Some(Ok(id)) => self.offer(Some(id), IdSource::Sysfs),
+            Some(Err(error)) => self.notes.push(format!("its wwid in sysfs: {error}")),
+            None => {}
         }
     }
 
@@ -174,10 +183,7 @@ fn offer_sysfs(sysroot: &Sysroot, name: &str, transport: Transport, found: &mut 
             let knows = page.is_some();
             match page {
                 Some(page) => offer_page_83(&page, IdSource::Sysfs, found),
-                None => {
-                    let wwid = sysroot.text(format!("{device}/wwid"));
-                    found.offer(wwid.and_then(|wwid| wwid.parse().ok()), IdSource::Sysfs);
-                }
+                None => found.offer_wwid(sysroot.text(format!("{device}/wwid"))),
             }
             let page = sysroot.bytes(format!("{device}/vpd_pg80")).unwrap_or_default();
             offer_page_80(&page, IdSource::Sysfs, found);
@@ -186,8 +192,7 @@ fn offer_sysfs(sysroot: &Sysroot, name: &str, transport: Transport, found: &mut 
         Transport::Nvme => {
             found.model = sysroot.text(format!("{device}/model"));
             found.serial = sysroot.text(format!("{device}/serial"));
-            let wwid = sysroot.text(format!("sys/block/{name}/wwid"));
-            found.offer(wwid.and_then(|wwid| wwid.parse().ok()), IdSource::Sysfs);
+            found.offer_wwid(sysroot.text(format!("sys/block/{name}/wwid")));
             found.id.is_some()
         }
         Transport::Virtio => {

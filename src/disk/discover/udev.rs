@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 
 use super::sysfs::Sysroot;
-use crate::disk::id::DiskId;
+use crate::disk::id::{DiskId, is_no_serial};
 
 /// The properties that udev stored of one device.
 #[derive(Default, Debug)]
@@ -49,7 +49,9 @@ impl Properties {
         if let Some(wwid) = self.get("ID_WWN").filter(|wwn| !wwn.starts_with("0x")) {
             take(wwid.to_owned());
         }
-        if let Some(serial) = self.get("ID_SERIAL") {
+        // Behind vendor and model a serial that nobody gave does not show any more.
+        let given = !self.get("ID_SERIAL_SHORT").is_some_and(|serial| is_no_serial(serial.as_bytes()));
+        if let Some(serial) = self.get("ID_SERIAL").filter(|_| given) {
             if self.get("ID_ATA").is_some() {
                 take(format!("ata-{serial}"));
             } else if self.get("ID_SCSI").is_some() && !serial.starts_with('0') {
@@ -95,6 +97,10 @@ mod tests {
             Some("serial.QEMU_QEMU_HARDDISK_d7")
         );
         assert_eq!(identity("E:ID_SCSI=1\nE:ID_SERIAL=0QEMU_QEMU_HARDDISK_drive-scsi0-0-0-0\n"), None);
+        for bus in ["ID_SCSI=1\nE:ID_SERIAL=SACME_disk_0000", "ID_ATA=1\nE:ID_SERIAL=ACME_disk_0000"] {
+            assert!(identity(&format!("E:{bus}\nE:ID_SERIAL_SHORT=1000\n")).is_some());
+            assert_eq!(identity(&format!("E:{bus}\nE:ID_SERIAL_SHORT=0000\n")), None);
+        }
         assert_eq!(identity(""), None);
         assert_eq!(identity("E:\nE:=\nE:ID_WWN_WITH_EXTENSION=\nnonsense\0"), None);
     }

@@ -686,6 +686,31 @@ fn the_command_lists_and_requires_uuids() {
 }
 
 #[test]
+fn no_name_does_anything_to_the_terminal_or_to_the_table() {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = tree::vmware(dir.path(), PVSCSI, true);
+    let device = tree.root.join("sys/block/sdb/device");
+    std::fs::remove_file(device.join("inquiry")).unwrap();
+    tree.write("sys/block/sdb/device/vendor", "\u{1b}[2J\n");
+    tree.write("sys/block/sdb/device/model", "a\u{9b}b\rc\n");
+    tree.write("sys/block/sdb/holders/\u{1b}c", "");
+    let shown = |dir: &Path| {
+        let output = command(dir).assert().success().get_output().clone();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let text = shown(dir.path());
+    assert!(!text.contains(|c: char| c.is_control() && c != '\n'), "{text:?}");
+    assert!(text.contains(r"sdb is held by \u{1b}c"), "{text}");
+    let at = |line: usize, what: &str| text.lines().nth(line).unwrap().find(what).unwrap();
+    assert_eq!((at(0, "ROLE"), at(0, "VENDOR")), (at(2, "in-use"), at(2, r"\u{1b}[2J a\u{9b}b\rc")));
+    // The widest column that the formatting takes has 65,535 characters.
+    tree.write("sys/block/sdb/device/model", "x".repeat(100_000));
+    let text = shown(dir.path());
+    assert!(text.lines().nth(2).unwrap().contains("xxx…  in-use"), "{}", text.len());
+    assert!(text.len() < 100_000);
+}
+
+#[test]
 fn the_json_has_its_shape() {
     let dir = tempfile::tempdir().unwrap();
     tree::vmware(dir.path(), PVSCSI, true);

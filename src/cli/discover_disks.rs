@@ -18,8 +18,8 @@ use mt_agent::error::plain;
 use mt_agent::protection::Store;
 use serde::Serialize;
 
-use super::Failure;
 use super::places::Places;
+use super::{Failure, table};
 
 /// The version of the JSON; it changes when a field goes or changes its meaning.
 const SCHEMA_VERSION: u32 = 1;
@@ -97,7 +97,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         let text = serde_json::to_string_pretty(&listing).map_err(Failure::failed)?;
         done(writeln!(out, "{text}").map_err(Failure::failed))?;
     } else {
-        done(out.write_all(table(&disks).as_bytes()).map_err(Failure::failed))?;
+        done(out.write_all(listing(&disks).as_bytes()).map_err(Failure::failed))?;
     }
     let without: Vec<&str> =
         disks.iter().filter(|disk| lacks_uuid(disk)).map(|disk| disk.name.as_str()).collect();
@@ -155,7 +155,7 @@ fn follow(mut watch: Watch, json: bool, out: &mut impl Write) -> Result<(), Fail
         let line = serde_json::to_string(&Listing { schema_version: SCHEMA_VERSION, disks: watch.disks() });
         writeln!(out, "{}", line.map_err(Failure::failed)?).map_err(failed)?;
     } else {
-        write!(out, "{}", table(watch.disks())).map_err(failed)?;
+        write!(out, "{}", listing(watch.disks())).map_err(failed)?;
     }
     out.flush().map_err(failed)?;
     loop {
@@ -184,7 +184,7 @@ fn sentence(change: &Change) -> String {
         Change::Changed { disk } => ("changed ", disk, facts(disk)),
     };
     let identity = disk.id.as_ref().map_or("no UUID".to_owned(), ToString::to_string);
-    format!("{word} {} ({identity}) {more}", disk.name).trim_end().to_owned()
+    plain(format!("{word} {} ({identity}) {more}", disk.name).trim_end()).into_owned()
 }
 
 fn facts(disk: &Disk) -> String {
@@ -197,22 +197,24 @@ fn facts(disk: &Disk) -> String {
 }
 
 /// One line a disk, then the reasons: evidence of the role, and problems with what to do.
-fn table(disks: &[Disk]) -> String {
+fn listing(disks: &[Disk]) -> String {
     if disks.is_empty() {
         return "no disks (loop devices are listed with --loop)\n".to_owned();
     }
-    let mut rows = vec![
-        ["IDENTITY", "NAME", "H:C:T:L", "SIZE", "VENDOR AND MODEL", "ROLE", "PROBLEMS"].map(str::to_owned),
-    ];
+    // Numbers end in line, which tables do not do by themselves.
+    let width = disks.iter().map(|disk| disk.size.to_string().len()).max().unwrap_or(0);
+    let size = |text: &str| format!("{text:>width$}");
+    let head = ["IDENTITY", "NAME", "H:C:T:L", &size("SIZE"), "VENDOR AND MODEL", "ROLE", "PROBLEMS"];
+    let mut rows = Vec::new();
     for disk in disks {
         let text = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
         let model: Vec<&str> =
             [&disk.vendor, &disk.model].into_iter().flatten().map(String::as_str).collect();
-        rows.push([
+        rows.push(vec![
             text(disk.id.as_ref().map(ToString::to_string)),
             disk.name.clone(),
             text(disk.hctl.clone()),
-            disk.size.to_string(),
+            size(&disk.size.to_string()),
             if model.is_empty() { "-".to_owned() } else { model.join(" ") },
             disk.role.as_str().to_owned(),
             match disk.problems.len() {
@@ -222,30 +224,14 @@ fn table(disks: &[Disk]) -> String {
             },
         ]);
     }
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let widths: [usize; 7] = std::array::from_fn(width);
-    let mut out = String::new();
-    for row in &rows {
-        let cells: Vec<String> = row
-            .iter()
-            .zip(widths)
-            .enumerate()
-            .map(
-                |(at, (cell, width))| {
-                    if at == 3 { format!("{cell:>width$}") } else { format!("{cell:<width$}") }
-                },
-            )
-            .collect();
-        out.push_str(cells.join("  ").trim_end());
-        out.push('\n');
-    }
+    let mut out = table::lines(&head, &rows).join("\n") + "\n";
     for disk in disks {
         if disk.evidence.is_empty() && disk.problems.is_empty() && disk.paths.len() < 2 {
             continue;
         }
-        out.push_str(&format!("\n{}:\n", disk.name));
+        out.push_str(&format!("\n{}:\n", plain(&disk.name)));
         if disk.paths.len() > 1 {
-            out.push_str(&format!("  paths: {}\n", disk.paths.join(", ")));
+            out.push_str(&format!("  paths: {}\n", plain(&disk.paths.join(", "))));
         }
         for line in &disk.evidence {
             out.push_str(&format!("  {}: {}\n", disk.role.as_str(), plain(line)));

@@ -1,9 +1,28 @@
 //! Plain tables: columns as wide as their widest cell, two spaces apart.
 
-/// Lines of `rows` under `head`. Cells are printed as they are, so they must hold no control characters.
+use std::borrow::Cow;
+
+use mt_agent::error::plain;
+
+/// The longest cell that is shown whole. An identity or a path may be copied from a table, and is never longer; and a column
+/// must stay far below the width from which on `format!` panics, 65,536.
+const LONGEST: usize = 8192;
+
+/// A cell of any text: control characters are escaped, and what is too long is cut.
+fn cell(text: &str) -> Cow<'_, str> {
+    let text = plain(text);
+    match text.char_indices().nth(LONGEST - 1) {
+        Some((end, last)) if end + last.len_utf8() < text.len() => Cow::Owned(format!("{}…", &text[..end])),
+        _ => text,
+    }
+}
+
+/// Lines of `rows` under `head`. What cells hold that does not print is escaped.
 pub fn lines(head: &[&str], rows: &[Vec<String>]) -> Vec<String> {
+    let rows: Vec<Vec<Cow<'_, str>>> =
+        rows.iter().map(|row| row.iter().map(|text| cell(text)).collect()).collect();
     let mut widths: Vec<usize> = head.iter().map(|cell| cell.chars().count()).collect();
-    for row in rows {
+    for row in &rows {
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = (*width).max(cell.chars().count());
         }
@@ -13,7 +32,7 @@ pub fn lines(head: &[&str], rows: &[Vec<String>]) -> Vec<String> {
         cells.join("  ").trim_end().to_owned()
     };
     let mut lines = vec![line(&mut head.iter().copied())];
-    lines.extend(rows.iter().map(|row| line(&mut row.iter().map(String::as_str))));
+    lines.extend(rows.iter().map(|row| line(&mut row.iter().map(AsRef::as_ref))));
     lines
 }
 
@@ -72,5 +91,16 @@ mod tests {
         assert_eq!(lines, ["fail    something".to_owned(), format!("        {path} is away")]);
         assert_eq!(wrapped("fix: ", "é"), ["fix: é"]);
         assert_eq!(printable("a\u{1b}[31m\n b"), "a [31m b");
+    }
+
+    #[test]
+    fn a_cell_neither_does_anything_to_a_terminal_nor_makes_a_column_that_cannot_be() {
+        let rows = [["a\u{1b}[2J", "x"], ["a\n", "y"]].map(|row| row.map(str::to_owned).to_vec());
+        assert_eq!(lines(&["ID", "B"], &rows), ["ID          B", r"a\u{1b}[2J  x", r"a\n         y"]);
+        let long = |len: usize| vec!["é".repeat(len), "x".to_owned()];
+        let table = lines(&["ID", "B"], &[long(LONGEST), long(LONGEST + 1), long(1 << 17)]);
+        assert_eq!(table[1], format!("{}  x", "é".repeat(LONGEST)));
+        let cut = format!("{}…  x", "é".repeat(LONGEST - 1));
+        assert_eq!(table[2..], [cut.clone(), cut]);
     }
 }

@@ -376,7 +376,7 @@ fn a_watch_sees_a_disk_come_grow_and_go() {
     let (stopped, stop) = std::io::pipe().unwrap();
     let id = loop_id(&path);
     let follower = thread::spawn(move || {
-        let mut watch = Watch::new(Sysroot::default(), options).unwrap();
+        let mut watch = Watch::new(Sysroot::default(), move || options.clone()).unwrap();
         ready.send(()).unwrap();
         loop {
             let seen = watch.wait(stopped.as_fd()).unwrap();
@@ -405,6 +405,62 @@ fn a_watch_sees_a_disk_come_grow_and_go() {
     assert!(matches!(next(), Change::Detached { .. }));
     drop(stop);
     follower.join().unwrap();
+}
+
+/// What is assigned while it watches is read at the next look.
+#[test]
+fn a_watch_sees_an_assignment_come_and_go() {
+    let _turn = turn();
+    let Some((dir, path, _device)) = attached("assigned.img") else { return };
+    fs::write(dir.path().join("mt-agent.toml"), "allow_loop = true\n").unwrap();
+    let command = |args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_mt-agent"));
+        command
+            .args(args)
+            .args(["--config", "mt-agent.toml", "--state-dir", "state"])
+            .current_dir(dir.path());
+        command
+    };
+    let mut watch =
+        command(&["discover-disks", "--watch", "--loop", "--json"]).stdout(Stdio::piped()).spawn().unwrap();
+    let (sender, lines) = mpsc::channel();
+    let stdout = BufReader::new(watch.stdout.take().unwrap());
+    let reader = thread::spawn(move || {
+        for line in stdout.lines().map_while(Result::ok) {
+            _ = sender.send(serde_json::from_str::<serde_json::Value>(&line).unwrap());
+        }
+    });
+    let id = loop_id(&path).to_string();
+    // A device that is attached makes an event, and so a look. Meanwhile others may hold the disk for a moment.
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let await_role = |role: &str| loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let told =
+            lines.recv_timeout(left).unwrap_or_else(|_| panic!("it was not told that the disk is {role}"));
+        let listed = told["disks"].as_array().into_iter().flatten();
+        if listed.chain(told.get("disk")).any(|disk| disk["id"] == *id && disk["role"] == *role) {
+            break;
+        }
+    };
+    let event = |name: &str| {
+        let other = path.with_file_name(name);
+        image(&other, MIB);
+        LoopDev::attach(&other, &[])
+    };
+    let protect = |args: &[&str]| {
+        let output = command(&[&["protect"], args].concat()).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    };
+    await_role("free");
+    protect(&["add", "web01", "--disk", &format!("root={id}")]);
+    let _one = event("one.img");
+    await_role("assigned");
+    protect(&["remove", "web01"]);
+    let _other = event("other.img");
+    await_role("free");
+    watch.kill().unwrap();
+    watch.wait().unwrap();
+    reader.join().unwrap();
 }
 
 /// `discover-disks --watch | head -n1`, where nothing changes that would be told.

@@ -36,7 +36,8 @@ pub struct Args {
     /// List loop devices too
     #[arg(long = "loop")]
     include_loop: bool,
-    /// Stay, and print what changes as disks come, go and are resized
+    /// Stay, and print what changes as disks come, go and are resized; what the kernel tells nobody, such as an assignment or
+    /// a mount, is seen within half a minute
     #[arg(long)]
     watch: bool,
     /// First ask every SCSI disk for its size again, and every SCSI host for new disks (needs root). This takes no
@@ -72,23 +73,22 @@ pub fn run(args: Args) -> Result<(), Failure> {
     if args.rescan {
         rescan(&sysroot)?;
     }
-    let options = match sysroot.is_live() {
-        true => {
-            let config = args.places.load()?;
-            // The disks are worth seeing all the same, to who may not read (all of) the protections too.
-            let (assigned, unread) = Store::open(&config.retention_dir).known();
-            for why in &unread {
-                note!("mt-agent: not all that is assigned is known: {why}");
-            }
-            let retention = Some(config.retention_dir);
-            Options { include_loop: args.include_loop, assigned, unread, retention, ..Options::default() }
-        }
-        // Another host's disks: this one's assignments say nothing of them.
-        false => Options { include_loop: args.include_loop, ..Options::default() },
+    let include_loop = args.include_loop;
+    // Another host's disks: this one's assignments say nothing of them.
+    let retention = if sysroot.is_live() { Some(args.places.load()?.retention_dir) } else { None };
+    let look = move || {
+        let Some(dir) = &retention else { return Options { include_loop, ..Options::default() } };
+        // The disks are worth seeing all the same, to who may not read (all of) the protections too.
+        let (assigned, unread) = Store::open(dir).known();
+        Options { include_loop, assigned, unread, retention: Some(dir.clone()), ..Options::default() }
     };
+    let options = look();
+    for why in &options.unread {
+        note!("mt-agent: not all that is assigned is known: {why}");
+    }
     let mut out = io::stdout().lock();
     if args.watch {
-        let watch = Watch::new(sysroot, options).map_err(failure)?;
+        let watch = Watch::new(sysroot, look).map_err(failure)?;
         return done(follow(watch, args.json, &mut out));
     }
     let disks = discover(&sysroot, &options).map_err(failure)?;

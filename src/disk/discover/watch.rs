@@ -20,7 +20,7 @@ use crate::units::ByteLen;
 const QUIET: Duration = Duration::from_millis(150);
 /// …but no longer than this: where there is no end of events, too, a disk is told of within two seconds.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// What no event tells (a new mount, an opener) is seen at the latest after this long.
+/// What no event tells (a new mount, an opener, an assignment) is seen at the latest after this long.
 const LOOK_ANYWAY: Duration = Duration::from_secs(30);
 
 /// What changed between two looks.
@@ -76,16 +76,16 @@ pub fn compare(before: &[Disk], after: &[Disk]) -> Vec<Change> {
 /// A watch over the disks of this machine.
 pub struct Watch {
     sysroot: Sysroot,
-    options: Options,
+    options: Box<dyn FnMut() -> Options>,
     kernel: udev::MonitorSocket,
     udev: udev::MonitorSocket,
     disks: Vec<Disk>,
 }
 
 impl Watch {
-    /// Begins to listen, then looks: nothing that happens after this is missed. Refused for another tree than
-    /// this machine's, which sends no events.
-    pub fn new(sysroot: Sysroot, options: Options) -> Result<Watch, Error> {
+    /// Begins to listen, then looks: nothing that happens after this is missed. The options are asked for at each look,
+    /// since what is assigned changes meanwhile. Refused for another tree than this machine's, which sends no events.
+    pub fn new(sysroot: Sysroot, mut options: impl FnMut() -> Options + 'static) -> Result<Watch, Error> {
         if !sysroot.is_live() {
             return Err(Error::Refused(
                 "only this machine's own disks can be watched; leave out --sysroot".to_owned(),
@@ -95,8 +95,8 @@ impl Watch {
         let failed = |error| Error::Io(IoError::new("listen for", "uevents of block devices", error));
         let kernel = listen(udev::MonitorBuilder::new_kernel()).map_err(failed)?;
         let udev = listen(udev::MonitorBuilder::new()).map_err(failed)?;
-        let disks = discover(&sysroot, &options)?;
-        Ok(Watch { sysroot, options, kernel, udev, disks })
+        let disks = discover(&sysroot, &options())?;
+        Ok(Watch { sysroot, options: Box::new(options), kernel, udev, disks })
     }
 
     /// The disks as they were last seen.
@@ -119,7 +119,7 @@ impl Watch {
                     Woken::Stop => return Ok(Vec::new()),
                 }
             }
-            let disks = discover(&self.sysroot, &self.options)?;
+            let disks = discover(&self.sysroot, &(self.options)())?;
             let changes = compare(&self.disks, &disks);
             self.disks = disks;
             if !changes.is_empty() {

@@ -18,38 +18,91 @@ fn said(program: &str, args: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap().trim().to_owned()
 }
 
+/// What `scsi_id`, which asks the device, must say of this identity: type 3 is NAA, and type 0 what the vendor likes,
+/// such as a serial.
+fn by_scsi_id(disk: &Value) -> String {
+    match disk["id"].as_str().map(|id| id.split_once('.').unwrap()) {
+        None => String::new(),
+        Some(("naa", digits)) => format!("3{digits}"),
+        Some(("serial", value)) => format!("0{value}"),
+        Some(other) => panic!("{disk:#}: {other:?}"),
+    }
+}
+
+fn scsi_id(node: &str) -> String {
+    said("/lib/udev/scsi_id", &["-g", "-u", "-d", node])
+}
+
+/// The NAA identity, if it has one.
+fn naa(disk: &Value) -> Option<&str> {
+    disk["id"].as_str()?.strip_prefix("naa.")
+}
+
+/// What a device answers that is asked who it is: `scsi_id` and `sg_vpd` are told the same as discovery.
+fn answers(disk: &Value, node: &str) {
+    assert_eq!(scsi_id(node), by_scsi_id(disk), "{node}: scsi_id");
+    let page = said("sg_vpd", &["-p", "di", node]);
+    let unit = page.split("Target port:").next().unwrap();
+    let designators: Vec<&str> = unit.lines().filter_map(|line| line.trim().strip_prefix("0x")).collect();
+    assert_eq!(designators, naa(disk).into_iter().collect::<Vec<_>>(), "{node}: sg_vpd: {page}");
+    let page = said("sg_vpd", &["-p", "sn", node]);
+    let serial = page.lines().find_map(|line| line.trim().strip_prefix("Unit serial number: "));
+    assert_eq!(disk["serial"].as_str(), serial, "{node}: {page}");
+}
+
+/// What `lsblk` says of a device.
+struct Lsblk(Value);
+
+impl Lsblk {
+    fn of(node: &str) -> Lsblk {
+        let text = tool("lsblk", &["-J", "-O", "-b", "-d", node]);
+        let said: Value = serde_json::from_str(&text).unwrap();
+        Lsblk(said["blockdevices"][0].clone())
+    }
+
+    fn text(&self, key: &str) -> Option<&str> {
+        self.0[key].as_str().map(str::trim).filter(|value| !value.is_empty())
+    }
+
+    /// Number, size and the like.
+    fn agrees(&self, disk: &Value) {
+        let Lsblk(said) = self;
+        assert_eq!((&said["kname"], &said["maj:min"]), (&disk["name"], &disk["devno"]), "{said:#}");
+        assert_eq!((&said["size"], &said["ro"]), (&disk["size"], &disk["read_only"]), "{said:#}");
+        assert_eq!(
+            (&said["log-sec"], &said["phy-sec"]),
+            (&disk["logical_sector"], &disk["physical_sector"]),
+            "{said:#}"
+        );
+    }
+}
+
+/// What udev knows of a device.
+struct Properties(String);
+
+impl Properties {
+    fn of(node: &str) -> Properties {
+        Properties(tool("udevadm", &["info", "--query=property", "--name", node]))
+    }
+
+    fn get(&self, key: &str) -> Option<&str> {
+        self.0.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='))
+    }
+}
+
 /// Holds one disk of `discover-disks --json` against what every other tool says of it.
 pub fn agrees(disk: &Value, from: From) {
     let udev = from == From::Udev;
     let text = |key: &str| disk[key].as_str();
     let (name, node) = (text("name").unwrap(), text("node").unwrap());
-    let naa = text("id").and_then(|id| id.strip_prefix("naa."));
+    let naa = naa(disk);
+    answers(disk, node);
 
-    // scsi_id and sg_vpd ask the device; type 3 is NAA, and type 0 what the vendor likes, such as a serial.
-    let expected = match text("id").map(|id| id.split_once('.').unwrap()) {
-        None => String::new(),
-        Some(("naa", digits)) => format!("3{digits}"),
-        Some(("serial", value)) => format!("0{value}"),
-        Some(other) => panic!("{name}: {other:?}"),
-    };
-    assert_eq!(said("/lib/udev/scsi_id", &["-g", "-u", "-d", node]), expected, "{name}: scsi_id");
-    let page = said("sg_vpd", &["-p", "di", node]);
-    let unit = page.split("Target port:").next().unwrap();
-    let designators: Vec<&str> = unit.lines().filter_map(|line| line.trim().strip_prefix("0x")).collect();
-    assert_eq!(designators, naa.into_iter().collect::<Vec<_>>(), "{name}: sg_vpd: {page}");
-    let page = said("sg_vpd", &["-p", "sn", node]);
-    let serial = page.lines().find_map(|line| line.trim().strip_prefix("Unit serial number: "));
-    assert_eq!(text("serial"), serial, "{name}: {page}");
-
-    let lsblk: Value = serde_json::from_str(&tool("lsblk", &["-J", "-O", "-b", "-d", node])).unwrap();
-    let lsblk = &lsblk["blockdevices"][0];
-    let trimmed = |key: &str| lsblk[key].as_str().map(str::trim).filter(|value| !value.is_empty());
-    assert_eq!((trimmed("kname"), trimmed("path")), (Some(name), Some(node)));
-    assert_eq!((trimmed("hctl"), trimmed("maj:min")), (text("hctl"), text("devno")));
-    assert_eq!((trimmed("vendor"), trimmed("model")), (text("vendor"), text("model")), "{lsblk:#}");
-    assert_eq!((&lsblk["size"], &lsblk["ro"]), (&disk["size"], &disk["read_only"]));
-    assert_eq!((&lsblk["log-sec"], &lsblk["phy-sec"]), (&disk["logical_sector"], &disk["physical_sector"]));
-    let wwn = trimmed("wwn").map(|wwn| wwn.strip_prefix("0x").unwrap());
+    let lsblk = Lsblk::of(node);
+    lsblk.agrees(disk);
+    assert_eq!((lsblk.text("path"), lsblk.text("hctl")), (Some(node), text("hctl")));
+    assert_eq!((lsblk.text("vendor"), lsblk.text("model")), (text("vendor"), text("model")), "{name}");
+    let wwn = lsblk.text("wwn").map(|wwn| wwn.strip_prefix("0x").unwrap());
     assert_eq!(wwn, naa.filter(|_| udev), "{name}: lsblk");
 
     let hctl = text("hctl").unwrap();
@@ -64,30 +117,83 @@ pub fn agrees(disk: &Value, from: From) {
     let lsscsi = line(said("lsscsi", &["-i"]));
     let [.., listed, id] = lsscsi.as_slice() else { panic!("{lsscsi:?}") };
     assert_eq!(listed, node);
+    let expected = by_scsi_id(disk);
+    // Of what has one identity udev gives each name to one: another path, or the map, which then stands for its paths.
+    let shared = disk["role"] == "clone";
+    let mapped = fs::read_dir(format!("/sys/block/{name}/holders")).unwrap().next().is_some();
     match text("id").filter(|_| udev) {
+        Some(_) if id == "-" => assert!(shared && !mapped, "{lsscsi:?}"),
         // It takes any one of the names that udev gave.
         Some(_) => {
             let link = format!("/dev/disk/by-id/scsi-{id}");
-            assert_eq!(fs::canonicalize(&link).unwrap(), Path::new(node), "{link}");
+            let named = fs::canonicalize(&link).unwrap();
+            assert!(named == Path::new(node) || shared, "{link}: {}", named.display());
+            assert_eq!(scsi_id(named.to_str().unwrap()), expected, "{link}");
             assert!(Path::new(&format!("/dev/disk/by-id/scsi-{expected}")).exists(), "{expected}");
         }
         None => assert_eq!(id, "-", "{lsscsi:?}"),
     }
 
     if udev {
-        let properties = tool("udevadm", &["info", "--query=property", "--name", node]);
-        let property =
-            |key: &str| properties.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
-        assert_eq!(property("ID_WWN_WITH_EXTENSION").map(|wwn| &wwn[2..]), naa, "{properties}");
+        let properties = Properties::of(node);
+        let property = |key: &str| properties.get(key);
+        assert_eq!(property("ID_WWN_WITH_EXTENSION").map(|wwn| &wwn[2..]), naa, "{}", properties.0);
         // Where names are made of it, it has no blanks.
         let serial = text("serial").map(|serial| serial.replace(' ', "_"));
-        assert_eq!(property("ID_SCSI_SERIAL"), serial.as_deref(), "{properties}");
-        assert_eq!(trimmed("serial"), serial.as_deref(), "{lsblk:#}");
+        assert_eq!(property("ID_SCSI_SERIAL"), serial.as_deref(), "{}", properties.0);
+        assert_eq!(lsblk.text("serial"), serial.as_deref(), "{name}: lsblk");
         assert_eq!(property("ID_VENDOR"), text("vendor"));
         assert_eq!(
             property("ID_MODEL").map(|model| model.replace('_', " ")),
             text("model").map(|model| model.replace('_', " "))
         );
+    }
+}
+
+/// The same for a multipath map and, each as a disk of its own, for its paths, as they were listed before there was a map.
+fn map_agrees(map: &Value, paths: &[Value], from: From) {
+    let text = |key: &str| map[key].as_str();
+    let (name, node, naa) = (text("name").unwrap(), text("node").unwrap(), naa(map).unwrap());
+    for path in paths {
+        assert_eq!(path["id"], map["id"]);
+        agrees(path, from);
+    }
+    let names: Vec<&Value> = paths.iter().map(|path| &path["name"]).collect();
+    assert_eq!(map["paths"], serde_json::json!(names));
+    // What it is asked, one of its paths answers.
+    answers(map, node);
+
+    let wwid = format!("3{naa}");
+    let known = tool("dmsetup", &["info", "-c", "--noheadings", "-o", "uuid,blkdevname,name"]);
+    let [uuid, device, mapped] = known.split(':').collect::<Vec<_>>()[..] else { panic!("{known}") };
+    assert_eq!((uuid, device), (format!("mpath-{wwid}").as_str(), name));
+    let lsblk = Lsblk::of(node);
+    lsblk.agrees(map);
+    assert_eq!((lsblk.text("type"), lsblk.text("name")), (Some("mpath"), Some(mapped)));
+    assert_eq!(lsblk.text("path"), Some(format!("/dev/mapper/{mapped}").as_str()));
+    let below = tool("lsblk", &["-n", "-r", "-s", "-o", "KNAME", node]);
+    let mut below: Vec<&str> = below.lines().collect();
+    below.sort_unstable();
+    assert_eq!(
+        below,
+        std::iter::once(name).chain(names.iter().map(|name| name.as_str().unwrap())).collect::<Vec<_>>()
+    );
+
+    let properties = Properties::of(node);
+    let known = ["DM_UUID", "DM_NAME", "DM_WWN", "DM_SERIAL"].map(|key| properties.get(key));
+    if from != From::Udev {
+        return assert_eq!(known, [None; 4], "{}", properties.0);
+    }
+    assert_eq!(known, [uuid, mapped, &format!("0x{naa}"), &wwid].map(Some), "{}", properties.0);
+    // The names of the disk are the map's.
+    for link in [
+        format!("dm-uuid-{uuid}"),
+        format!("dm-name-{mapped}"),
+        format!("wwn-0x{naa}"),
+        format!("scsi-{wwid}"),
+    ] {
+        let link = Path::new("/dev/disk/by-id").join(link);
+        assert_eq!(fs::canonicalize(&link).unwrap(), Path::new(node), "{}", link.display());
     }
 }
 
@@ -204,18 +310,20 @@ impl TwoPaths {
         tool("dmsetup", &["create", "lun", "--uuid", &uuid, "--table", &table]);
     }
 
-    /// Both are seen, as copies of each other.
-    fn are_clones(&self) {
-        let disks = discovered();
+    /// Both are seen, as copies of each other, and are what the tools say. Gives them, by name.
+    fn are_clones(&self, from: From) -> Vec<Value> {
+        let mut disks = discovered();
         let id = Identity::vmware(7).canonical();
-        let seen: Vec<&Value> = disks.iter().filter(|disk| disk["id"] == id).collect();
-        assert_eq!(seen.len(), 2, "{disks:#?}");
-        for disk in seen {
+        disks.retain(|disk| disk["id"] == id);
+        assert_eq!(disks.len(), 2, "{disks:#?}");
+        for disk in &disks {
+            agrees(disk, from);
             assert_eq!(disk["role"], "clone", "{disk:#}");
             assert!(disk["problems"][0].as_str().unwrap().contains("start multipathd"), "{disk:#}");
             let other = self.names().into_iter().find(|name| disk["name"] != **name).unwrap();
             assert!(disk["evidence"][0].as_str().unwrap().ends_with(&format!("identity as {other}")));
         }
+        disks
     }
 }
 
@@ -228,8 +336,7 @@ fn two_paths_are_clones_until_a_map_makes_them_one_without_udevd() {
     small().without_udev().run(|_| {
         let rig = Rig::new(&[]);
         let paths = TwoPaths::new(&rig.path("disk"));
-        paths.are_clones();
-        discovered().iter().for_each(|disk| agrees(disk, From::Sysfs));
+        let listed = paths.are_clones(From::Sysfs);
         let id = Identity::vmware(7).canonical();
         for disk in [id.clone(), format!("/dev/{}", paths.names()[0])] {
             protect_add(&rig.service, &format!("root={disk}"))
@@ -240,9 +347,9 @@ fn two_paths_are_clones_until_a_map_makes_them_one_without_udevd() {
         let [map] = disks.as_slice() else { panic!("{disks:#?}") };
         assert_eq!((&map["name"], &map["id"]), (&"dm-0".into(), &id.as_str().into()));
         assert_eq!((&map["id_source"], &map["role"]), (&"sysfs".into(), &"free".into()));
-        assert_eq!(map["paths"], serde_json::json!(paths.names()));
+        map_agrees(map, &listed, From::Sysfs);
         tool("dmsetup", &["remove", "lun"]);
-        paths.are_clones();
+        paths.are_clones(From::Sysfs);
     });
 }
 
@@ -279,7 +386,7 @@ fn two_paths_are_one_disk_with_multipath_and_one_may_fail_while_it_is_written() 
         let rig = Rig::new(&[]);
         let disk = TwoPaths::new(&rig.path("disk"));
         settle();
-        disk.are_clones();
+        let listed = disk.are_clones(From::Udev);
         fs::write("/etc/multipath.conf", "defaults {\n find_multipaths no\n user_friendly_names no\n}\n")
             .unwrap();
         tool("modprobe", &["-a", "dm-multipath", "dm-service-time", "dm-round-robin"]);
@@ -292,25 +399,8 @@ fn two_paths_are_one_disk_with_multipath_and_one_may_fail_while_it_is_written() 
             (&map["name"], &map["id"], &map["role"]),
             (&"dm-0".into(), &id.as_str().into(), &"free".into())
         );
-        assert_eq!(map["paths"], serde_json::json!(disk.names()));
         assert_eq!(map["problems"], serde_json::json!([]));
-        let uuid = tool("dmsetup", &["info", "-c", "--noheadings", "-o", "uuid,blkdevname"]);
-        assert_eq!(uuid, format!("mpath-3{}:dm-0", &id[4..]));
-        let lsblk = tool("lsblk", &["-J", "-O", "-b", "-d", "/dev/dm-0"]);
-        let lsblk: Value = serde_json::from_str(&lsblk).unwrap();
-        let lsblk = &lsblk["blockdevices"][0];
-        assert_eq!(
-            (&lsblk["type"], &lsblk["size"], &lsblk["maj:min"]),
-            (&"mpath".into(), &map["size"], &map["devno"])
-        );
-
-        // Each path says of itself what the map has, and udev's names are the map's.
-        for path in disk.names() {
-            let said = said("/lib/udev/scsi_id", &["-g", "-u", "-d", &format!("/dev/{path}")]);
-            assert_eq!(said, format!("3{}", &id[4..]), "{path}");
-        }
-        let link = format!("/dev/disk/by-id/dm-uuid-mpath-3{}", &id[4..]);
-        assert_eq!(fs::canonicalize(&link).unwrap(), Path::new("/dev/dm-0"), "{link}");
+        map_agrees(map, &listed, From::Udev);
 
         // By any of its names, it is the map that is written; a path that fails takes nothing with it.
         let path = format!("root=/dev/{}", disk.names()[0]);

@@ -128,8 +128,28 @@ fn scsi_disks_receive_where_io_uring_is_forbidden() {
         assert_eq!(engine.name, "threads");
         assert!(engine.why.contains("io_uring is forbidden"), "{engine}");
         let source = array.rig.mixed("source", 24 * MIB);
-        array.rig.send(&[("d0", &source)], &[]).ok();
-        array.arrived(0, &source);
+        // From a SCSI disk, which is read past the page cache, and so with an engine.
+        let from = array.target.attach(9, &Store::existing(&source, &Identity::vmware(9)));
+        settle();
+        let sent = |forbidden: bool, args: &[&str]| {
+            let args = [&["--log-level", "mt_agent::send=debug"], args].concat();
+            let mut send = array.rig.command(&[("d0", &from.node())], &args);
+            if forbidden {
+                seccomp::forbid_io_uring(&mut send);
+            }
+            array.rig.spawn(send).finish()
+        };
+        // A whole pass and one that compares, on both sides and on one.
+        for forbidden in [true, false, true] {
+            let sent = sent(forbidden, &[]).ok();
+            let engine =
+                if forbidden { "engine=threads (io_uring is forbidden" } else { "engine=io-uring (works" };
+            assert!(sent.stderr.contains(engine), "{sent:#?}");
+            array.arrived(0, &source);
+            write_random(&from.node(), 5 * MIB, MIB);
+        }
+        // Asked for by name, it is an error and not something else, on either side.
+        sent(true, &["--engine", "io-uring"]).fails(1, &["set up io_uring", "Operation not permitted"]);
         let mut insisting = mt_agent();
         insisting.args(["serve", "--config", &array.rig.service.config(), "--engine", "io-uring"]);
         insisting.args(["--state-dir", array.rig.path("other").to_str().unwrap()]);

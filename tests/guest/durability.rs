@@ -29,7 +29,7 @@ fn what_threads_wrote_survives_it_as_well() {
 
 /// A pass with this engine, and `samples` of the states of the records between each two flushes.
 fn survives(engine: &str, samples: usize) {
-    small().without_udev().limit(Duration::from_secs(300)).run(|_| {
+    small().without_udev().run(|_| {
         let dir = directory();
         let disk = |name: &str, size, sector| {
             File::create_new(dir.path().join(name)).unwrap().set_len(size).unwrap();

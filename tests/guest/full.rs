@@ -18,7 +18,7 @@ use crate::harness::{Inside, full};
 use crate::hypervisor::{Hypervisor, VirtualDisk};
 use crate::identities::{From, agrees};
 use crate::lio::discovered;
-use crate::support::{MACHINE, MIB, PATIENCE, Rig, allocated, assert_equal, mt_agent, run, tool, wait_for};
+use crate::support::{MACHINE, MIB, Rig, allocated, assert_equal, mt_agent, patience, run, tool, wait_for};
 
 /// Loads drivers of adapters.
 fn load(drivers: &[&str]) {
@@ -206,7 +206,7 @@ impl Watching {
                 _ = sender.send((Instant::now(), line));
             }
         });
-        let (_, listing): (Instant, Value) = lines.recv_timeout(PATIENCE).unwrap();
+        let (_, listing): (Instant, Value) = lines.recv_timeout(patience()).unwrap();
         assert_eq!(listing["disks"], json!([]));
         Watching { process, lines, late: Vec::new() }
     }
@@ -217,7 +217,7 @@ impl Watching {
         let asked = Instant::now();
         let mut missing: Vec<String> = disks.iter().map(|number| id(*number)).collect();
         loop {
-            let said = self.lines.recv_timeout(PATIENCE);
+            let said = self.lines.recv_timeout(patience());
             let (when, said) = said.unwrap_or_else(|_| panic!("it missed that {missing:?} were {event}"));
             // Such as that udev's database has it now.
             if said["event"] == "changed" {
@@ -315,7 +315,8 @@ fn a_rescan_finds_what_no_bus_told() {
         rescan();
         assert_eq!((size(0), size(1), size(2)), (Some(16 * MIB), Some(24 * MIB), Some(16 * MIB)));
         // Another one in the place of one, and the bus is silent: the kernel shows what it knew.
-        // Not while udevd reads it: what the adapter is asked for a disk that is no more there it may never answer.
+        // Not while udevd reads it: what this adapter was asked for a disk that is unplugged meanwhile it never answers.
+        // After 30 seconds the kernel gives up, and takes the disk, and so whatever comes in its place, offline.
         tool("udevadm", &["settle"]);
         hypervisor.unplug(&disks[2]);
         hypervisor.plug(&disks[3], "parallel", 1);

@@ -27,6 +27,9 @@ const SHARE: &str = "MT_AGENT_GUEST_SHARE";
 /// How many guests run at once: they share the processors and the memory of the host with other tests.
 const AT_ONCE: usize = 2;
 
+/// A guest that runs for so long hangs: one that has little to do took 195 seconds on a host with ten things to do at once.
+const LIMIT: Duration = Duration::from_secs(600);
+
 /// User-mode Linux writes to its output, and reads nothing.
 const NO_INPUT: &str = "con0=null,fd:1";
 
@@ -47,32 +50,25 @@ pub struct Guest {
     kind: Kind,
     memory: u64,
     udev: bool,
-    limit: Duration,
     disks: Vec<u64>,
 }
 
 /// User-mode Linux: one processor, no PCI; SCSI disks are made in it, see `lio`.
 pub fn small() -> Guest {
-    Guest { kind: Kind::Small, memory: 768, udev: true, limit: Duration::from_secs(240), disks: Vec::new() }
+    Guest { kind: Kind::Small, memory: 768, udev: true, disks: Vec::new() }
 }
 
 /// QEMU with an adapter of each kind, into which disks are plugged while it runs, see `hypervisor`. It emulates the
 /// processor, and so is slow.
 pub fn full() -> Guest {
-    Guest { kind: Kind::Full, memory: 768, udev: true, limit: Duration::from_secs(180), disks: Vec::new() }
+    Guest { kind: Kind::Full, memory: 768, udev: true, disks: Vec::new() }
 }
 
 /// A whole host in QEMU: systemd, udevd, multipathd, LVM and md, and a root file system that stays when it reboots, on
 /// the logical volume root of the volume group system on a SCSI disk. Beside that it has empty disks of these sizes,
 /// see [`cold_disk`]. The body runs when the host is up, and again after each [`Inside::reboot`].
 pub fn host(disks: &[u64]) -> Guest {
-    Guest {
-        kind: Kind::Host,
-        memory: 1024,
-        udev: true,
-        limit: Duration::from_secs(600),
-        disks: disks.to_vec(),
-    }
+    Guest { kind: Kind::Host, memory: 1024, udev: true, disks: disks.to_vec() }
 }
 
 /// A host's disk number N, counted from 1, as `discover-disks` names it, and the file in the share that it is. Disk 0
@@ -111,11 +107,6 @@ impl Guest {
     /// Without udevd: nobody but the kernel says what there is.
     pub fn without_udev(self) -> Guest {
         Guest { udev: false, ..self }
-    }
-
-    /// It may take so long, each time that it is booted.
-    pub fn limit(self, limit: Duration) -> Guest {
-        Guest { limit, ..self }
     }
 
     /// Runs `body` in the guest, under the name of the test that calls this, once in a test and from its own thread. On
@@ -172,7 +163,7 @@ impl Guest {
                 write_start(&command, share.path(), test);
             }
             let mut console = Console::start(&mut command);
-            console.follow(self.limit);
+            console.follow(LIMIT);
             let status = fs::read_to_string(share.path().join("status"));
             let status = status.unwrap_or_else(|error| panic!("the guest ended and left no status: {error}"));
             assert_eq!(status.trim(), "0", "the test failed in the guest");

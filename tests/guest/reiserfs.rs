@@ -8,7 +8,6 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::{FileExt, symlink};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use mt_agent::layout::ranges::{Ranges, between};
 use mt_agent::layout::tree::{Content, Disk};
@@ -584,7 +583,7 @@ fn the_kernel_misses_nothing_of_what_was_not_sent() {
 /// fixtures; with `MT_AGENT_MAKE_FIXTURES` set they are replaced.
 #[test]
 fn the_fixtures_can_be_made_anew() {
-    let made = small().without_udev().limit(Duration::from_secs(300)).run(|inside| {
+    let made = small().without_udev().run(|inside| {
         for kind in KINDS {
             let bench = Bench::new();
             (kind.make)(&bench);

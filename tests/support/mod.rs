@@ -134,7 +134,7 @@ pub fn tool(program: &str, args: &[&str]) -> String {
 }
 
 /// How long is waited here: a guest has one processor, and system calls take ten times as long in it.
-fn patience() -> Duration {
+pub fn patience() -> Duration {
     if std::env::var_os("MT_AGENT_GUEST_SHARE").is_some() { 4 * PATIENCE } else { PATIENCE }
 }
 

@@ -487,4 +487,55 @@ mod tests {
             ["MT_AGENT_CRASH_SEED=it's 'quoted'\n$HOME", "MT_AGENT_GUEST_BOOT=3", "RUST_BACKTRACE=full"];
         assert_eq!(variables, told);
     }
+
+    #[test]
+    fn a_guest_is_made_anew_only_where_it_is_damaged_and_there_is_room() {
+        let test = thread::current().name().unwrap().to_owned();
+        if !support::root(&test) {
+            return;
+        }
+        let made = match Kind::Small.assembled() {
+            Ok(made) => made,
+            Err(why) => return support::skipped(&test, why),
+        };
+        let dir = support::directory();
+        let cache = dir.path().join("cache");
+        // There is room for one, and not for making another.
+        let _room = support::Tmpfs::mount(&cache, 500 * support::MIB);
+        let [sound, guest] = ["sound".as_ref(), made.file_name().unwrap()].map(|name| cache.join(name));
+        support::tool("cp", &["-a", made.to_str().unwrap(), sound.to_str().unwrap()]);
+        let assembled = |damage: fn(&Path)| {
+            // Linked: what damages it puts another file in the place of one.
+            support::tool("cp", &["-al", sound.to_str().unwrap(), guest.to_str().unwrap()]);
+            damage(&guest);
+            let mut script = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/guest/assemble"));
+            let output = script.arg("small").env("MT_AGENT_GUEST_CACHE", &cache).output().unwrap();
+            let said = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+            _ = fs::remove_dir_all(&guest);
+            (output.status.code(), said.replace(guest.to_str().unwrap(), "GUEST"))
+        };
+        assert_eq!(assembled(|_| ()), (Some(0), "GUEST\n".to_owned()));
+        let damages: [fn(&Path); 4] = [
+            |guest| fs::remove_file(guest.join("usr/bin/linux.uml")).unwrap(),
+            |guest| {
+                fs::remove_file(guest.join("guest-init")).unwrap();
+                fs::write(guest.join("guest-init"), "#!/bin/bash\n").unwrap();
+            },
+            |guest| fs::write(guest.join("usr/bin/more-than-was-there"), "").unwrap(),
+            |guest| fs::remove_file(guest.join("contents")).unwrap(),
+        ];
+        for damage in damages {
+            let (code, said) = assembled(damage);
+            assert_eq!(code, Some(1), "{said}");
+            for text in ["GUEST is damaged", "a small guest takes 600 MiB in ", " are free: make room"] {
+                assert!(said.contains(text), "{said}");
+            }
+        }
+        // Nothing that could be locked.
+        fs::remove_file(cache.join("lock")).unwrap();
+        fs::create_dir(cache.join("lock")).unwrap();
+        let (code, said) = assembled(|_| ());
+        assert_eq!(code, Some(1), "{said}");
+        assert!(said.contains("lock cannot be written: say with MT_AGENT_GUEST_CACHE"), "{said}");
+    }
 }

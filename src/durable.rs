@@ -4,10 +4,11 @@
 //! of somebody else's is given to them ([`hand_over`]), before anything is in it.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, fchown};
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::geteuid;
 
@@ -118,6 +119,56 @@ pub fn lock(path: &Path) -> Result<Flock<File>, IoError> {
     Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| failed("lock", path)(errno.into()))
 }
 
+/// The right to be the only one of its kind, for as long as it lives.
+///
+/// An exclusive `flock` of a file: it ends with the process, however that ends, and a file that was left behind means
+/// nothing. What is written in it is only to name the holder.
+#[derive(Debug)]
+pub struct Claim(#[expect(dead_code, reason = "it is there to be dropped")] Flock<File>);
+
+/// Why there is none.
+#[derive(Debug, thiserror::Error)]
+pub enum Unclaimed {
+    /// The operating system refused.
+    #[error(transparent)]
+    Io(#[from] IoError),
+    /// Somebody else has it.
+    #[error("another process{} holds {}", pid.map(|pid| format!(", with pid {pid},")).unwrap_or_default(), file.display())]
+    Held {
+        /// The lock.
+        file: PathBuf,
+        /// Who holds it, where that could be read.
+        pid: Option<u32>,
+    },
+}
+
+impl Claim {
+    /// Locks the file `path`, which is made where it is missing, without waiting for it.
+    ///
+    /// # Errors
+    /// Also where it is held, in this process or another one.
+    pub fn new(path: &Path) -> Result<Claim, Unclaimed> {
+        let mut file = lock_file(path)?;
+        let mut lock = loop {
+            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(lock) => break lock,
+                Err((same, Errno::EINTR)) => file = same,
+                Err((held, Errno::EWOULDBLOCK)) => {
+                    let mut text = String::new();
+                    // Only for the message: without it the pid is missing there.
+                    let pid =
+                        held.take(32).read_to_string(&mut text).ok().and_then(|_| text.trim().parse().ok());
+                    return Err(Unclaimed::Held { file: path.to_owned(), pid });
+                }
+                Err((_, errno)) => return Err(failed("lock", path)(errno.into()).into()),
+            }
+        };
+        lock.set_len(0).map_err(failed("empty", path))?;
+        writeln!(lock, "{}", std::process::id()).map_err(failed("write", path))?;
+        Ok(Claim(lock))
+    }
+}
+
 /// Opens the file `path`, which is there to be locked, or makes it.
 ///
 /// # Errors
@@ -161,7 +212,6 @@ pub fn hand_over(made: &File, path: &Path) -> Result<(), IoError> {
 /// # Errors
 /// Where it cannot be read, or is longer ([`io::ErrorKind::FileTooLarge`]).
 pub fn read(path: &Path, limit: u64) -> Result<Vec<u8>, IoError> {
-    use std::io::Read;
     let mut bytes = Vec::new();
     let file = regular(path)?;
     file.take(limit.saturating_add(1)).read_to_end(&mut bytes).map_err(failed("read", path))?;

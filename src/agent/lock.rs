@@ -1,22 +1,14 @@
 //! One service a state directory.
 
-use std::fs::File;
-use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
-use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
-
-use crate::durable;
+use crate::durable::{Claim, Unclaimed};
 use crate::error::IoError;
 
-/// The right to be the service of a state directory, for as long as it lives.
-///
-/// An exclusive `flock` of `<state_dir>/instance.lock`: it ends with the process, however that ends, and a file
-/// that was left behind means nothing. What is written in it is only to name the holder.
+/// The right to be the service of a state directory, for as long as it lives: a lock of `<state_dir>/instance.lock`.
 #[derive(Debug)]
 pub struct Instance {
-    _lock: Flock<File>,
+    _claim: Claim,
 }
 
 /// Why this is not the service.
@@ -41,26 +33,11 @@ pub enum Error {
 impl Instance {
     /// Becomes the service of `state_dir`, which must exist.
     pub fn acquire(state_dir: &Path) -> Result<Instance, Error> {
-        let path = state_dir.join("instance.lock");
-        let failed = |op, error| IoError::new(op, path.display().to_string(), error);
-        let mut file = durable::lock_file(&path)?;
-        let mut lock = loop {
-            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                Ok(lock) => break lock,
-                Err((same, Errno::EINTR)) => file = same,
-                Err((held, Errno::EWOULDBLOCK)) => {
-                    let mut text = String::new();
-                    // Only for the message: without it the pid is missing there.
-                    let pid =
-                        held.take(32).read_to_string(&mut text).ok().and_then(|_| text.trim().parse().ok());
-                    return Err(Error::Refused { file: path, pid });
-                }
-                Err((_, errno)) => return Err(failed("lock", errno.into()).into()),
-            }
-        };
-        lock.set_len(0).map_err(|error| failed("empty", error))?;
-        writeln!(lock, "{}", std::process::id()).map_err(|error| failed("write", error))?;
-        Ok(Instance { _lock: lock })
+        match Claim::new(&state_dir.join("instance.lock")) {
+            Ok(claim) => Ok(Instance { _claim: claim }),
+            Err(Unclaimed::Held { file, pid }) => Err(Error::Refused { file, pid }),
+            Err(Unclaimed::Io(error)) => Err(error.into()),
+        }
     }
 }
 

@@ -123,8 +123,11 @@ impl Snapshot {
 
     fn gauges(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
         type Value = fn(&VolumeReport) -> Option<f64>;
-        let families: [(&str, &str, Option<&Unit>, Value); 7] = [
+        let families: [(&str, &str, Option<&Unit>, Value); 9] = [
             ("volume_size", "Size of the target disk", Some(&Unit::Bytes), |v| Some(v.size as f64)),
+            ("volume_connections", "Connections that carry the pass; 0 before it begins", None, |v| {
+                v.connections.map(|connections| connections as f64)
+            }),
             ("volume_rate", "Bytes of the volume a second, smoothed", Some(&Unit::Bytes), |v| {
                 v.rate.map(|rate| rate as f64)
             }),
@@ -137,6 +140,12 @@ impl Snapshot {
                 "What the running pass has neither brought nor found to be there yet",
                 Some(&Unit::Bytes),
                 |v| v.lag_bytes.map(|lag| lag as f64),
+            ),
+            (
+                "volume_verified",
+                "Bytes that a verify which runs has compared so far",
+                Some(&Unit::Bytes),
+                |v| v.verified_bytes.map(|bytes| bytes as f64),
             ),
             ("volume_synchronized", "Whether the disk stands at its last commit", None, |v| {
                 Some(f64::from(u8::from(v.phase == "synchronized")))

@@ -42,6 +42,11 @@ impl FromStr for Rates {
                 Some((span, rate)) => (Some(span), rate),
                 None => (None, part),
             };
+            if rate.is_empty() || (span.is_none() && rate.contains(':')) {
+                return wrong(format!(
+                    "`{part}` has no rate: give one, as in 20M, or 08:00-18:00=2M for a time of day"
+                ));
+            }
             let rate: ByteLen = rate.parse().map_err(|error| ParseRatesError(format!("{error}")))?;
             if rate < LEAST {
                 return wrong(format!("give at least {LEAST} a second"));
@@ -184,11 +189,15 @@ mod tests {
             );
         }
         for (text, why) in [
-            ("", "is no size"),
-            ("20M,", "is no size"),
+            ("", "`` has no rate"),
+            ("20M,", "`` has no rate"),
             ("fast", "is no size"),
-            ("08:00-18:00", "is no size"),
-            ("08:00-18:00=", "is no size"),
+            (
+                "08:00-18:00",
+                "`08:00-18:00` has no rate: give one, as in 20M, or 08:00-18:00=2M for a time of day",
+            ),
+            ("08:00-18:00=", "`08:00-18:00=` has no rate"),
+            ("20M,08:00-18:00", "`08:00-18:00` has no rate"),
             ("63K", "at least 64.0 KiB"),
             ("08:00-18:00=0", "at least"),
             ("1M,2M", "two limits without a time"),

@@ -4,8 +4,10 @@
 //! or several ([`lanes`], `session`). [`send`] runs them side by side and returns when the last commit was acknowledged. Before
 //! anything is read the machine can be made to stand still ([`still`]): by hooks, and by freezing its file systems.
 
+pub mod alone;
 mod compare;
 mod encode;
+mod error;
 pub mod free;
 pub mod freeze;
 pub mod hints;
@@ -21,7 +23,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustls::ClientConfig;
 use time::OffsetDateTime;
@@ -31,13 +33,14 @@ use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsConnector;
 
 pub use encode::Compression;
+pub use error::Error;
 
 use crate::error::{IoError, chain};
 use crate::name::Name;
 use crate::net::address::Address;
-use crate::net::message::{self, Code, Committed, OpenReply};
+use crate::net::keepalive;
+use crate::net::message::{Code, Committed, OpenReply};
 use crate::net::tls::{self, HandshakeError};
-use crate::net::{keepalive, wire};
 use crate::points::PointId;
 use crate::storage::device::EngineChoice;
 use free::{Free, Space};
@@ -78,6 +81,11 @@ pub struct Plan {
     pub another: bool,
     /// What a tracker says has changed since the last point of each disk: a superset of what has.
     pub hints: BTreeMap<Name, PathBuf>,
+    /// Up to where earlier attempts at the same have written each disk, as [`Progress::reached`] says: with [`Scope::Whole`],
+    /// what is to be compared and not sent again.
+    pub sent: BTreeMap<Name, u64>,
+    /// How long a master target that has no time, or does not answer, is asked again for a disk: [`TRIES`] times at most.
+    pub wait: Duration,
 }
 
 /// What a pass is about.
@@ -89,7 +97,7 @@ pub enum Scope {
     Differences,
     /// What differs, and what of it the hints do not tell.
     CheckHints,
-    /// Everything.
+    /// Everything, whatever the target says that it holds; but for what an earlier attempt at the same has written.
     Whole,
     /// Nothing is sent: what differs is told.
     Verify,
@@ -141,6 +149,12 @@ pub struct Progress {
     pub again: AtomicU64,
     /// Whether the receiver cannot take it yet, and is asked again.
     pub waiting: AtomicBool,
+    /// Whether the receiver has opened it.
+    pub opened: AtomicBool,
+    /// With [`Scope::Whole`], up to where of the source everything was sent, and written there. Looked at every few seconds.
+    pub reached: AtomicU64,
+    /// Why the hints were not relied on, where they were not.
+    pub set_aside: OnceLock<&'static str>,
 }
 
 /// How many ranges that differ are told of.
@@ -148,154 +162,6 @@ pub const MOST_DIFFERENCES: usize = 10_000;
 
 /// How much of its volume a receiver may send digests of before they are looked at.
 const AHEAD: u64 = 256 << 20;
-
-/// Why a disk was not sent.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The source cannot be opened or read.
-    #[error("read the source")]
-    Source(#[from] source::Error),
-    /// The master target does not answer.
-    #[error(
-        "no connection to the master target: check its address, that `mt-agent serve` runs there, and the \
-         firewalls between"
-    )]
-    Connect(#[source] IoError),
-    /// There is no TLS with it.
-    #[error("no secure connection to the master target")]
-    Handshake(#[source] HandshakeError),
-    /// Another master target, or something else, answers.
-    #[error(
-        "what answers is not the master target at which this machine was enrolled: check the address, or enrol the \
-         machine again, with a token that was made there"
-    )]
-    Foreign(#[source] HandshakeError),
-    /// The connection broke, or the master target gave up.
-    #[error("the pass was not acknowledged; run `mt-agent send` again")]
-    Wire(#[from] wire::Error),
-    /// The master target refused before anything was sent.
-    #[error("the master target refused the disk")]
-    Refused(#[source] message::Error),
-    /// The master target broke the pass off on purpose.
-    #[error("the master target ended the pass")]
-    Ended(#[source] message::Error),
-    /// The machine cannot be made to stand still, so that nothing was sent.
-    #[error("nothing was sent")]
-    Still(#[source] Arc<still::Error>),
-    /// The source is a target.
-    #[error("the source is a target disk of this host: {0}")]
-    Itself(String),
-    /// The connection broke off before anything was sent.
-    #[error("the master target broke the connection off before it answered; run `mt-agent send` again")]
-    BrokenOff(#[source] wire::Error),
-    /// It says what cannot be.
-    #[error("the master target does not keep to the protocol: {0}; install the same version on both sides")]
-    Broken(&'static str),
-    /// It did not answer in time.
-    #[error("the master target did not answer within {0:?}")]
-    Silent(Duration),
-    /// The ranges that a tracker tells cannot be read.
-    #[error("{}", .0.display())]
-    Hints(PathBuf, #[source] Arc<hints::Error>),
-    /// Another disk of the same point failed.
-    #[error("not sent: disk {0} failed, and a point is there on all disks or on none")]
-    Together(Name),
-    /// Payloads arrive damaged again and again, although TLS guards the way between.
-    #[error(
-        "{0} frames arrived with a bad checksum: suspect the memory of this machine or of the master target"
-    )]
-    Damaged(u64),
-}
-
-impl Error {
-    /// Whether a rule or the present state refused it, rather than a failure.
-    pub fn is_refusal(&self) -> bool {
-        match self {
-            Error::Source(error) => error.is_refusal(),
-            // What failed with another disk says nothing of its own.
-            Error::Refused(_)
-            | Error::Ended(_)
-            | Error::Foreign(_)
-            | Error::Itself(_)
-            | Error::Hints(..)
-            | Error::Together(_) => true,
-            Error::Still(error) => error.is_refusal(),
-            Error::Handshake(error) | Error::Wire(wire::Error::Tls { source: error, .. }) => {
-                error.is_refusal()
-            }
-            Error::Connect(_)
-            | Error::Wire(_)
-            | Error::BrokenOff(_)
-            | Error::Broken(_)
-            | Error::Silent(_)
-            | Error::Damaged(_) => false,
-        }
-    }
-}
-
-impl Error {
-    /// Whether another attempt may succeed with nobody doing anything: the way to the master target broke, or it has no
-    /// time.
-    pub fn is_transient(&self) -> bool {
-        match self {
-            Error::Connect(_) | Error::BrokenOff(_) | Error::Silent(_) => true,
-            Error::Handshake(HandshakeError::Io(_)) => true,
-            Error::Wire(error) => match error {
-                wire::Error::Closed | wire::Error::Truncated | wire::Error::Io { .. } => true,
-                // Bytes that were damaged on the way, past what TCP's checksum sees.
-                wire::Error::Tls { .. } | wire::Error::PayloadChecksum { .. } => true,
-                wire::Error::Peer(refusal) => is_transient(refusal.code),
-                wire::Error::Frame(_)
-                | wire::Error::Compression { .. }
-                | wire::Error::Message(_)
-                | wire::Error::Unexpected { .. } => false,
-            },
-            Error::Refused(refusal) => is_transient(refusal.code),
-            Error::Handshake(_)
-            | Error::Source(_)
-            | Error::Foreign(_)
-            | Error::Ended(_)
-            | Error::Itself(_)
-            | Error::Hints(..)
-            | Error::Broken(_)
-            | Error::Together(_)
-            | Error::Still(_)
-            | Error::Damaged(_) => false,
-        }
-    }
-
-    /// Whether somebody may mend it without the sender: a hook or a freeze that failed, no room, what another disk failed of.
-    pub fn is_passing(&self) -> bool {
-        matches!(self, Error::Still(_) | Error::Together(_) | Error::Source(_) | Error::Hints(..))
-            || self.code() == Some(Code::NoSpace)
-    }
-
-    /// What the master target called it, where it said so.
-    fn code(&self) -> Option<Code> {
-        match self {
-            Error::Refused(refusal) | Error::Ended(refusal) | Error::Wire(wire::Error::Peer(refusal)) => {
-                Some(refusal.code)
-            }
-            _ => None,
-        }
-    }
-}
-
-impl From<HandshakeError> for Error {
-    fn from(error: HandshakeError) -> Error {
-        match error {
-            HandshakeError::ForeignCertificate(_)
-            | HandshakeError::NotTls(_)
-            | HandshakeError::Incompatible(_) => Error::Foreign(error),
-            error => Error::Handshake(error),
-        }
-    }
-}
-
-/// A point that another disk, or machine, failed, may be made by the next attempt.
-fn is_transient(code: Code) -> bool {
-    code.retryable() || code == Code::Incomplete
-}
 
 /// What became of a disk.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -345,9 +211,8 @@ pub async fn send(
             disk: disk.name.clone(),
             source: disk.source.clone(),
             compression: plan.compression,
-            // What is only compared is not taken for anything.
-            resized: plan.resized || plan.scope == Scope::Verify,
-            another: plan.another || plan.scope == Scope::Verify,
+            resized: plan.resized,
+            another: plan.another,
             verify: plan.scope == Scope::Verify,
             group: plan.group.clone(),
             disks: names.clone(),
@@ -357,8 +222,8 @@ pub async fn send(
                 _ => plan.connections,
             },
         };
-        let (to, tls, progress) = (plan.to.clone(), tls.clone(), disk.progress.clone());
-        opening.spawn(async move { (index, open_one(&to, tls, &one, &progress).await) });
+        let (to, tls, progress, wait) = (plan.to.clone(), tls.clone(), disk.progress.clone(), plan.wait);
+        opening.spawn(async move { (index, open_one(&to, tls, &one, &progress, wait).await) });
     }
     let mut opened: Vec<Option<Opened>> = names.iter().map(|_| None).collect();
     let mut heard = vec![false; names.len()];
@@ -421,23 +286,22 @@ pub async fn send(
         free.push((Arc::new(certain), doubtful));
     }
     // After the pre-hook, which may have made them.
-    let paths = plan.hints.clone();
-    let read = tokio::task::spawn_blocking(move || {
-        let read = |(name, path): (Name, PathBuf)| match Hints::read(&path) {
-            Ok(hints) => Ok((name, Arc::new(hints))),
-            Err(error) => Err(Error::Hints(path, Arc::new(error))),
-        };
-        paths.into_iter().map(read).collect::<Result<BTreeMap<_, _>, _>>()
-    });
-    let hints = match read.await {
+    let (asked, of) = (plan.clone(), disks.clone());
+    let mut hints = match tokio::task::spawn_blocking(move || asked.read_hints(&of)).await {
         Ok(Ok(hints)) => hints,
-        Ok(Err(Error::Hints(path, error))) => {
+        Ok(Err((path, error))) => {
             (0..names.len()).for_each(|index| ended(index, Err(Error::Hints(path.clone(), error.clone()))));
             return;
         }
-        Ok(Err(_)) => unreachable!("nothing else fails"),
         Err(panic) => std::panic::resume_unwind(panic.into_panic()),
     };
+    for (disk, reply) in disks.iter().zip(&replies).filter(|(_, reply)| !reply.standing) {
+        if hints.remove(&disk.name).is_some() {
+            let why = not_all(reply);
+            tracing::warn!(disk = %disk.name, "--changed-ranges is set aside: {why}");
+            disk.progress.set_aside.set(why).ok();
+        }
+    }
     let limiter = plan.limit.clone().map(|rates| Arc::new(Limiter::new(rates)));
     let (time, name) = (OffsetDateTime::now_utc(), plan.name.clone());
     let point = Point { id, disks: names.clone(), time, name };
@@ -454,6 +318,7 @@ pub async fn send(
             engine: plan.engine,
             limiter: limiter.clone(),
             scope: plan.scope,
+            sent: plan.sent.get(&disk.name).copied().unwrap_or(0),
             hints: hints.get(&disk.name).cloned(),
         };
         let Opened { first, joined, reply } = opened;
@@ -470,7 +335,32 @@ pub async fn send(
     }
 }
 
+/// Why what has changed since the last point is not all that differs on a target that does not stand at it and at nothing else.
+fn not_all(reply: &OpenReply) -> &'static str {
+    match (reply.baseline, reply.alike) {
+        (None, false) => "the target stands at no recovery point yet, so that all of the disk is sent",
+        (None, true) => "the target stands at no recovery point yet, so that all of the disk is compared",
+        (Some(_), _) => {
+            "since the newest recovery point a pass was interrupted, or the source has another size than it had then, or is \
+             another disk: they do not tell all that differs, so that all of the disk is compared"
+        }
+    }
+}
+
+/// A file, and why it tells no ranges.
+type Unread = (PathBuf, Arc<hints::Error>);
+
 impl Plan {
+    /// Reads what trackers tell of these disks.
+    pub fn read_hints(&self, disks: &[Prepared]) -> Result<BTreeMap<Name, Arc<Hints>>, Unread> {
+        let told = disks.iter().filter_map(|disk| Some((disk, self.hints.get(&disk.name)?)));
+        told.map(|(disk, path)| match Hints::read(path, disk.source.size()) {
+            Ok(hints) => Ok((disk.name.clone(), Arc::new(hints))),
+            Err(error) => Err((path.clone(), Arc::new(error))),
+        })
+        .collect()
+    }
+
     /// Why free space is sent although it may be known which is. `standing`: whether the target stands at a point.
     fn why_not(&self, disk: &Name, standing: bool) -> Option<String> {
         let only_hints = self.scope == Scope::Differences && self.hints.contains_key(disk) && standing;
@@ -583,17 +473,19 @@ async fn open_one(
     tls: Arc<ClientConfig>,
     opening: &session::Opening,
     progress: &Progress,
+    wait: Duration,
 ) -> Result<Opened, Error> {
-    let mut tried = 1;
+    let (mut tried, started) = (1, Instant::now());
     loop {
         let result = async {
             let mut first = connect(to, tls.clone()).await?;
             let (reply, further) = session::open(&mut first, opening).await?;
+            progress.opened.store(true, Ordering::Relaxed);
             let joined = lanes::join_all(to, &tls, &opening.disk, &reply, further).await;
             Ok(Opened { first, joined, reply })
         };
         match result.await {
-            Err(error) if tried < tries(&error) => {
+            Err(error) if tried < tries(&error) && started.elapsed() < wait => {
                 if tried == 1 {
                     let most = tries(&error);
                     tracing::warn!(

@@ -154,11 +154,18 @@ fn ranges_that_a_tracker_tells_are_sent_and_one_that_lies_is_found() {
     fs::write(&hints, "0 4096\n").unwrap();
     let first = rig.send(&[("d0", &source)], &args).ok().json();
     assert_eq!(sent(&first, "sent_bytes"), size);
+    assert_eq!(
+        first["disks"][0]["ranges_set_aside"],
+        "the target stands at no recovery point yet, so that all of the disk is sent"
+    );
 
     write_random(&source, MIB, 8192);
     write_random(&source, size - 50, 50);
     fs::write(&hints, format!("{} 50\n{MIB} 8192\n", size - 50)).unwrap();
-    let told = rig.send(&[("d0", &source)], &args).ok().json();
+    let told = rig.send(&[("d0", &source)], &args).ok();
+    assert!(!told.stderr.contains("set aside"), "{told:#?}");
+    let told = told.json();
+    assert_eq!(told["disks"][0]["ranges_set_aside"], serde_json::Value::Null);
     assert_equal(&source, rig.targets[0].backing());
     assert_eq!((sent(&told, "sent_bytes"), sent(&told, "read_bytes")), (8192 + 100, 8192 + 100));
 
@@ -180,8 +187,46 @@ fn ranges_that_a_tracker_tells_are_sent_and_one_that_lies_is_found() {
     fs::write(&hints, "0 4096\nnonsense\n").unwrap();
     let refused = rig.send(&[("d0", &source)], &args);
     assert!(refused.code == Some(3) && refused.stderr.contains("line 2"), "{refused:#?}");
-    let refused = rig.send(&[("d0", &source)], &["--changed-ranges", &given.replace("d0", "d9")]);
-    assert_eq!(refused.code, Some(2), "{refused:#?}");
+    let wrong = |args: &[&str], texts: &[&str]| {
+        rig.send(&[("d0", &source)], args).fails(2, texts);
+    };
+    let of_another = given.replace("d0", "d9");
+    wrong(&["--changed-ranges", &of_another], &["disk d9, which is not sent", "NAME=FILE", "(d0)"]);
+    wrong(&["--changed-ranges", "hints"], &["NAME=FILE"]);
+    wrong(&["--changed-ranges", &given, "--changed-ranges", &given], &["d0 twice"]);
+}
+
+/// What a tracker that failed leaves, or one of another disk, is not taken for what has changed.
+#[test]
+fn ranges_that_cannot_be_meant_are_refused() {
+    require_root!();
+    let size = 4 * MIB + 100;
+    let rig = Rig::new(&[4 * MIB + 4096]);
+    let source = rig.random("source.img", size);
+    rig.send(&[("d0", &source)], &[]).ok();
+    write_random(&source, MIB, 4096);
+    let (before, hints) = (rig.service.recorded(MACHINE, "d0"), rig.path("hints"));
+    let given = format!("d0={}", hints.display());
+    let send = |ranges: &str, more: &[&str]| {
+        fs::write(&hints, ranges).unwrap();
+        rig.send(&[("d0", &source)], &[&["--changed-ranges", &given, "--json"], more].concat())
+    };
+    let (end, sizes) = (size.to_string(), format!("100 bytes at offset {size}"));
+    for (ranges, texts) in [
+        ("", &["holds no range", "`[]`"][..]),
+        ("# thin_delta: no such device\n\n", &["holds no range"]),
+        (&format!("0 4096\n\n{size} 100\n"), &["line 3", &sizes, &end]),
+        (&format!(r#"[{{"offset": {size}, "length": 100}}]"#), &["entry 1", &sizes]),
+    ] {
+        send(ranges, &[]).fails(3, texts);
+        // Also where they are made only then.
+        send(ranges, &["--pre-hook", "true"]).fails(3, &[]);
+        rig.wait_until_closed("d0");
+    }
+    assert_eq!(rig.service.recorded(MACHINE, "d0"), before);
+    // That nothing has changed can be said.
+    let nothing = send("[]", &[]).ok().json();
+    assert_eq!((sent(&nothing, "read_bytes"), sent(&nothing, "sent_bytes")), (0, 0));
 }
 
 /// Ranges since the last point are all that differs only where the volume stands at that point: not after a pass that was
@@ -207,14 +252,19 @@ fn ranges_are_not_relied_on_where_they_cannot_tell_all() {
     let hints = rig.path("hints");
     fs::write(&hints, format!("{} 4096\n", 12 * MIB)).unwrap();
     let given = format!("d0={}", hints.display());
-    rig.send(&[("d0", &source)], &["--changed-ranges", &given]).ok();
+    let set_aside = |outcome: support::Outcome| {
+        let why = "--changed-ranges is set aside: since the newest recovery point a pass was interrupted";
+        assert!(outcome.stderr.contains(why), "{outcome:#?}");
+    };
+    // Nor do they deserve to be blamed for what they could not tell.
+    set_aside(rig.send(&[("d0", &source)], &["--changed-ranges", &given, "--verify"]).ok());
     assert_equal(&source, rig.targets[0].backing());
 
     // What has grown is in no range. It is not taken for the same disk by itself.
     File::options().write(true).open(&source).unwrap().set_len(2 * size).unwrap();
     write_random(&source, size + MIB, 8192);
-    fs::write(&hints, "").unwrap();
-    rig.send(&[("d0", &source)], &["--changed-ranges", &given, "--resized"]).ok();
+    fs::write(&hints, "[]").unwrap();
+    set_aside(rig.send(&[("d0", &source)], &["--changed-ranges", &given, "--resized"]).ok());
     assert_equal(&source, rig.targets[0].backing());
 
     // They are read when the pass begins, after the pre-hook that makes them; and a pipe is none.
@@ -496,6 +546,8 @@ fn a_sender_that_stands_still_gives_the_disk_back() {
     assert!(lag > 0 && lag < size, "{lag}");
     let metric = rig.service.metric("mt_agent_volume_lag_bytes{machine=\"web01\",disk=\"d0\"}");
     assert!(metric > 0.0 && metric <= lag as f64, "{metric} after {lag}");
+    let connections = "mt_agent_volume_connections{machine=\"web01\",disk=\"d0\"}";
+    assert_eq!(rig.service.metric(connections), 1.0);
     sender.signal(nix::sys::signal::Signal::SIGSTOP);
     let stopped = std::time::Instant::now();
     let volume = rig.wait_until_closed("d0");
@@ -504,7 +556,7 @@ fn a_sender_that_stands_still_gives_the_disk_back() {
     assert!((1.5..8.0).contains(&after), "{after} s");
     assert_eq!((volume.phase.as_str(), volume.lag_bytes), ("interrupted", None));
     rig.service.wait_for_log("the peer sent nothing for 2s");
-    rig.send(&[("d0", &source)], &[]).ok();
+    rig.send(&[("d0", &source)], &["--state-dir", &rig.elsewhere()]).ok();
     assert_equal(&source, rig.targets[0].backing());
     // It learns of it once it goes on.
     sender.signal(nix::sys::signal::Signal::SIGCONT);
@@ -721,6 +773,8 @@ async fn verifying_ends_where_its_point_does() {
     client.frame(&Header::covered(0, MIB), &[]).await;
     let status = || support::run(&["status", "--config", &rig.service.config()]).ok().stdout;
     support::wait_for("the status", || status().contains("synchronized, 1.0 MiB verified").then_some(()));
+    let metric = "mt_agent_volume_verified_bytes{machine=\"web01\",disk=\"d0\"}";
+    assert_eq!(rig.service.metric(metric), MIB as f64);
     for source in [&new, &old, &new] {
         rig.send(&[("d0", source)], &[]).ok();
         assert_eq!(block(&mut client, at as u64).await, old_block.as_bytes());

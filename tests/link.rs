@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
+use support::client::Client;
 use support::proxy::{Act, Fate, Proxy};
 use support::{MACHINE, MIB, Rig, assert_equal, wait_for, write_random};
 
@@ -149,6 +150,72 @@ fn what_waiting_does_not_help_is_told_at_once() {
     let outcome = rig.send(&[("d0", &source)], &args);
     assert_eq!(outcome.code, Some(1), "{outcome:#?}");
     assert!(!outcome.stderr.contains("trying again in"), "{outcome:#?}");
+}
+
+/// With --retry-for 0s nothing else is waited for either, and for no longer than it says.
+#[tokio::test]
+async fn a_disk_that_somebody_has_is_waited_for_as_long_as_is_wanted() {
+    require_root!();
+    let (rig, _) = rig();
+    let source = rig.random("source.img", MIB);
+    let (_client, _) = Client::begun(&rig, "d0", MIB).await;
+    for (wanted, least) in [("0s", 0.0), ("2s", 2.0)] {
+        let started = std::time::Instant::now();
+        let outcome = rig.send(&[("d0", &source)], &["--retry-for", wanted]).fails(3, &["(busy)"]);
+        assert_eq!(outcome.stderr.contains("trying again"), least > 0.0, "{outcome:#?}");
+        let took = started.elapsed().as_secs_f64();
+        assert!((least..least + 10.0).contains(&took), "{took} s");
+    }
+}
+
+/// Asked for everything, a sender brings everything, also where each connection breaks before its end: what it sent itself
+/// is not sent again, and what the target had before is not relied on.
+#[test]
+fn everything_arrives_over_a_link_that_breaks_again_and_again() {
+    require_root!();
+    let (rig, proxy) = rig();
+    let source = rig.random("source.img", SIZE);
+    rig.send(&[("d0", &source)], &[]).ok();
+    let before = proxy.up.load(Ordering::Relaxed);
+    proxy.will_all(Fate { up: Some((7 * MIB, Act::Cut)), ..Fate::default() });
+    // Slow enough that what was written is looked at before the end.
+    let outcome = send_through(&rig, &proxy, &source, &["1", "--whole", "--bwlimit", "2M"]).ok();
+    let up = proxy.up.load(Ordering::Relaxed) - before;
+    let attempts = 1 + outcome.stderr.matches("trying again in").count() as u64;
+    assert!(attempts > 1, "{outcome:#?}");
+    // What is sent in the two seconds and a little more between two looks is lost with each connection.
+    assert!(up >= SIZE && up < SIZE + attempts * 6 * MIB, "{up} bytes in {attempts} attempts");
+    // Also where the result is for programs, each is told with its reason.
+    let reasons = outcome.stderr.matches("mt-agent: d0: the pass was not acknowledged").count() as u64;
+    assert_eq!(reasons, attempts - 1, "{outcome:#?}");
+    assert_equal(&source, rig.targets[0].backing());
+    // The next one is as whole.
+    proxy.will_all(Fate::default());
+    let whole = send_through(&rig, &proxy, &source, &["1", "--whole"]).ok().json();
+    assert_eq!(whole["disks"][0]["sent_bytes"], SIZE);
+}
+
+/// Once a disk was opened the address is right, so that the connection is worth waiting for.
+#[test]
+fn a_link_that_is_lost_before_the_first_byte_is_waited_for() {
+    require_root!();
+    let (mut rig, _) = rig();
+    let config = fs::read_to_string(rig.service.config()).unwrap();
+    let port = rig.service.address().port();
+    rig.service.restart_with_config(&config.replace("127.0.0.1:0", &format!("127.0.0.1:{port}")));
+    let source = rig.random("source.img", SIZE);
+    let (begun, go) = (rig.path("begun"), rig.path("go"));
+    // It runs when the disk is open, and nothing was sent yet.
+    let hook = format!("touch {}; while [ ! -e {} ]; do sleep 0.1; done", begun.display(), go.display());
+    let sender = rig.start(&[("d0", &source)], &["--pre-hook", &hook, "--json", "--retry-for", "60s"]);
+    wait_for("the hook", || begun.exists().then_some(()));
+    rig.service.process().kill();
+    rig.service.spawn();
+    File::create(&go).unwrap();
+    let outcome = sender.finish().ok();
+    let reason = "mt-agent: d0: the master target broke the connection off before it answered";
+    assert!(outcome.stderr.contains(reason) && outcome.stderr.contains("trying again in"), "{outcome:#?}");
+    assert_equal(&source, rig.targets[0].backing());
 }
 
 /// Standard error is a full file system: what is said there is lost, and nothing else.

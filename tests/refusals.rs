@@ -794,7 +794,7 @@ fn a_second_sender_waits_for_the_first() {
     let rig = Rig::new(&[16 * MIB, 4 * MIB]);
     let (first, second) = (rig.random("first.img", 16 * MIB), rig.random("second.img", 16 * MIB));
     let one = rig.start_into_pass(&[("d0", &first)], &["--bwlimit", "8M", "--compression", "off"]);
-    let two = rig.start(&[("d0", &second)], &[]);
+    let two = rig.start(&[("d0", &second)], &["--state-dir", &rig.elsewhere(), "--retry-for", "20s"]);
     goes_on(&rig, "d1");
     one.finish().ok();
     let two = two.finish().ok();

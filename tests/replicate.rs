@@ -299,6 +299,43 @@ fn a_second_pass_brings_what_changed() {
     assert_equal(&source, rig.targets[0].backing());
 }
 
+/// Two that keep one disk protected would take turns. What only compares may run beside it, and so may the other disks.
+#[test]
+fn a_disk_has_one_sender() {
+    require_root!();
+    let rig = Rig::new(&[MIB, MIB]);
+    let [d0, d1] = ["d0.src", "d1.src"].map(|name| rig.random(name, MIB));
+    let mut first = rig.start(&[("d0", &d0)], &["--every", "1h"]);
+    support::wait_for("the first pass", || (rig.state("d0") == "synchronized").then_some(()));
+    let pid = format!("with pid {}:", first.pid());
+    let texts = ["disk d0 of web01 is being sent", &pid, "wait for its end, or stop it first"];
+    for disks in [&[("d0", &*d0)][..], &[("d1", &*d1), ("d0", &*d0)]] {
+        rig.send(disks, &["--every", "1h"]).fails(3, &texts);
+        rig.send(disks, &[]).fails(3, &texts);
+    }
+    assert_eq!(rig.state("d1"), "empty");
+    rig.send(&[("d1", &d1)], &[]).ok();
+    rig.send(&[("d0", &d0)], &["--dry-run"]).ok();
+    let (to, state) = (rig.service.address().to_string(), rig.client());
+    let disk = format!("d0={}", d0.display());
+    run(&[
+        "verify",
+        "--machine",
+        MACHINE,
+        "--to",
+        &to,
+        "--state-dir",
+        state.to_str().unwrap(),
+        "--disk",
+        &disk,
+    ])
+    .ok();
+    assert_eq!(first.has_ended(), None, "{}", first.stderr());
+    // However it ends.
+    first.kill();
+    rig.send(&[("d0", &d0)], &[]).ok();
+}
+
 /// Several that list disks at once do not take each other for a use of the disk.
 #[test]
 fn listing_disks_disturbs_nobody() {

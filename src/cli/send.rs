@@ -1,4 +1,12 @@
 //! `mt-agent send`: the source side.
+//!
+//! `--json` prints one object, with `--every` one a line for each pass: `schema_version` (1), `machine`, `dry_run`, `seconds`,
+//! `post_hook_error`, and `disks`, of each `disk`, `size`, `seconds`; what its last attempt came to in bytes, `read_bytes`,
+//! `same_bytes` (compared, and there already), `zero_bytes` (told as zeros), `sent_bytes` (payload), and in `connections` and
+//! `refused_frames` (damaged, and sent again); `used_bytes`, `free_bytes`, `skipped_bytes` (free, and not read) and
+//! `not_skipped` (why not, in words); `ranges_set_aside` (why `--changed-ranges` was not relied on, or null), `missed` (of
+//! each `offset` and `length`: what differed and was not told by it); `point`, `pass` and `committed`, null where it was not;
+//! and `error`. Why an attempt failed that was followed by another one is told on standard error.
 
 mod attempt;
 mod screen;
@@ -9,8 +17,8 @@ use std::time::Duration;
 use mt_agent::error::chain;
 use mt_agent::name::Name;
 use mt_agent::net::address::Address;
+use mt_agent::send::alone::Alone;
 use mt_agent::send::free::Space;
-use mt_agent::send::hints::Hints;
 use mt_agent::send::lanes::Connections;
 use mt_agent::send::limit::Rates;
 use mt_agent::send::still::Wishes;
@@ -76,7 +84,8 @@ pub struct Args {
     #[arg(long, value_name = "NUMBER", default_value = "auto")]
     connections: Connections,
     /// Send everything, also where the master target likely has most of it: by default, both sides are compared by digests
-    /// then, and only what differs is sent
+    /// then, and only what differs is sent. Where the connection is lost, what this command had sent is compared and not sent
+    /// again
     #[arg(long)]
     whole: bool,
     /// Send a disk although it has another size than when it was sent last. What the target has behind the end of a smaller
@@ -90,8 +99,9 @@ pub struct Args {
     #[arg(long)]
     dry_run: bool,
     /// What has changed on a disk since its last point, as a tracker knows it: a file of `offset length` a line, or a JSON
-    /// array of objects with `offset` and `length`, in bytes. Nothing else is looked at. Several: with the option repeated
-    #[arg(long, value_name = "NAME=FILE", value_parser = disk, conflicts_with_all = ["whole", "every"])]
+    /// array of objects with `offset` and `length`, in bytes; `[]` where nothing has. Nothing else is looked at, where the
+    /// target stands at that point; else they are set aside, and that is told. For several disks: with the option repeated
+    #[arg(long, value_name = "NAME=FILE", value_parser = ranges, conflicts_with_all = ["whole", "every"])]
     changed_ranges: Vec<(Name, PathBuf)>,
     /// Compare all of the disks all the same, and fail if something changed that --changed-ranges does not tell (it is sent)
     #[arg(long, requires = "changed_ranges")]
@@ -100,8 +110,9 @@ pub struct Args {
     /// --json each pass prints an object, one a line
     #[arg(long, value_name = "PERIOD", value_parser = period)]
     every: Option<Duration>,
-    /// How long to try again, after longer and longer pauses, where the connection was lost once the sending had begun; the
-    /// time counts from the last byte that arrived. What arrived is not sent again. 0s: not at all
+    /// How long to try again, after longer and longer pauses, where the connection was lost once the master target had opened
+    /// a disk; the time counts from the last byte that arrived. What arrived is not sent again. Where it has no time, or breaks
+    /// off, before, it is asked again for 20 seconds at most. 0s: not at all
     #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = period)]
     retry_for: Duration,
     /// What to call the recovery point that this leads to
@@ -173,10 +184,17 @@ fn limit_of(text: &str, longest: Duration) -> Result<Duration, String> {
 }
 
 fn disk(text: &str) -> Result<(Name, PathBuf), String> {
-    let (name, path) = text.split_once('=').ok_or("give NAME=SOURCE, as in root=/dev/sda")?;
-    if path.is_empty() {
-        return Err("give the source after the `=`".to_owned());
-    }
+    of_disk(text, "NAME=SOURCE, as in root=/dev/sda")
+}
+
+fn ranges(text: &str) -> Result<(Name, PathBuf), String> {
+    of_disk(text, "NAME=FILE, with the name that --disk gives the disk, as in root=/run/root.ranges")
+}
+
+/// The name of a disk and a path.
+fn of_disk(text: &str, form: &str) -> Result<(Name, PathBuf), String> {
+    let (name, path) =
+        text.split_once('=').filter(|(_, path)| !path.is_empty()).ok_or(format!("give {form}"))?;
     Ok((name.parse().map_err(|error| format!("{error}"))?, path.into()))
 }
 
@@ -207,21 +225,32 @@ pub fn run(args: Args) -> Result<(), Failure> {
     (job.plan.resized, job.plan.another) = (args.resized, args.another_disk);
     job.plan.limit = args.bwlimit;
     job.plan.connections = args.connections;
+    job.plan.wait = args.retry_for;
     job.plan.scope = match (args.whole, args.verify) {
         (true, _) => Scope::Whole,
         (false, true) => Scope::CheckHints,
         (false, false) => Scope::Differences,
     };
     for (name, path) in args.changed_ranges {
-        if !job.plan.disks.iter().any(|(disk, _)| *disk == name) {
-            return Err(Failure::Usage(format!("--changed-ranges names disk {name}, which is not sent")));
+        let sent = job.plan.disks.iter().map(|(disk, _)| disk);
+        if sent.clone().all(|disk| *disk != name) {
+            let names = sent.map(Name::as_str).collect::<Vec<_>>().join(", ");
+            return Err(Failure::Usage(format!(
+                "--changed-ranges names disk {name}, which is not sent: give NAME=FILE with a name that --disk gives \
+                 ({names}), or give --disk {name}=SOURCE too"
+            )));
         }
-        if args.pre_hook.is_none() {
-            // What a pre-hook makes is not there yet; everything else is better told now.
-            Hints::read(&path)
-                .map_err(|error| Failure::refused(format!("{}: {}", path.display(), chain(&error))))?;
+        if job.plan.hints.insert(name.clone(), path).is_some() {
+            return Err(Failure::Usage(format!(
+                "--changed-ranges names disk {name} twice: give one file with all of its ranges"
+            )));
         }
-        job.plan.hints.insert(name, path);
+    }
+    if !job.plan.hints.is_empty() && args.pre_hook.is_none() {
+        // What a pre-hook makes is not there yet; everything else is better told now.
+        job.plan
+            .read_hints(&prepare(&job.plan)?)
+            .map_err(|(path, error)| Failure::refused(format!("{}: {}", path.display(), chain(&*error))))?;
     }
     job.wishes = Wishes {
         pre_hook: args.pre_hook,
@@ -233,6 +262,9 @@ pub fn run(args: Args) -> Result<(), Failure> {
         return dry_run(&job.machine, &job.plan, args.freeze.is_some(), args.what.json);
     }
     job.lines = args.every.is_some();
+    let disks = job.plan.disks.iter().map(|(name, _)| name);
+    let _alone = Alone::with(&args.what.state_dir, &job.machine, disks)
+        .map_err(|error| if error.is_refusal() { Failure::refused(error) } else { Failure::failed(error) })?;
     let runtime = tokio::runtime::Runtime::new().map_err(Failure::failed)?;
     let result = runtime.block_on(async {
         let mut signals = Signals::new().map_err(Failure::failed)?;

@@ -156,13 +156,21 @@ impl Reader {
             None => Box::new(digest::of_zeros(chunk.len as u64, digest::UNIT)),
         };
         for (range, ours) in units.zip(ours) {
-            if asks.unit()? == ours {
+            let theirs = asks.unit()?;
+            if let Differing::Sent { up_to } = differing
+                && chunk.at + range.end as u64 > *up_to
+            {
+                chunk.differs.push(range);
+                continue;
+            }
+            if theirs == ours {
                 continue;
             }
             match &chunk.bytes {
                 // Zeros cost nothing to send; but where differences are told, those in free space are not.
                 Some(bytes)
-                    if !matches!(differing, Differing::Sent) || !digest::is_zero(&bytes[range.clone()]) =>
+                    if !matches!(differing, Differing::Sent { .. })
+                        || !digest::is_zero(&bytes[range.clone()]) =>
                 {
                     let from = chunk.refine.map_or(range.start, |refine| refine.start);
                     chunk.refine = Some(from..range.end);
@@ -197,7 +205,7 @@ impl Reader {
                 continue;
             };
             let told = match differing {
-                Differing::Sent => Vec::new(),
+                Differing::Sent { .. } => Vec::new(),
                 Differing::Checked(hints) => hints.missed(extent),
                 Differing::Told => vec![extent],
             };

@@ -1,8 +1,10 @@
 //! Ranges that a tracker says have changed: LVM's thin_delta, a hypervisor's changed-block tracking, blktrace.
 //!
 //! Two forms are read: JSON, an array of objects with `offset` and `length` (others of their members are passed over); or
-//! text, `offset length` a line, where empty lines and those that begin with `#` are passed over. Both count bytes.
+//! text, `offset length` a line, where empty lines and those that begin with `#` are passed over. Both count bytes. That
+//! nothing has changed is said by an empty array: an empty file more likely comes from a tracker that failed.
 
+use std::fmt;
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
@@ -10,7 +12,7 @@ use std::path::Path;
 use serde::Deserialize;
 
 use crate::error::IoError;
-use crate::units::Extent;
+use crate::units::{ByteLen, Extent};
 
 /// The unit that ranges are widened to.
 const UNIT: u64 = 4096;
@@ -34,6 +36,12 @@ pub enum Error {
     /// It is too long.
     #[error("the file has over {} MiB: give fewer and longer ranges", MOST >> 20)]
     TooLong,
+    /// Nothing is in it.
+    #[error(
+        "it holds no range: if nothing has changed, that is said by `[]`; if something may have, look at what made the file, or \
+         send without --changed-ranges"
+    )]
+    Empty,
     /// It is neither of the two forms.
     #[error("it is no JSON array of objects with `offset` and `length`")]
     Json(#[from] serde_json::Error),
@@ -43,14 +51,40 @@ pub enum Error {
         /// Counted from 1.
         line: usize,
     },
-    /// A range that no disk can have.
-    #[error("{length} bytes at offset {offset} pass the end of any disk")]
+    /// A range that the disk does not have.
+    #[error(
+        "{place}: {length} bytes at offset {offset} pass the end of the disk, which has {}: give what a tracker tells of this \
+         disk, in bytes, or send without --changed-ranges",
+        size.0
+    )]
     Range {
+        /// Where it stands.
+        place: Place,
         /// In bytes.
         offset: u64,
         /// In bytes.
         length: u64,
+        /// Of the disk.
+        size: ByteLen,
     },
+}
+
+/// Where a range stands in its file, counted from 1.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Place {
+    /// Of a text.
+    Line(usize),
+    /// Of a JSON array.
+    Entry(usize),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Place::Line(number) => write!(f, "line {number}"),
+            Place::Entry(number) => write!(f, "entry {number}"),
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -60,8 +94,8 @@ struct Range {
 }
 
 impl Hints {
-    /// Reads a file.
-    pub fn read(path: &Path) -> Result<Hints, Error> {
+    /// Reads a file that tells of a disk of `size` bytes.
+    pub fn read(path: &Path, size: ByteLen) -> Result<Hints, Error> {
         let failed = |op| move |error| IoError::new(op, path.display().to_string(), error);
         // Before it is opened: the open of a pipe waits for its writer.
         if !std::fs::metadata(path).map_err(failed("open"))?.is_file() {
@@ -73,31 +107,33 @@ impl Hints {
         if text.len() as u64 > MOST {
             return Err(Error::TooLong);
         }
-        Hints::parse(&text)
+        Hints::parse(&text, size)
     }
 
     /// Reads either form.
-    pub fn parse(text: &str) -> Result<Hints, Error> {
-        let ranges: Vec<Range> = match text.trim_start().starts_with('[') {
-            true => serde_json::from_str(text)?,
-            false => text
-                .lines()
-                .enumerate()
-                .map(|(index, line)| (index + 1, line.trim()))
-                .filter(|(_, line)| !line.is_empty() && !line.starts_with('#'))
-                .map(|(number, line)| {
-                    let mut fields = line.split_ascii_whitespace().map(str::parse);
-                    match (fields.next(), fields.next(), fields.next()) {
-                        (Some(Ok(offset)), Some(Ok(length)), None) => Ok(Range { offset, length }),
-                        _ => Err(Error::Line { line: number }),
-                    }
-                })
-                .collect::<Result<_, _>>()?,
+    pub fn parse(text: &str, size: ByteLen) -> Result<Hints, Error> {
+        let ranges: Vec<(Place, Range)> = match text.trim_start().starts_with('[') {
+            true => {
+                let ranges: Vec<Range> = serde_json::from_str(text)?;
+                ranges
+                    .into_iter()
+                    .enumerate()
+                    .map(|(index, range)| (Place::Entry(index + 1), range))
+                    .collect()
+            }
+            false => lines(text)?,
         };
         let mut extents = Vec::with_capacity(ranges.len());
-        for Range { offset, length } in ranges.iter().filter(|range| range.length > 0) {
-            let extent = Extent::new(*offset, *length).and_then(|extent| extent.widened(UNIT));
-            extents.push(extent.ok_or(Error::Range { offset: *offset, length: *length })?);
+        for (place, Range { offset, length }) in ranges {
+            let end = offset.checked_add(length).filter(|end| *end <= size.0);
+            let end = end.ok_or(Error::Range { place, offset, length, size })?;
+            if length == 0 {
+                continue;
+            }
+            // Widened, and no further than the disk goes.
+            let (offset, end) =
+                (offset - offset % UNIT, end.checked_next_multiple_of(UNIT).unwrap_or(size.0));
+            extents.extend(Extent::new(offset, end.min(size.0) - offset));
         }
         extents.sort_by_key(|extent| extent.offset());
         let mut merged: Vec<Extent> = Vec::new();
@@ -113,11 +149,9 @@ impl Hints {
         Ok(Hints(merged))
     }
 
-    /// The ranges, as far as a disk of so many bytes has them.
-    pub(super) fn within(&self, size: u64) -> impl Iterator<Item = Extent> {
-        self.0.iter().filter_map(move |extent| {
-            Extent::new(extent.offset(), extent.end().min(size).checked_sub(extent.offset())?)
-        })
+    /// The ranges.
+    pub(super) fn ranges(&self) -> impl Iterator<Item = Extent> {
+        self.0.iter().copied()
     }
 
     /// The parts of a range that no hint covers.
@@ -134,34 +168,78 @@ impl Hints {
     }
 }
 
+/// The ranges of a text.
+fn lines(text: &str) -> Result<Vec<(Place, Range)>, Error> {
+    let lines = text.lines().enumerate().map(|(index, line)| (index + 1, line.trim()));
+    let ranges: Vec<_> = lines
+        .filter(|(_, line)| !line.is_empty() && !line.starts_with('#'))
+        .map(|(line, text)| {
+            let mut fields = text.split_ascii_whitespace().map(str::parse);
+            match (fields.next(), fields.next(), fields.next()) {
+                (Some(Ok(offset)), Some(Ok(length)), None) => {
+                    Ok((Place::Line(line), Range { offset, length }))
+                }
+                _ => Err(Error::Line { line }),
+            }
+        })
+        .collect::<Result<_, _>>()?;
+    if ranges.is_empty() { Err(Error::Empty) } else { Ok(ranges) }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
 
+    const SIZE: ByteLen = ByteLen(12_289);
+
+    fn parse(text: &str) -> Result<Hints, Error> {
+        Hints::parse(text, SIZE)
+    }
+
     #[test]
     fn both_forms_say_the_same() {
-        let text = Hints::parse("# a comment\n\n8192 1\n0 4096\n  4095\t2  \n").unwrap();
-        let json = Hints::parse(
+        let text = parse("# a comment\n\n8192 1\n0 4096\n  4095\t2  \n").unwrap();
+        let json = parse(
             r#" [{"offset":8192,"length":1,"data":true},{"offset":0,"length":4096},{"offset":4095,"length":2}]"#,
         );
         assert_eq!(text, json.unwrap());
         assert_eq!(text, Hints(vec![Extent::new(0, 12288).unwrap()]));
-        assert_eq!(text.within(8193).collect::<Vec<_>>(), [Extent::new(0, 8193).unwrap()]);
-        assert_eq!(Hints::parse("").unwrap(), Hints::default());
-        assert_eq!(Hints::parse("5 0\n").unwrap(), Hints::default());
+        // The last block of a disk may be a part of one.
+        assert_eq!(parse("12288 1").unwrap(), Hints(vec![Extent::new(12_288, 1).unwrap()]));
+        // That nothing has changed is said, and not taken from a file that has nothing in it.
+        for nothing in ["[]", " [ ]\n", "5 0\n", r#"[{"offset":12289,"length":0}]"#] {
+            assert_eq!(parse(nothing).unwrap(), Hints::default(), "{nothing}");
+        }
+        for empty in ["", "\n", "# no ranges\n"] {
+            assert!(matches!(parse(empty), Err(Error::Empty)), "{empty}");
+        }
     }
 
     #[test]
     fn what_is_neither_is_told_with_its_place() {
         for (text, line) in [("1 2 3", 1), ("0 1\n-1 5", 2), ("0 1\n\n7", 3), ("0x10 4", 1), ("{}", 1)] {
-            let error = Hints::parse(text).unwrap_err();
+            let error = parse(text).unwrap_err();
             assert!(matches!(error, Error::Line { line: found } if found == line), "{text}: {error}");
         }
-        assert!(matches!(Hints::parse("[1]"), Err(Error::Json(_))));
-        assert!(matches!(Hints::parse(&format!("{} 2", u64::MAX)), Err(Error::Range { .. })));
-        assert!(matches!(Hints::parse(&format!("{} 1", u64::MAX - 5)), Err(Error::Range { .. })));
+        assert!(matches!(parse("[1]"), Err(Error::Json(_))));
+        let (line, entry) = (Place::Line(2), Place::Entry(2));
+        for (text, at) in [
+            ("0 1\n12288 2\n".to_owned(), line),
+            ("0 1\n12290 0\n".to_owned(), line),
+            (format!("0 1\n{} 2", u64::MAX), line),
+            (format!("0 1\n{} 1", u64::MAX - 5), line),
+            (r#"[{"offset":0,"length":1},{"offset":0,"length":12290}]"#.to_owned(), entry),
+        ] {
+            let error = parse(&text).unwrap_err();
+            assert!(matches!(error, Error::Range { place, .. } if place == at), "{text}: {error}");
+            assert!(error.to_string().starts_with(&format!("{at}: ")), "{error}");
+        }
+        // The widest there is.
+        let all = Extent::new(0, u64::MAX).unwrap();
+        let parsed = Hints::parse(&format!("1 {}", u64::MAX - 1), ByteLen(u64::MAX)).unwrap();
+        assert_eq!(parsed, Hints(vec![all]));
     }
 
     proptest! {
@@ -169,8 +247,12 @@ mod tests {
         fn what_is_missed_is_what_no_hint_covers(
             ranges in prop::collection::vec((0..60u64, 1..6u64), 0..12), from in 0..60u64, len in 1..20u64,
         ) {
-            let text: String = ranges.iter().map(|(at, len)| format!("{} {}\n", at * UNIT, len * UNIT)).collect();
-            let hints = Hints::parse(&text).unwrap();
+            let mut text: String =
+                ranges.iter().map(|(at, len)| format!("{} {}\n", at * UNIT, len * UNIT)).collect();
+            if text.is_empty() {
+                text += "[]";
+            }
+            let hints = Hints::parse(&text, ByteLen(90 * UNIT)).unwrap();
             let covered = |block: u64| ranges.iter().any(|(at, len)| (*at..at + len).contains(&block));
             let missed = hints.missed(Extent::new(from * UNIT, len * UNIT).unwrap());
             for block in 0..90 {

@@ -7,7 +7,7 @@ use std::sync::mpsc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadHalf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -62,11 +62,18 @@ pub(super) struct Job {
     pub(super) engine: EngineChoice,
     pub(super) limiter: Option<Arc<Limiter>>,
     pub(super) scope: Scope,
+    /// With [`Scope::Whole`], up to where earlier attempts have written it: that is compared.
+    pub(super) sent: u64,
+    /// Only where they tell all that differs.
     pub(super) hints: Option<Arc<Hints>>,
 }
 
 /// How many frames may come back as damaged before it is no accident any more.
 const MAX_DAMAGED: u64 = 16;
+
+/// How often a pass that sends everything makes sure that all of it so far was carried out, so that it need not be sent again
+/// where the connection breaks.
+const MARK: Duration = Duration::from_secs(2);
 
 /// How many frames wait between the reading thread and the connection.
 const QUEUE: usize = 8;
@@ -116,10 +123,11 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
         (true, Some(hints)) if job.scope == Scope::CheckHints => {
             Ask::Compare(Differing::Checked(hints.clone()))
         }
-        (true, _) => Ask::Compare(Differing::Sent),
-        (false, Some(hints)) if job.scope == Scope::Differences && reply.standing => {
-            Ask::Ranges(hints.clone())
+        (true, _) => {
+            let up_to = if job.scope == Scope::Whole { job.sent } else { u64::MAX };
+            Ask::Compare(Differing::Sent { up_to })
         }
+        (false, Some(hints)) if job.scope == Scope::Differences => Ask::Ranges(hints.clone()),
         (false, _) => Ask::Send(job.source.extent()),
     };
     asks.send(first).ok();
@@ -173,11 +181,13 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     };
     match failed {
         Ok(done) => {
-            // Everything is acknowledged: that the goodbyes arrive makes no difference.
+            // Everything is acknowledged: whether the goodbyes arrive makes no difference to it.
             drop(deal);
             let goodbye = async {
                 writer.into_inner().shutdown().await.ok();
                 while lanes.join_next().await.is_some() {}
+                // The disk is closed there before the connection is: whoever sends next finds it free.
+                while reader.read(&mut [0; 64]).await.is_ok_and(|len| len > 0) {}
             };
             timeout(LAST_WORD, goodbye).await.ok();
             Ok(done)
@@ -309,9 +319,11 @@ async fn begin<S: AsyncRead + AsyncWrite + Unpin>(
     };
     let compare = match job.scope {
         // What is known to have changed need not be looked for.
-        Scope::Differences => reply.alike && !(job.hints.is_some() && reply.standing),
+        Scope::Differences => reply.alike && job.hints.is_none(),
         Scope::CheckHints => reply.alike,
-        Scope::Whole => false,
+        // What was written before the connection broke is not sent again: over one that always breaks before the end, the pass
+        // would never come to it.
+        Scope::Whole => job.sent > 0,
         Scope::Verify => true,
     };
     let (point, disks) = (job.point.id, job.point.disks.clone());
@@ -497,6 +509,7 @@ impl Shared {
         job: &Job,
     ) -> Result<(), Error> {
         let (mut sequence, mut cost, mut bytes, mut finished) = (0, 0, 0, 0);
+        let (mut reached, mut marked) = (0, Instant::now());
         loop {
             // The source is through when the first extent and all that were refused are.
             let refused = self.refused.load(Ordering::Acquire);
@@ -508,9 +521,16 @@ impl Shared {
             if all_sent && carried_out == sequence {
                 break;
             }
+            // Frames are carried out in whatever order: only when none is under way is it known which were.
+            let due = job.scope == Scope::Whole && refused == 0 && marked.elapsed() >= MARK;
+            if due && carried_out == sequence {
+                job.progress.reached.store(reached, Ordering::Relaxed);
+                marked = Instant::now();
+            }
+            let waits = due && carried_out < sequence;
             let output = tokio::select! {
                 biased;
-                output = pieces.recv(), if !all_sent => output,
+                output = pieces.recv(), if !all_sent && !waits => output,
                 () = self.news.notified() => continue,
             };
             match output {
@@ -522,6 +542,7 @@ impl Shared {
                     }
                     sequence += 1;
                     bytes += piece.header.length;
+                    reached = reached.max(piece.header.offset + piece.header.length);
                     match deal {
                         // The other end is kept as long as this runs.
                         Some(deal) => drop(deal.send(piece).await),

@@ -251,8 +251,9 @@ pub(super) enum Ask {
 
 /// What becomes of what differs.
 pub(super) enum Differing {
-    Sent,
-    /// Sent, and told where the hints do not.
+    /// Sent; and so is all that lies behind this offset, whatever the receiver has there.
+    Sent { up_to: u64 },
+    /// Sent, and told where the hints do not tell it.
     Checked(Arc<Hints>),
     /// Only told.
     Told,
@@ -461,12 +462,11 @@ impl Reader {
 
     /// Sends what the hints tell. What is told to be dealt with was handed over.
     fn ranges(&mut self, hints: &Hints) -> Result<(), Stop> {
-        let size = self.scan.source.size;
-        for extent in hints.within(size) {
+        for extent in hints.ranges() {
             self.send(extent)?;
             self.covered(extent.end())?;
         }
-        self.covered(size)
+        self.covered(self.scan.source.size)
     }
 
     /// Everything before this is dealt with.

@@ -16,11 +16,12 @@ use super::*;
 use crate::error::IoError;
 use crate::net::frame::{HEADER_LEN, Header, Kind};
 use crate::net::message::{
-    Begin, BeginReply, Code, Commit, Enroll, EnrollReply, Hello, HelloReply, Open, OpenReply,
+    self, Begin, BeginReply, Code, Commit, Enroll, EnrollReply, Hello, HelloReply, Open, OpenReply,
 };
 use crate::net::session::{
     self as server, Begun, Ending, Guest, Host, Lanes, Opened, Passes, Patience, Reader, Stage, Viewed,
 };
+use crate::net::wire;
 use crate::storage::device::Engine;
 use crate::storage::fault::FaultDisk;
 use crate::storage::{Geometry, Storage};
@@ -182,6 +183,17 @@ async fn transfer_of(
     scope: Scope,
     meddle: Meddler,
 ) -> Outcome {
+    transfer_after(bench, content, compression, scope, 0, meddle).await
+}
+
+async fn transfer_after(
+    bench: &Arc<Bench>,
+    content: &[u8],
+    compression: Compression,
+    scope: Scope,
+    sent: u64,
+    meddle: Meddler,
+) -> Outcome {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(content).unwrap();
     let progress = Arc::new(Progress::default());
@@ -196,6 +208,7 @@ async fn transfer_of(
         engine: EngineChoice::Auto,
         limiter: None,
         scope,
+        sent,
         hints: None,
     };
     let (client, near) = tokio::io::duplex(256 << 10);
@@ -401,6 +414,40 @@ fn differing(old: &[u8], new: &[u8]) -> usize {
     old.chunks(4096).zip(new.chunks(4096)).filter(|(old, new)| old != new).map(|(old, _)| old.len()).sum()
 }
 
+/// Where everything is to be sent, only what an earlier attempt has written is compared.
+#[tokio::test(flavor = "multi_thread")]
+async fn everything_travels_but_what_was_written_before() {
+    let unit = u64::from(crate::digest::UNIT);
+    let old = content((3 << 20) + 777);
+    let size = old.len() as u64;
+    let mut new = old.clone();
+    new[5000] ^= 1;
+    for (sent, compared) in [
+        (0, 0),
+        (1, 0),
+        (unit, unit),
+        (20 * unit + 1, 20 * unit),
+        (size - 1, size - size % unit),
+        (size, size),
+    ] {
+        let bench = Bench::over(old.clone());
+        let travelled = Arc::new(AtomicU64::new(0));
+        let counted = travelled.clone();
+        let meddle = Box::new(move |header: &mut [u8; HEADER_LEN], _: &mut Vec<u8>| {
+            let header = Header::parse(header).unwrap();
+            if matches!(header.kind, Kind::Data | Kind::Zero) {
+                counted.fetch_add(header.length, Ordering::Relaxed);
+            }
+            true
+        });
+        let outcome = transfer_after(&bench, &new, Compression::Off, Scope::Whole, sent, meddle).await;
+        outcome.sender.unwrap();
+        assert!(stored(&bench, new.len()) == new);
+        let differs = if compared > 0 { 4096 } else { 0 };
+        assert_eq!(travelled.load(Ordering::Relaxed), size - compared + differs, "{sent}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn only_the_blocks_that_differ_travel() {
     for seed in 0..24 {
@@ -594,6 +641,7 @@ async fn lied_to(liar: Liar) -> Error {
         engine: EngineChoice::Auto,
         limiter: None,
         scope: Scope::Differences,
+        sent: 0,
         hints: None,
     };
     // The server ends once the client is gone.

@@ -686,11 +686,21 @@ impl Rig {
         self.path("client")
     }
 
+    /// Where another identity of `web01` lies, for a sender that does not know of the others.
+    pub fn elsewhere(&self) -> String {
+        let elsewhere = self.path("elsewhere");
+        self.service.enroll(MACHINE, &elsewhere);
+        elsewhere.to_str().unwrap().to_owned()
+    }
+
     /// `mt-agent send` with these disks and further arguments, not started yet.
     pub fn command(&self, disks: &[(&str, &Path)], args: &[&str]) -> Command {
         let mut command = mt_agent();
         let (to, state) = (self.service.address().to_string(), self.client());
-        command.args(["send", "--machine", MACHINE, "--state-dir"]).arg(state);
+        command.args(["send", "--machine", MACHINE]);
+        if !args.contains(&"--state-dir") {
+            command.arg("--state-dir").arg(state);
+        }
         if !args.contains(&"--to") {
             command.args(["--to", &to]);
         }

@@ -70,6 +70,8 @@ impl Job {
             resized: false,
             another: false,
             hints: BTreeMap::new(),
+            sent: BTreeMap::new(),
+            wait: Duration::MAX,
         };
         Ok(Job {
             machine: what.machine.clone(),
@@ -137,13 +139,14 @@ const PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from
 impl Job {
     /// Pass after pass, or one, each with as many attempts as it takes.
     pub(in crate::cli) async fn keep_on(
-        &self,
+        &mut self,
         every: Option<Duration>,
         retry_for: Duration,
         signals: &mut Signals,
     ) -> Result<(), Failure> {
         let mut pause = PAUSES.0;
-        // When something arrived for the last time: before, a wrong address is more likely than a broken link.
+        // When something arrived for the last time, or when a disk was opened for the first time: before, a wrong address is more
+        // likely than a broken link.
         let mut arrived = every.map(|_| Instant::now());
         loop {
             let started = Instant::now();
@@ -161,10 +164,13 @@ impl Job {
                 }
                 Err(failure) => return Err(failure),
             };
-            if outcome.disks.iter().any(|disk| disk.progress.done.load(Ordering::Relaxed) > 0) {
+            if outcome.disks.iter().any(|disk| self.got_further(disk)) {
                 (arrived, pause) = (Some(Instant::now()), PAUSES.0);
+            } else if outcome.disks.iter().any(|disk| disk.progress.opened.load(Ordering::Relaxed)) {
+                arrived = arrived.or_else(|| Some(Instant::now()));
             }
             if outcome.is_sent() {
+                self.plan.sent.clear();
                 let Some(every) = every else { return outcome.report(self) };
                 arrived = Some(Instant::now());
                 // A post-hook that failed is told, and is no reason to protect the machine no longer.
@@ -184,6 +190,15 @@ impl Job {
             if !(patient && outcome.may_pass() || every.is_some() && outcome.may_pass_some_day()) {
                 return outcome.report(self);
             }
+            for disk in &outcome.disks {
+                if self.got_further(disk) {
+                    self.plan.sent.insert(disk.name.clone(), disk.progress.reached.load(Ordering::Relaxed));
+                }
+            }
+            // Else it was told when it ended.
+            if self.json {
+                outcome.say_why();
+            }
             // Many senders that lost one master target must not come back in one moment.
             let wait = pause.mul_f64(0.5 + random());
             pause = (pause * 2).min(PAUSES.1);
@@ -191,6 +206,17 @@ impl Job {
             if signals.before(sleep(wait)).await.is_none() {
                 return outcome.report(self);
             }
+        }
+    }
+
+    /// Whether the next attempt need not begin where this one did.
+    fn got_further(&self, disk: &Prepared) -> bool {
+        let (done, reached) = (&disk.progress.done, &disk.progress.reached);
+        match self.plan.scope {
+            Scope::Whole => {
+                reached.load(Ordering::Relaxed) > self.plan.sent.get(&disk.name).copied().unwrap_or(0)
+            }
+            _ => done.load(Ordering::Relaxed) > 0,
         }
     }
 
@@ -283,6 +309,15 @@ impl Outcome {
                 Unsent::Failed(error) => error.is_transient() || error.is_passing(),
                 Unsent::Interrupted => false,
             })
+    }
+
+    /// Says why disks were not sent.
+    fn say_why(&self) {
+        for (disk, end) in self.disks.iter().zip(&self.ends) {
+            if let Err(error) = &end.result {
+                note!("mt-agent: {}: {}", disk.name, chain(error));
+            }
+        }
     }
 
     /// How it went with each disk.

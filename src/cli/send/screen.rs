@@ -59,6 +59,7 @@ impl Shown {
             "free_bytes": space.free,
             "skipped_bytes": space.skipped,
             "not_skipped": space.reasons,
+            "ranges_set_aside": self.progress.set_aside.get(),
             "missed": differences(&self.progress),
             "refused_frames": self.progress.again.load(Ordering::Relaxed),
             "point": committed.map(|(_, point)| point),

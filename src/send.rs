@@ -84,7 +84,7 @@ pub struct Plan {
     /// Up to where earlier attempts at the same have written each disk, as [`Progress::reached`] says: with [`Scope::Whole`],
     /// what is to be compared and not sent again.
     pub sent: BTreeMap<Name, u64>,
-    /// How long a master target that has no time, or does not answer, is asked again for a disk: [`TRIES`] times at most.
+    /// How long a master target that has no time, or does not answer, is asked again for a disk; for some 20 seconds at most.
     pub wait: Duration,
 }
 

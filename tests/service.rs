@@ -370,9 +370,10 @@ fn a_hangup_takes_on_what_can_change_and_names_what_cannot() {
     let status = lines.iter().rfind(|line| line.starts_with("STATUS=")).unwrap();
     assert!(!status.contains("refused"), "{lines:?}");
     assert!(rig.service.log().contains("keys=\"listen\""), "{}", rig.service.log());
+    let elsewhere = rig.elsewhere();
     let [first, second] = [
         rig.start_into_pass(&[("d0", &source)], &["--whole", "--bwlimit", "6M", "--compression", "off"]),
-        rig.start(&[("d0", &source)], &[]),
+        rig.start(&[("d0", &source)], &["--state-dir", &elsewhere, "--retry-for", "20s"]),
     ];
     rig.service.wait_for_log("refused: `max_sessions` connections are open");
     first.finish().ok();

@@ -163,6 +163,8 @@ impl Host for Receiver {
         let config = self.config.borrow().clone();
         let (hold, assignment) = self.held(machine, open, &config)?;
         let covered = Arc::new(AtomicU64::new(0));
+        // A copy of the disk may well be compared, but not one that cannot be equal.
+        still_of_its_size(machine, open, &assignment)?;
         let session = self.live.sessions.compare(machine, &open.disk, peer, &covered)?;
         let journal = self.journal(&config.retention_dir, machine, &assignment)?;
         let (baseline, lineage) = (journal.standing.newest(), journal.standing.lineage);
@@ -498,27 +500,41 @@ fn is_another(open: &Open, assignment: &Assignment) -> bool {
 /// Refuses a source that is not what was sent before under this name, unless its user says that this is right: a device name
 /// that now is another disk's would take the place of all that is kept here.
 fn still_the_same_source(machine: &Name, open: &Open, assignment: &Assignment) -> Result<(), message::Error> {
-    let Some(known) = &assignment.source else { return Ok(()) };
-    let text = if is_another(open, assignment) && !open.another {
+    if open.another {
+        return Ok(());
+    }
+    if let Some(known) = assignment.source.as_ref().filter(|_| is_another(open, assignment)) {
         let id = |id: &Option<DiskId>| id.as_ref().map(ToString::to_string).unwrap_or_default();
-        format!(
+        let text = format!(
             "disk {} of {machine} was {} when it was sent last, and now it is {}: check --disk; if another disk has taken its \
              place, send it once with --another-disk",
             open.disk,
             id(&known.id),
             id(&open.source)
-        )
-    } else if known.size.0 != open.size && !open.resized && !open.another {
-        format!(
-            "disk {} of {machine} had {} bytes when it was sent last, and now it has {}: check --disk; if it was resized, send \
-             it once with --resized",
-            open.disk, known.size.0, open.size
-        )
-    } else {
+        );
+        return Err(another_source(machine, open, text));
+    }
+    match open.resized {
+        true => Ok(()),
+        false => still_of_its_size(machine, open, assignment),
+    }
+}
+
+fn still_of_its_size(machine: &Name, open: &Open, assignment: &Assignment) -> Result<(), message::Error> {
+    let Some(known) = assignment.source.as_ref().filter(|known| known.size.0 != open.size) else {
         return Ok(());
     };
+    let text = format!(
+        "disk {} of {machine} had {} bytes when it was sent last, and now it has {}: check --disk; if it was resized, send it \
+         once with --resized",
+        open.disk, known.size.0, open.size
+    );
+    Err(another_source(machine, open, text))
+}
+
+fn another_source(machine: &Name, open: &Open, text: String) -> message::Error {
     tracing::warn!(disk = %open.disk, %machine, text, "source refused");
-    Err(message::Error::new(Code::Refused, text))
+    message::Error::new(Code::Refused, text)
 }
 
 /// What the peer is told of a protection that cannot be used.

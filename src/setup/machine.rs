@@ -1,7 +1,6 @@
 //! Checks, plans, applies and reverts any change, by what it says that it wants.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
 use similar::TextDiff;
 use time::OffsetDateTime;
@@ -11,7 +10,7 @@ use super::report::{
     Applied, AppliedStatus, Checked, Outcomes, Planned, PlannedCall, Reverted, Standing, Status,
 };
 use super::tree::{self, Entry, Owner};
-use super::{CHANGES, Call, Change, Content, Error, File, Host, Level, Refusal, Wanted, moment};
+use super::{CHANGES, Call, Change, Content, Error, File, Host, Level, Refusal, Wanted, moment, nftables};
 use crate::error::{IoError, chain};
 
 /// A host, and the records of what was done to it.
@@ -533,7 +532,13 @@ impl Setup {
     fn call(&self, calls: &[Call]) -> Result<Vec<String>, Error> {
         let mut made = Vec::new();
         for call in calls.iter().filter(|_| self.host.is_live()) {
-            if call.only_if.as_ref().is_none_or(|path| self.host.root.exists(path)) {
+            let (is_possible, outdated) = match call.chain.as_ref().map(nftables::ours).transpose()? {
+                Some(ours) => (ours.is_some(), ours.unwrap_or_default()),
+                None => (true, Vec::new()),
+            };
+            let is_due = is_possible && call.only_if.as_ref().is_none_or(|path| self.host.root.exists(path));
+            // What is outdated goes last: in between the port is not closed.
+            for call in is_due.then_some(call).into_iter().chain(&outdated) {
                 run(call)?;
                 made.push(call.to_string());
             }
@@ -591,13 +596,8 @@ fn diff(target: &Target) -> String {
 
 fn run(call: &Call) -> Result<(), Error> {
     let failed = |why: String| Error::Call { call: Box::new(call.clone()), why };
-    let output = Command::new(&call.program)
-        .args(&call.args)
-        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
-        .env("LC_ALL", "C")
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|error| failed(chain(&IoError::new("run", &call.program, error))))?;
+    let output =
+        call.command().output().map_err(|error| failed(chain(&IoError::new("run", &call.program, error))))?;
     if output.status.success() {
         return Ok(());
     }

@@ -64,8 +64,7 @@ impl Setup {
         // Beside the state and not in it: that belongs to the user of the service, who is not to say what root puts back.
         let mut records = host.places.state_dir.clone().into_os_string();
         records.push("-setup");
-        let records = host.root.real_parent(records.as_ref())?;
-        let records = Records::open(host.root.at(&records));
+        let records = Records::open(&host.root, host.root.real_parent(records.as_ref())?);
         Ok(Setup { host, records })
     }
 
@@ -394,7 +393,7 @@ impl Setup {
         for target in look.targets.iter().filter(|target| target.differs) {
             if target.want != Entry::Absent {
                 for dir in tree::missing_dirs(root, &target.path) {
-                    tree::make_dir(root, &dir)?;
+                    tree::make_dir(root, &dir, 0o755)?;
                     self.label(&dir)?;
                 }
             }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
+use super::record::Records;
 use super::{Change, Content, Error, File, Host, Level, Places, Setup, Wanted, Wishes};
 use crate::error::IoError;
 
@@ -388,6 +389,39 @@ fn records_that_others_could_have_written_are_not_believed() {
     fs::write(&kept, "generator").unwrap();
     assert_eq!(snapshot(dir.path()), before, "something was touched");
     revert(dir.path()).unwrap();
+}
+
+/// Whoever owns the directory of an image can put a link into the place of any directory that is in it, at any moment.
+#[test]
+fn records_are_not_looked_for_where_a_link_leads() {
+    let (dir, other) = (tree(), tempfile::tempdir().unwrap());
+    apply(dir.path()).unwrap();
+    let all = setup(dir.path());
+    let records = Records::open(&all.host().root, "/var/lib/mt-agent-setup".into());
+    let record = records.load("all").unwrap().unwrap();
+    let theirs = other.path().join("lib/mt-agent-setup/all");
+    fs::create_dir_all(&theirs).unwrap();
+    fs::write(theirs.join("theirs"), "theirs").unwrap();
+    let before = snapshot(other.path());
+    let (var, away) = (dir.path().join("var"), dir.path().join("away"));
+    fs::rename(&var, &away).unwrap();
+    symlink(other.path(), &var).unwrap();
+    for done in [
+        records.lock().map(drop),
+        records.load("all").map(drop),
+        records.keep("all", b"x"),
+        records.save("all", &record),
+        records.sweep("all", Some(&record)),
+        records.sweep("all", None),
+        records.remove("all"),
+    ] {
+        assert!(done.unwrap_err().is_refusal());
+        assert_eq!(snapshot(other.path()), before);
+    }
+    fs::remove_file(&var).unwrap();
+    fs::rename(&away, &var).unwrap();
+    revert(dir.path()).unwrap();
+    assert_eq!(host_files(&snapshot(dir.path())), snapshot(tree().path()));
 }
 
 #[test]

@@ -224,7 +224,10 @@ fn rules_that_are_not_understood_are_not_touched() {
     let not_its_own = "is not its distribution's configuration";
     let unit = "etc/systemd/system/nftables.service";
     told(&|root| write(root, unit, "[Service]\nExecStart=/sbin/nft -f /srv/rules\n"), not_its_own);
-    told(&|root| write(root, &format!("{unit}.d/x.conf"), "[Service]\n"), not_its_own);
+    told(
+        &|root| write(root, &format!("{unit}.d/x.conf"), "[Service]\n"),
+        "nftables.service.d may have it load others",
+    );
     let iptables = "etc/systemd/system/basic.target.wants/iptables.service";
     told(
         &|root| {
@@ -263,6 +266,11 @@ fn what_the_administrator_writes_later_is_followed_or_left() {
         setup(root, "apply", &[]).ok();
         assert_eq!(etc(root), before);
     }
+    write(root, EL, &format!("{saved}{INCLUDE}"));
+    write(root, "etc/systemd/system/nftables.service.d/x.conf", "[Service]\n");
+    let before = etc(root);
+    setup(root, "apply", &[]).ok();
+    assert_eq!(etc(root), before);
     let refused = setup(root, "revert", &[]).fails(3, &["refused: network"]).stdout;
     assert!(refused.contains("was changed since"), "{refused}");
 }

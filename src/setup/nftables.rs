@@ -34,7 +34,7 @@ pub(super) fn wanted(host: &Host, wanted: &mut Wanted) -> Result<(), Error> {
     };
     // On EL, and on Debian.
     let main = ["/etc/sysconfig/nftables.conf", "/etc/nftables.conf"].into_iter().find(starts);
-    let Some(main) = main.filter(|_| !host.root.exists("/etc/systemd/system/nftables.service.d")) else {
+    let Some(main) = main else {
         let what = "what nftables.service loads is not its distribution's configuration";
         wanted.find(Level::Warn, what, format!("let in `tcp dport {port}` in what it loads"));
         return Ok(());
@@ -102,6 +102,10 @@ pub(super) fn wanted(host: &Host, wanted: &mut Wanted) -> Result<(), Error> {
 
 /// Whether a packet meets one of these chains only, and nobody else's.
 fn alone(host: &Host, refusing: &[Chain]) -> Result<(), String> {
+    let settings = "/etc/systemd/system/nftables.service.d";
+    if host.root.exists(settings) {
+        return Err(format!("{settings} may have it load others too"));
+    }
     if let Some(unit) = ["iptables.service", "ip6tables.service"].iter().find(|unit| host.enabled(unit)) {
         return Err(format!("{unit} is enabled too"));
     }

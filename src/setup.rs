@@ -21,6 +21,7 @@
 
 use std::fmt;
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 
 use serde::{Deserialize, Serialize};
 
@@ -40,6 +41,7 @@ pub mod machine;
 mod md;
 mod multipath;
 mod network;
+mod nftables;
 mod packages;
 pub mod record;
 pub mod report;
@@ -168,18 +170,33 @@ pub struct Call {
     pub why: String,
     /// Called only where this path exists: the socket of a daemon that does not run on every host.
     pub only_if: Option<PathBuf>,
+    /// For a call that puts a rule into a chain of nftables': family, table and name. It is made only where the kernel has the
+    /// chain, and then takes the place of our rules there; where it is not made, they go all the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chain: Option<[String; 3]>,
 }
 
 impl Call {
     /// A call that is always made.
     pub fn new(program: &str, args: &[&str], why: &str) -> Call {
         let args = args.iter().map(|&arg| arg.to_owned()).collect();
-        Call { program: program.to_owned(), args, why: why.to_owned(), only_if: None }
+        Call { program: program.to_owned(), args, why: why.to_owned(), only_if: None, chain: None }
     }
 
     /// The same, made only where a path exists.
     pub fn only_if(self, path: &str) -> Call {
         Call { only_if: Some(path.into()), ..self }
+    }
+
+    /// As a process that is not started yet.
+    fn command(&self) -> Command {
+        let mut command = Command::new(&self.program);
+        command
+            .args(&self.args)
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            .env("LC_ALL", "C")
+            .stdin(Stdio::null());
+        command
     }
 }
 

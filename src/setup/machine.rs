@@ -1,7 +1,6 @@
 //! Checks, plans, applies and reverts any change, by what it says that it wants.
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::Path;
 
 use similar::TextDiff;
 use time::OffsetDateTime;
@@ -10,50 +9,19 @@ use super::record::{FileRecord, Record, Records, State};
 use super::report::{
     Applied, AppliedStatus, Checked, Outcomes, Planned, PlannedCall, Reverted, Standing, Status,
 };
-use super::tree::{self, Entry, Owner};
-use super::{CHANGES, Call, Change, Content, Error, File, Host, Level, Refusal, Wanted, moment};
+use super::tree::{self, Entry};
+use super::{CHANGES, Call, Change, Error, Host, Level, Refusal, Wanted, moment, nftables};
 use crate::error::{IoError, chain};
+
+mod look;
+
+use look::Target;
 
 /// A host, and the records of what was done to it.
 #[derive(Debug)]
 pub struct Setup {
     host: Host,
     records: Records,
-}
-
-/// A file as it is and as it shall be.
-struct Target {
-    path: PathBuf,
-    now: Entry,
-    now_bytes: Vec<u8>,
-    want: Entry,
-    want_bytes: Vec<u8>,
-    differs: bool,
-    /// Whether it is changed since it was written.
-    edited: bool,
-    /// Why it must not be touched.
-    problem: Option<Refusal>,
-}
-
-/// A change and the host, looked at.
-struct Look {
-    wanted: Wanted,
-    record: Option<Record>,
-    targets: Vec<Target>,
-    disks: usize,
-}
-
-impl Look {
-    fn files_due(&self) -> bool {
-        self.targets.iter().any(|target| target.differs)
-            || self.record.as_ref().is_some_and(|record| record.state != State::Applied)
-    }
-
-    fn refused(&self) -> Option<Error> {
-        let problems: Vec<Refusal> =
-            self.targets.iter().filter_map(|target| target.problem.clone()).collect();
-        (!problems.is_empty()).then_some(Error::Refused(problems))
-    }
 }
 
 impl Setup {
@@ -65,102 +33,13 @@ impl Setup {
         // Beside the state and not in it: that belongs to the user of the service, who is not to say what root puts back.
         let mut records = host.places.state_dir.clone().into_os_string();
         records.push("-setup");
-        let records = host.root.real_parent(records.as_ref())?;
-        let records = Records::open(host.root.at(&records));
+        let records = Records::open(&host.root, host.root.real_parent(records.as_ref())?);
         Ok(Setup { host, records })
     }
 
     /// The host.
     pub fn host(&self) -> &Host {
         &self.host
-    }
-
-    fn look(&self, change: &Change) -> Result<Look, Error> {
-        let record = self.recorded(change)?;
-        let disks = if change.follows_disks { self.host.assigned()?.len() } else { 0 };
-        if let Some(record) = &record
-            && record.disks > 0
-            && !self.host.has_protections()
-        {
-            return Err(Error::refused(
-                format!(
-                    "{} was applied for {} assigned disks, and {} holds no protections now",
-                    change.name,
-                    record.disks,
-                    self.host.places.retention_dir.display()
-                ),
-                "mount the retention file system",
-            ));
-        }
-        let wanted = (change.wanted)(&self.host)?;
-        let mut targets = Vec::new();
-        for file in &wanted.files {
-            targets.push(self.target(change, file, record.as_ref())?);
-        }
-        // What it wanted once and does not any more.
-        for file in record.iter().flat_map(|record| &record.files) {
-            if !targets.iter().any(|target| target.path == file.path) {
-                targets.push(self.unwanted(change, file)?);
-            }
-        }
-        Ok(Look { wanted, record, targets, disks })
-    }
-
-    fn target(&self, change: &Change, file: &File, record: Option<&Record>) -> Result<Target, Error> {
-        let root = &self.host.root;
-        let path = match file.content {
-            Content::Bytes(_) => root.real(&file.path)?,
-            Content::Link(_) => root.real_parent(&file.path)?,
-        };
-        let (now, now_bytes) = Entry::read(root, &path)?;
-        let recorded = record.and_then(|record| record.files.iter().find(|file| file.path == path));
-        // One that was removed since comes back as it was.
-        let kept = match (&now, recorded) {
-            (Entry::Absent, Some(FileRecord { before, .. })) => before,
-            _ => &now,
-        };
-        let (want, want_bytes) = match &file.content {
-            Content::Link(target) => (Entry::Link { target: target.clone() }, Vec::new()),
-            Content::Bytes(bytes) => {
-                let (owner, xattrs) = match kept {
-                    Entry::File { owner, xattrs, .. } => (*owner, xattrs.clone()),
-                    Entry::Absent | Entry::Link { .. } => (new_owner(), Default::default()),
-                };
-                (Entry::File { sha256: tree::digest(bytes), owner, xattrs }, bytes.clone())
-            }
-        };
-        let differs = match (&now, &want) {
-            (Entry::File { sha256: now, .. }, Entry::File { sha256: want, .. }) => now != want,
-            _ => now != want,
-        };
-        let edited = now != Entry::Absent && recorded.is_some_and(|recorded| !recorded.knows(&now));
-        let problem = (differs && edited && !file.shared).then(|| Refusal {
-            what: format!("{} was changed since `setup apply` wrote it", path.display()),
-            fix: format!(
-                "look what is in it, move it away, and run `{}` again",
-                self.host.command(&format!("apply --only {}", change.name))
-            ),
-        });
-        let now_bytes = now_bytes.unwrap_or_default();
-        Ok(Target { path, now, now_bytes, want, want_bytes, differs, edited, problem })
-    }
-
-    fn unwanted(&self, change: &Change, file: &FileRecord) -> Result<Target, Error> {
-        let (now, now_bytes) = Entry::read(&self.host.root, &file.path)?;
-        let want_bytes = self.original(change, file)?;
-        let differs = !now.is_like(&file.before);
-        let problem =
-            (differs && (file.edited || !file.knows(&now))).then(|| self.changed_since(change, file));
-        Ok(Target {
-            path: file.path.clone(),
-            now,
-            now_bytes: now_bytes.unwrap_or_default(),
-            want: file.before.clone(),
-            want_bytes,
-            differs,
-            edited: false,
-            problem,
-        })
     }
 
     /// What was recorded of a change. Its paths were without links when they were recorded; one that leads elsewhere by now, out of
@@ -395,7 +274,7 @@ impl Setup {
         for target in look.targets.iter().filter(|target| target.differs) {
             if target.want != Entry::Absent {
                 for dir in tree::missing_dirs(root, &target.path) {
-                    tree::make_dir(root, &dir)?;
+                    tree::make_dir(root, &dir, 0o755)?;
                     self.label(&dir)?;
                 }
             }
@@ -533,7 +412,13 @@ impl Setup {
     fn call(&self, calls: &[Call]) -> Result<Vec<String>, Error> {
         let mut made = Vec::new();
         for call in calls.iter().filter(|_| self.host.is_live()) {
-            if call.only_if.as_ref().is_none_or(|path| self.host.root.exists(path)) {
+            let (is_possible, outdated) = match call.chain.as_ref().map(nftables::ours).transpose()? {
+                Some(ours) => (ours.is_some(), ours.unwrap_or_default()),
+                None => (true, Vec::new()),
+            };
+            let is_due = is_possible && call.only_if.as_ref().is_none_or(|path| self.host.root.exists(path));
+            // What is outdated goes last: in between the port is not closed.
+            for call in is_due.then_some(call).into_iter().chain(&outdated) {
                 run(call)?;
                 made.push(call.to_string());
             }
@@ -555,24 +440,6 @@ impl Setup {
     }
 }
 
-impl Look {
-    /// Whether the file is one of those that are wanted now.
-    fn wanted_path(&self, file: &FileRecord, root: &tree::Root) -> bool {
-        self.wanted.files.iter().any(|wanted| {
-            let real = match wanted.content {
-                Content::Bytes(_) => root.real(&wanted.path),
-                Content::Link(_) => root.real_parent(&wanted.path),
-            };
-            real.is_ok_and(|real| real == file.path)
-        })
-    }
-}
-
-/// A new file is its writer's, and for all to read.
-fn new_owner() -> Owner {
-    Owner { uid: nix::unistd::geteuid().as_raw(), gid: nix::unistd::getegid().as_raw(), mode: 0o644 }
-}
-
 /// As `diff -u` shows it.
 fn diff(target: &Target) -> String {
     let text = |entry: &Entry, bytes: &[u8]| match entry {
@@ -591,13 +458,8 @@ fn diff(target: &Target) -> String {
 
 fn run(call: &Call) -> Result<(), Error> {
     let failed = |why: String| Error::Call { call: Box::new(call.clone()), why };
-    let output = Command::new(&call.program)
-        .args(&call.args)
-        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
-        .env("LC_ALL", "C")
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|error| failed(chain(&IoError::new("run", &call.program, error))))?;
+    let output =
+        call.command().output().map_err(|error| failed(chain(&IoError::new("run", &call.program, error))))?;
     if output.status.success() {
         return Ok(());
     }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{Call, Change, Error, File, Host, Level, Wanted};
+use super::{Call, Change, Error, File, Host, Level, Wanted, nftables};
 
 pub(super) const CHANGE: Change = Change {
     name: "network",
@@ -38,31 +38,18 @@ fn wanted(host: &Host) -> Result<Wanted, Error> {
 }
 
 fn firewall(host: &Host, wanted: &mut Wanted) -> Result<(), Error> {
-    let port = host.places.port;
-    if host.unit("firewalld.service").is_some() && !host.masked("firewalld.service") {
-        return firewalld(host, wanted);
+    let firewalld = "firewalld.service";
+    if host.enabled("nftables.service") && !host.enabled(firewalld) {
+        return nftables::wanted(host, wanted);
     }
-    if host.enabled("nftables.service") {
-        let rules = host.root.text("/etc/sysconfig/nftables.conf")?.unwrap_or_default();
-        let mut rules = rules.lines().filter_map(|line| line.split('#').next());
-        let open = rules.any(|rule| rule.split(|c: char| !c.is_ascii_digit()).any(|n| n.parse() == Ok(port)));
-        if open {
-            wanted.find(Level::Pass, format!("/etc/sysconfig/nftables.conf speaks of port {port}"), "");
-        } else {
-            // Another table's `accept` would not outweigh this one's `drop`, so that a file of ours cannot open it.
-            wanted.find(
-                Level::Warn,
-                format!("the rules of nftables are the administrator's, and do not speak of port {port}"),
-                format!("let in `tcp dport {port}` in /etc/sysconfig/nftables.conf"),
-            );
-        }
-        return Ok(());
+    if host.unit(firewalld).is_some() && !host.masked(firewalld) {
+        return firewalld_zones(host, wanted);
     }
     wanted.find(Level::Pass, "there is no firewall here", "");
     Ok(())
 }
 
-fn firewalld(host: &Host, wanted: &mut Wanted) -> Result<(), Error> {
+fn firewalld_zones(host: &Host, wanted: &mut Wanted) -> Result<(), Error> {
     let port = host.places.port;
     let entry = format!("<port protocol=\"tcp\" port=\"{port}\"/>");
     let shipped = host.root.read(format!("/usr/lib/firewalld/services/{SERVICE}.xml"))?;

@@ -13,17 +13,19 @@
 //! A record lists each of its files before any of them is written, with what was there first; who finds the record takes
 //! that for the original, whatever is there by now. Nothing but a revert that came to its end removes the record.
 
-use std::fs;
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::{Flock, FlockArg};
+use nix::unistd::{getegid, geteuid};
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
-use super::tree::{self, Entry};
+use super::tree::{self, Entry, Owner, Root};
 use super::{Call, Error, moment};
-use crate::durable;
 use crate::error::IoError;
 
 const SCHEMA_VERSION: u32 = 1;
@@ -112,25 +114,24 @@ impl Record {
 }
 
 /// The records of one host.
+///
+/// Their directory is opened anew for each step, in the way of [`tree`], and it is looked whose it is: nothing is written or
+/// removed where a link leads in the meantime.
 #[derive(Clone, Debug)]
 pub struct Records {
-    dir: PathBuf,
+    root: Root,
+    real: PathBuf,
 }
 
 impl Records {
-    /// Those in `dir`, which need not be there.
-    pub fn open(dir: PathBuf) -> Records {
-        Records { dir }
+    /// Those in a directory of the host, whose path was followed, and which need not be there.
+    pub fn open(root: &Root, real: PathBuf) -> Records {
+        Records { root: root.clone(), real }
     }
 
-    /// The directory of one change.
-    pub fn dir(&self, change: &str) -> PathBuf {
-        self.dir.join(change)
-    }
-
-    /// Where the content is that a file had before.
+    /// Where the content is that a file had before, to be shown.
     pub fn original(&self, change: &str, sha256: &str) -> PathBuf {
-        self.dir(change).join(sha256)
+        self.root.at(&self.real).join(change).join(sha256)
     }
 
     /// Keeps every other command away until the value is dropped.
@@ -138,9 +139,41 @@ impl Records {
     /// # Errors
     /// Where the directory cannot be made, is another user's, or the lock cannot be taken.
     pub fn lock(&self) -> Result<impl Drop + use<>, Error> {
-        durable::private_dir(&self.dir)?;
-        self.trusted(&self.dir)?;
-        Ok(durable::lock(&self.dir.join(".lock"))?)
+        let dir = self.make()?;
+        let failed = |error| IoError::new("lock", dir.shown().to_string(), error);
+        let opened = dir.directory().map_err(failed)?;
+        Flock::lock(opened, FlockArg::LockExclusive).map_err(|(_, errno)| failed(errno.into()).into())
+    }
+
+    /// The directory of all records.
+    fn all(&self) -> Result<Option<Root>, Error> {
+        trusted(&self.root, &self.real)
+    }
+
+    /// The directory of one change.
+    fn of(&self, change: &str) -> Result<Option<Root>, Error> {
+        self.all()?.map_or(Ok(None), |all| trusted(&all, &at(change)))
+    }
+
+    /// The directory of all records, which may have to be made.
+    fn make(&self) -> Result<Root, Error> {
+        self.all()?;
+        for dir in tree::missing_dirs(&self.root, &self.real) {
+            tree::make_dir(&self.root, &dir, 0o755)?;
+        }
+        tree::make_dir(&self.root, &self.real, 0o700)?;
+        self.all()?.ok_or_else(|| gone(self.root.at(&self.real)))
+    }
+
+    /// Writes a file of a change, for this user alone.
+    fn write(&self, change: &str, name: &str, content: &[u8]) -> Result<(), Error> {
+        tree::make_dir(&self.make()?, &at(change), 0o700)?;
+        let dir = self.of(change)?.ok_or_else(|| gone(self.root.at(&self.real).join(change)))?;
+        let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
+        let owner = Owner { uid, gid, mode: 0o600 };
+        let file = Entry::File { sha256: tree::digest(content), owner, xattrs: BTreeMap::new() };
+        tree::put(&dir, &at(name), &file, content)?;
+        moment()
     }
 
     /// The record of a change, if it was applied.
@@ -148,18 +181,10 @@ impl Records {
     /// # Errors
     /// Where it cannot be read or understood, or is another user's.
     pub fn load(&self, change: &str) -> Result<Option<Record>, Error> {
-        for dir in [self.dir.clone(), self.dir(change)] {
-            if fs::symlink_metadata(&dir).is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
-                return Ok(None);
-            }
-            self.trusted(&dir)?;
-        }
-        let path = self.dir(change).join(RECORD);
-        let bytes = match durable::read(&path, tree::MAX_LEN) {
-            Err(error) if error.source.kind() == io::ErrorKind::NotFound => return Ok(None),
-            read => read?,
+        let Some(bytes) = self.of(change)?.map(|dir| dir.read(at(RECORD))).transpose()?.flatten() else {
+            return Ok(None);
         };
-        let corrupt = |what: String| Error::Corrupt { path: path.clone(), what };
+        let corrupt = |what: String| Error::Corrupt { path: self.original(change, RECORD), what };
         let record: Record = serde_json::from_slice(&bytes).map_err(|error| corrupt(error.to_string()))?;
         if record.schema_version != SCHEMA_VERSION {
             let version = record.schema_version;
@@ -170,32 +195,12 @@ impl Records {
         Ok(Some(record))
     }
 
-    /// Whoever could write here would say what is put back into `/etc`.
-    fn trusted(&self, dir: &Path) -> Result<(), Error> {
-        let meta = fs::symlink_metadata(dir)
-            .map_err(|error| IoError::new("look at", dir.display().to_string(), error))?;
-        if meta.is_dir() && meta.uid() == nix::unistd::geteuid().as_raw() && meta.mode() & 0o022 == 0 {
-            return Ok(());
-        }
-        Err(Error::refused(
-            format!(
-                "{} must be a directory of the user who runs this, that nobody else may write to: its records say what is \
-                 put back",
-                dir.display()
-            ),
-            "run this as root, or look who changed it",
-        ))
-    }
-
     /// Keeps the content that a file had before.
     ///
     /// # Errors
     /// The step that failed.
     pub fn keep(&self, change: &str, content: &[u8]) -> Result<(), Error> {
-        durable::private_dir(&self.dir(change))?;
-        moment()?;
-        durable::write(&self.original(change, &tree::digest(content)), content, 0o600)?;
-        moment()
+        self.write(change, &tree::digest(content), content)
     }
 
     /// The content that a file had before, whose digest is known.
@@ -204,11 +209,10 @@ impl Records {
     /// Where it cannot be read, or is another one.
     pub fn kept(&self, change: &str, sha256: &str) -> Result<Vec<u8>, Error> {
         let path = self.original(change, sha256);
-        let bytes = durable::read(&path, tree::MAX_LEN)?;
-        if tree::digest(&bytes) == sha256 {
-            Ok(bytes)
-        } else {
-            Err(Error::Corrupt { path, what: "it is not what was kept here".to_owned() })
+        match self.of(change)?.map(|dir| dir.read(at(sha256))).transpose()?.flatten() {
+            Some(bytes) if tree::digest(&bytes) == sha256 => Ok(bytes),
+            Some(_) => Err(Error::Corrupt { path, what: "it is not what was kept here".to_owned() }),
+            None => Err(gone(path)),
         }
     }
 
@@ -217,15 +221,12 @@ impl Records {
     /// # Errors
     /// The step that failed; the record is then the old one.
     pub fn save(&self, change: &str, record: &Record) -> Result<(), Error> {
-        durable::private_dir(&self.dir(change))?;
-        moment()?;
-        let path = self.dir(change).join(RECORD);
+        let path = self.original(change, RECORD);
         let corrupt =
             |error: serde_json::Error| Error::Corrupt { path: path.clone(), what: error.to_string() };
         let mut bytes = serde_json::to_vec_pretty(record).map_err(corrupt)?;
         bytes.push(b'\n');
-        durable::write(&path, &bytes, 0o600)?;
-        moment()
+        self.write(change, RECORD, &bytes)
     }
 
     /// Removes the record of a change that was taken back, and what was kept for it. The record goes first: a crash in
@@ -234,12 +235,11 @@ impl Records {
     /// # Errors
     /// The step that failed.
     pub fn remove(&self, change: &str) -> Result<(), Error> {
-        let dir = self.dir(change);
-        durable::remove(&dir.join(RECORD))?;
-        moment()?;
-        fs::remove_dir_all(&dir).map_err(|error| IoError::new("remove", dir.display().to_string(), error))?;
-        moment()?;
-        Ok(durable::sync_dir(&self.dir)?)
+        if let Some(dir) = self.of(change)? {
+            tree::put(&dir, &at(RECORD), &Entry::Absent, &[])?;
+            moment()?;
+        }
+        self.sweep(change, None)
     }
 
     /// Removes what was left of a change without a record, or kept for files that it does not have any more.
@@ -247,27 +247,52 @@ impl Records {
     /// # Errors
     /// The file that could not be removed.
     pub fn sweep(&self, change: &str, record: Option<&Record>) -> Result<(), Error> {
-        let dir = self.dir(change);
-        let failed = |error| IoError::new("remove", dir.display().to_string(), error);
-        if record.is_none() {
-            return match fs::remove_dir_all(&dir) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-                removed => Ok(removed.map_err(failed)?),
-            };
-        }
-        let used = |name: &str| {
-            name == RECORD
-                || record
-                    .iter()
-                    .flat_map(|record| &record.files)
-                    .any(|file| matches!(&file.before, Entry::File { sha256, .. } if sha256 == name))
+        let Some(dir) = self.of(change)? else { return Ok(()) };
+        let files = || record.iter().flat_map(|record| &record.files);
+        let keeps = |name: &OsStr| {
+            files().any(|file| matches!(&file.before, Entry::File { sha256, .. } if name == sha256.as_str()))
         };
-        for entry in fs::read_dir(&dir).map_err(failed)? {
-            let entry = entry.map_err(failed)?;
-            if !used(&entry.file_name().to_string_lossy()) {
-                fs::remove_file(entry.path()).map_err(failed)?;
+        for name in dir.entries("/")? {
+            if record.is_none() || (name != RECORD && !keeps(&name)) {
+                tree::put(&dir, &Path::new("/").join(name), &Entry::Absent, &[])?;
             }
         }
-        Ok(())
+        match (record, self.all()?) {
+            (None, Some(all)) => tree::remove_dir(&all, &at(change)),
+            _ => Ok(()),
+        }
     }
+}
+
+/// A name in a directory that is a root of its own.
+fn at(name: &str) -> PathBuf {
+    Path::new("/").join(name)
+}
+
+fn gone(path: PathBuf) -> Error {
+    IoError::new("open", path.display().to_string(), io::ErrorKind::NotFound).into()
+}
+
+/// A directory of records, none where it is not there. Whoever could write to it would say what is put back into `/etc`.
+fn trusted(above: &Root, real: &Path) -> Result<Option<Root>, Error> {
+    let path = above.at(real);
+    let failed = |error| IoError::new("look at", path.display().to_string(), error);
+    match above.within(real) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) if error.kind() != io::ErrorKind::NotADirectory => return Err(failed(error).into()),
+        Err(_) => {}
+        Ok(dir) => {
+            let meta = dir.metadata().map_err(failed)?;
+            if meta.uid() == geteuid().as_raw() && meta.mode() & 0o022 == 0 {
+                return Ok(Some(dir));
+            }
+        }
+    }
+    Err(Error::refused(
+        format!(
+            "{} must be a directory of the user who runs this, that nobody else may write to: its records say what is put back",
+            path.display()
+        ),
+        "run this as root, or look who changed it",
+    ))
 }

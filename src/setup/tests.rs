@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
+use super::record::Records;
 use super::{Change, Content, Error, File, Host, Level, Places, Setup, Wanted, Wishes};
 use crate::error::IoError;
 
@@ -259,6 +260,53 @@ fn a_revert_that_is_ended_at_any_step_is_completed_or_applied_again() {
     at_each_step(|dir| apply(dir).unwrap(), revert, &[revert, apply], &[&start, &applied]);
 }
 
+/// The rules of a firewall, ended at each step: they are the administrator's, or those and the line that includes ours.
+#[test]
+fn rules_for_nftables_that_are_ended_at_any_step_are_completed_or_taken_back() {
+    let network = super::network::CHANGE;
+    let rules = "table inet f {\n chain i { type filter hook input priority 0; policy drop; }\n}\n";
+    let prepared = || {
+        let dir = tree();
+        let at = |path: &str| dir.path().join(path);
+        fs::create_dir_all(at("etc/systemd/system/x.target.wants")).unwrap();
+        symlink("/x", at("etc/systemd/system/x.target.wants/nftables.service")).unwrap();
+        fs::write(at("etc/systemd/system/nftables.service"), "ExecStart=nft -f /etc/nftables.conf\n")
+            .unwrap();
+        fs::write(at("etc/nftables.conf"), rules).unwrap();
+        dir
+    };
+    let apply = |dir: &Path| setup(dir).apply_one(&network).map(drop);
+    let revert = |dir: &Path| setup(dir).revert_one(&network).map(drop);
+    let start = snapshot(prepared().path());
+    let done = prepared();
+    apply(done.path()).unwrap();
+    let applied = host_files(&snapshot(done.path()));
+    let ours = Path::new("etc/nftables/mt-agent.nft");
+    assert!(applied.contains_key(ours), "{applied:#?}");
+    for is_applied in [false, true] {
+        let mut steps = 0;
+        let mut ended = false;
+        while !ended {
+            for (next, expected) in [(&apply as &dyn Fn(&Path) -> _, &applied), (&revert, &start)] {
+                let dir = prepared();
+                let first: &dyn Fn(&Path) -> Result<(), Error> = if is_applied { &revert } else { &apply };
+                if is_applied {
+                    apply(dir.path()).unwrap();
+                }
+                ended = with_power_for(steps, || first(dir.path()));
+                let now = snapshot(dir.path());
+                let main = &now[Path::new("etc/nftables.conf")];
+                assert!([&start, &applied].iter().any(|all| all[Path::new("etc/nftables.conf")] == *main));
+                assert!(now.get(ours).is_none_or(|now| *now == applied[ours]), "after {steps} steps");
+                next(dir.path()).unwrap_or_else(|error| panic!("after {steps} steps: {error}"));
+                assert_eq!(host_files(&snapshot(dir.path())), *expected, "after {steps} steps");
+            }
+            steps += 1;
+        }
+        assert!(steps > 10, "only {steps} steps");
+    }
+}
+
 #[test]
 fn what_someone_changed_since_is_left_alone() {
     let dir = tree();
@@ -341,6 +389,39 @@ fn records_that_others_could_have_written_are_not_believed() {
     fs::write(&kept, "generator").unwrap();
     assert_eq!(snapshot(dir.path()), before, "something was touched");
     revert(dir.path()).unwrap();
+}
+
+/// Whoever owns the directory of an image can put a link into the place of any directory that is in it, at any moment.
+#[test]
+fn records_are_not_looked_for_where_a_link_leads() {
+    let (dir, other) = (tree(), tempfile::tempdir().unwrap());
+    apply(dir.path()).unwrap();
+    let all = setup(dir.path());
+    let records = Records::open(&all.host().root, "/var/lib/mt-agent-setup".into());
+    let record = records.load("all").unwrap().unwrap();
+    let theirs = other.path().join("lib/mt-agent-setup/all");
+    fs::create_dir_all(&theirs).unwrap();
+    fs::write(theirs.join("theirs"), "theirs").unwrap();
+    let before = snapshot(other.path());
+    let (var, away) = (dir.path().join("var"), dir.path().join("away"));
+    fs::rename(&var, &away).unwrap();
+    symlink(other.path(), &var).unwrap();
+    for done in [
+        records.lock().map(drop),
+        records.load("all").map(drop),
+        records.keep("all", b"x"),
+        records.save("all", &record),
+        records.sweep("all", Some(&record)),
+        records.sweep("all", None),
+        records.remove("all"),
+    ] {
+        assert!(done.unwrap_err().is_refusal());
+        assert_eq!(snapshot(other.path()), before);
+    }
+    fs::remove_file(&var).unwrap();
+    fs::rename(&away, &var).unwrap();
+    revert(dir.path()).unwrap();
+    assert_eq!(host_files(&snapshot(dir.path())), snapshot(tree().path()));
 }
 
 #[test]

@@ -124,6 +124,30 @@ impl Root {
         self.path.join(real.strip_prefix("/").unwrap_or(real))
     }
 
+    /// A directory whose path was followed, as a root of its own; whoever may exchange those above it does not exchange it.
+    ///
+    /// # Errors
+    /// Where it is not there, or is a link.
+    pub fn within(&self, real: &Path) -> io::Result<Root> {
+        Ok(Root { path: self.at(real), dir: Arc::new(self.dir(real)?), borrowed: Vec::new() })
+    }
+
+    /// Whose the root itself is, and what they may.
+    ///
+    /// # Errors
+    /// Where it cannot be looked at.
+    pub fn metadata(&self) -> io::Result<fs::Metadata> {
+        File::from(self.dir.try_clone()?).metadata()
+    }
+
+    /// The root itself, opened.
+    ///
+    /// # Errors
+    /// Where it may not be read.
+    pub fn directory(&self) -> io::Result<File> {
+        self.spot(Path::new("/"))?.open(OFlag::O_RDONLY | OFlag::O_DIRECTORY)
+    }
+
     /// Opens a directory whose path was followed.
     fn dir(&self, real: &Path) -> io::Result<OwnedFd> {
         let mut dir = self.dir.try_clone()?;
@@ -297,13 +321,14 @@ fn is_missing(error: &io::Error) -> bool {
 
 /// Opens a regular file, for reading. A pipe is not waited for.
 fn open(spot: &Spot<'_>, path: &Path) -> Result<(File, fs::Metadata), Error> {
+    let other = || Error::refused(format!("{} is no regular file", path.display()), "move it away");
+    // To open a device may set something going.
+    if spot.kind().is_ok_and(|kind| kind == SFlag::S_IFCHR || kind == SFlag::S_IFBLK) {
+        return Err(other());
+    }
     let file = spot.open(OFlag::O_RDONLY | OFlag::O_NONBLOCK).map_err(failed("open", path))?;
     let meta = file.metadata().map_err(failed("look at", path))?;
-    if meta.is_file() {
-        Ok((file, meta))
-    } else {
-        Err(Error::refused(format!("{} is no regular file", path.display()), "move it away"))
-    }
+    if meta.is_file() { Ok((file, meta)) } else { Err(other()) }
 }
 
 fn content(path: &Path, file: &mut File) -> Result<Vec<u8>, Error> {
@@ -514,22 +539,22 @@ pub fn missing_dirs(root: &Root, real: &Path) -> Vec<PathBuf> {
     missing
 }
 
-/// Makes a directory, which may be there.
+/// Makes a directory with these permissions, which may be there.
 ///
 /// # Errors
 /// Where it cannot be made or flushed.
-pub fn make_dir(root: &Root, real: &Path) -> Result<(), Error> {
+pub fn make_dir(root: &Root, real: &Path, mode: u32) -> Result<(), Error> {
     let path = root.at(real);
     let spot = root.spot(real).map_err(failed("open", &path))?;
-    match mkdirat(&spot.dir, spot.name, Mode::from_bits_truncate(0o755)).map_err(io::Error::from) {
+    match mkdirat(&spot.dir, spot.name, Mode::from_bits_truncate(mode)).map_err(io::Error::from) {
         Err(error)
             if error.kind() == io::ErrorKind::AlreadyExists
                 && spot.kind().is_ok_and(|kind| kind == SFlag::S_IFDIR) => {}
         made => {
             made.map_err(failed("create", &path))?;
-            // Whatever the umask is: others read what lies in it.
+            // Whatever the umask is: others may have to read what lies in it.
             spot.open(OFlag::O_RDONLY | OFlag::O_DIRECTORY)
-                .and_then(|made| made.set_permissions(Permissions::from_mode(0o755)))
+                .and_then(|made| made.set_permissions(Permissions::from_mode(mode)))
                 .map_err(failed("chmod", &path))?;
         }
     }
@@ -579,7 +604,7 @@ mod tests {
         put(&root, &real, &Entry::Link { target: "/x".into() }, b"").unwrap_err();
         put(&root, &real, &Entry::Absent, b"").ok();
         clear(&root, &real).ok();
-        make_dir(&root, Path::new("/etc/ours/new")).unwrap_err();
+        make_dir(&root, Path::new("/etc/ours/new"), 0o755).unwrap_err();
         remove_dir(&root, Path::new("/etc/ours/empty")).ok();
         assert_eq!(Entry::read(&root, &real).unwrap().0, Entry::Absent);
         let names = |path: &Path| {

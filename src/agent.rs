@@ -8,6 +8,7 @@ pub mod lock;
 pub mod logging;
 pub mod metrics;
 mod receive;
+mod refusal;
 mod retention;
 mod sessions;
 pub mod status;

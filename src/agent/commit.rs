@@ -389,7 +389,7 @@ fn random_point() -> Result<PointId, message::Error> {
 /// What the peer is told of a points log that cannot be used.
 pub(super) fn refuse(error: &Error) -> message::Error {
     let code = match error {
-        Error::Io(io) if super::receive::out_of_space(&io.source) => Code::NoSpace,
+        Error::Io(io) if super::refusal::out_of_space(&io.source) => Code::NoSpace,
         Error::Refused(_) => Code::Refused,
         _ => Code::Internal,
     };

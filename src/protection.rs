@@ -109,6 +109,9 @@ pub struct Assignment {
     /// The point at which it is released: others may use it. The points log says so too, and for longer; here it shows that a
     /// log which does not has lost its end.
     pub released: Option<PointId>,
+    /// Whether a failover was taken back since the last commit. Of what others did to the disk meanwhile only samples were looked
+    /// at: the next pass has to look at all of it.
+    pub taken_back: bool,
 }
 
 /// A disk of the protected machine: what tells it from another one, or from itself after it was resized.

@@ -341,8 +341,8 @@ fn not_all(reply: &OpenReply) -> &'static str {
         (None, false) => "the target stands at no recovery point yet, so that all of the disk is sent",
         (None, true) => "the target stands at no recovery point yet, so that all of the disk is compared",
         (Some(_), _) => {
-            "since the newest recovery point a pass was interrupted, or the source has another size than it had then, or is \
-             another disk: they do not tell all that differs, so that all of the disk is compared"
+            "since the newest recovery point a pass was interrupted, or a failover was taken back, or the source has another \
+             size than it had then, or is another disk: they do not tell all that differs, so that all of the disk is compared"
         }
     }
 }

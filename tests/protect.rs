@@ -373,6 +373,7 @@ fn status_shows_a_service_that_runs_and_says_so_of_one_that_does_not() {
         last_commit: None,
         source: None,
         released: None,
+        taken_back: false,
     };
     store.assign(&name("web01"), &[assignment]).unwrap();
     store

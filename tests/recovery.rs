@@ -515,6 +515,36 @@ fn a_failover_that_cannot_be_taken_back_becomes_the_newest_point() {
     command(&rig, &["failover", MACHINE, "--to", &second]).fails(1, &["this is another pass than the one"]);
 }
 
+/// What a tracker tells is all that differs only where nobody else had the disk meanwhile, and where the source is the disk that
+/// the tracker speaks of.
+#[test]
+fn ranges_are_not_relied_on_where_somebody_else_had_the_disk() {
+    require_root!();
+    let size = 48 << 20;
+    let rig = Rig::new(&[size]);
+    let source = rig.random("source.img", size);
+    rig.send(&[("d0", &source)], &[]).ok();
+    command(&rig, &["failover", MACHINE, "--to", "latest"]).ok();
+    // No place of the sample.
+    flip(rig.targets[0].backing(), (20 << 20) + 5);
+    command(&rig, &["failover", MACHINE, "--undo"]).ok();
+    let hints = rig.path("hints");
+    let given = format!("d0={}", hints.display());
+    let set_aside = |source: &Path, ranges: &str, more: &[&str]| {
+        fs::write(&hints, ranges).unwrap();
+        let sent = rig.send(&[("d0", source)], &[&["--changed-ranges", &given], more].concat()).ok();
+        assert!(sent.stderr.contains("--changed-ranges is set aside"), "{sent:#?}");
+        assert_equal(source, rig.targets[0].backing());
+    };
+    set_aside(&source, "[]", &[]);
+    // An image has no identity by which it would show.
+    let another = rig.random("another.img", size);
+    set_aside(&another, "0 4096", &["--another-disk"]);
+    fs::write(&hints, "[]").unwrap();
+    let sent = rig.send(&[("d0", &another)], &["--changed-ranges", &given]).ok();
+    assert!(!sent.stderr.contains("set aside"), "{sent:#?}");
+}
+
 /// Somebody wrote to a released disk: neither taken back nor exported as though nobody had.
 #[test]
 fn writes_to_a_released_disk_are_noticed() {

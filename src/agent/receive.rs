@@ -147,8 +147,9 @@ impl Host for Receiver {
             baseline: ledger.journal.standing.newest(),
             alike: assignment.state != State::Empty || assignment.seed,
             standing: assignment.state == State::Synchronized
+                && !assignment.taken_back
                 && assignment.last_commit.is_some_and(|commit| commit.bytes == open.size)
-                && !is_another(open, assignment)
+                && !(open.another || is_another(open, assignment))
                 && ledger.journal.open().is_ok_and(|passes| passes.is_empty()),
             reader,
             group,

@@ -43,6 +43,7 @@ fn assignment(disk: &str, number: u32) -> Assignment {
         last_commit: None,
         source: None,
         released: None,
+        taken_back: false,
     }
 }
 

@@ -252,6 +252,7 @@ impl Planned<'_> {
             last_commit: None,
             source: None,
             released: None,
+            taken_back: false,
         }
     }
 }

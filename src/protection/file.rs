@@ -74,6 +74,8 @@ struct Disk {
     state: StateName,
     #[serde(skip_serializing_if = "Option::is_none")]
     released: Option<Text<PointId>>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    taken_back: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     pass: Option<PassTable>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -242,6 +244,7 @@ impl Disk {
                 last_commit,
                 source,
                 released: self.released.map(|point| point.0),
+                taken_back: self.taken_back,
             }),
         }
     }
@@ -270,6 +273,7 @@ pub fn encode(protection: &Protection) -> Result<String, toml::ser::Error> {
             assigned_at: disk.assigned_at,
             state,
             released: disk.released.map(Text),
+            taken_back: disk.taken_back,
             pass: pass.map(|pass| PassTable { id: Text(pass.id), started: pass.started }),
             last_commit: disk.last_commit.map(|commit| CommitTable {
                 pass: Text(commit.pass),

@@ -436,6 +436,7 @@ impl Store {
                     let commit = Commit { pass, time: now(), bytes, point_in_time };
                     known.state = State::Synchronized;
                     known.last_commit = Some(commit);
+                    known.taken_back = false;
                     commit
                 }
                 _ => return Err(format!("commit pass {pass}")),
@@ -471,7 +472,11 @@ impl Store {
         let _exclusive = self.exclusive()?;
         let mut protection = self.load(machine)?;
         let before = protection.clone();
-        protection.disks.iter_mut().for_each(|disk| disk.released = point);
+        for disk in &mut protection.disks {
+            disk.released = point;
+            // Also where the release itself was not recorded here: a crash came between.
+            disk.taken_back |= point.is_none();
+        }
         if protection == before { Ok(()) } else { self.write(&protection) }
     }
 

@@ -33,6 +33,7 @@ fn assignment(disk: &str, number: u32) -> Assignment {
         last_commit: None,
         source: None,
         released: None,
+        taken_back: false,
     }
 }
 
@@ -575,7 +576,7 @@ proptest! {
                 _ => Some(Source { id: None, ..source() }),
             };
             let released = grouped.then_some(PointId(n as u128));
-            Assignment { state, last_commit, source, released, ..assignment(&format!("d{n}"), n as u32) }
+            Assignment { state, last_commit, source, released, taken_back: !grouped, ..assignment(&format!("d{n}"), n as u32) }
         });
         let protection = Protection {
             machine: name("web01"),

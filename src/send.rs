@@ -84,7 +84,7 @@ pub struct Plan {
     /// Up to where earlier attempts at the same have written each disk, as [`Progress::reached`] says: with [`Scope::Whole`],
     /// what is to be compared and not sent again.
     pub sent: BTreeMap<Name, u64>,
-    /// How long a master target that has no time, or does not answer, is asked again for a disk; for some 20 seconds at most.
+    /// How long a master target that has no time, or does not answer, is asked again for a disk; for some 40 seconds at most.
     pub wait: Duration,
 }
 
@@ -453,8 +453,9 @@ struct Opened {
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// How often, a second apart, a refusal is answered with another try where the peer says that it may help: the
-/// volume may still be held by a connection that just broke.
-const TRIES: u32 = 20;
+/// volume may still be held by a connection that just broke, or by one whose sender is gone, which the peer's keepalives
+/// notice after 30 seconds.
+const TRIES: u32 = 40;
 
 /// The same where the peer said nothing at all: it may have had to make room among connections that nobody knew yet.
 const TRIES_UNANSWERED: u32 = 3;

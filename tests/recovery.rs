@@ -728,8 +728,10 @@ fn what_is_refused_names_what_would_do_and_leaves_nothing() {
     rig.send(&disks, &[]).ok();
     rig.send(&disks[..1], &[]).ok();
     let whole = id(&points(&rig)[0]);
-    let named = format!("mt-agent failover {MACHINE} --to {whole}");
+    let named = format!("give {whole} in its place");
     command(&rig, &["failover", MACHINE, "--to", "latest"]).fails(3, &["has no disk d1", &named]);
+    let latest = format!("{MACHINE}@latest");
+    command(&rig, &["digest", &latest]).fails(3, &["has no disk d1", &named]);
     let unknown = command(&rig, &["failover", MACHINE, "--to", "2001-01-01T00:00:00Z"]);
     let unknown = unknown.fails(3, &["mt-agent points"]);
     assert_eq!(unknown.stderr.matches("mt-agent points").count(), 1, "{}", unknown.stderr);

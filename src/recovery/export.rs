@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use super::failover::written_to;
+use super::failover::{lacks, written_to};
 use super::past::Past;
 use super::target::{CHUNK, Target};
 use super::{Error, Journal};
@@ -145,11 +145,9 @@ fn plan(
     // Points that were committed since it was read are in the protection.
     log.refresh()?;
     let mut plan = Vec::new();
-    for disk in protection.disks {
+    for disk in protection.disks.clone() {
         let Some(at) = point.volumes_of(machine).find(|at| at.is_on(&disk.name, &disk.id)) else {
-            let text =
-                format!("point {} has no disk {} ({}) of machine {machine}", point.id, disk.name, disk.id);
-            return Err(Error::Refused(text));
+            return Err(Error::Refused(lacks(log, &protection, point, &disk)));
         };
         let journal = Journal::read(retention, machine, &disk, log)?;
         let failed = |source| Error::Journal { machine: machine.clone(), disk: disk.name.clone(), source };

@@ -290,7 +290,7 @@ fn fail_over_to(
 }
 
 /// That a point lacks a disk, and which one to take instead.
-fn lacks(log: &Log, protection: &Protection, point: &Point, disk: &Assignment) -> String {
+pub(super) fn lacks(log: &Log, protection: &Protection, point: &Point, disk: &Assignment) -> String {
     let machine = &protection.machine;
     let text = format!(
         "point {} has no disk {} of machine {machine}: it was assigned later, or not sent",
@@ -302,7 +302,7 @@ fn lacks(log: &Log, protection: &Protection, point: &Point, disk: &Assignment) -
     };
     match log.points(machine).rfind(has_all) {
         Some(whole) => format!(
-            "{text}; the newest point with all disks is that of {}: `mt-agent failover {machine} --to {}`",
+            "{text}; the newest point with all disks is that of {}: give {} in its place",
             crate::units::rfc3339(whole.time),
             whole.id
         ),

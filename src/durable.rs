@@ -3,13 +3,14 @@
 //! The service runs as a user of its own, and root's commands work on the same files. So what root makes in a directory
 //! of somebody else's is given to them ([`hand_over`]), before anything is in it.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, Metadata, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{Flock, FlockArg, OFlag, openat};
+use nix::sys::stat::Mode;
 use nix::unistd::geteuid;
 
 use crate::error::IoError;
@@ -89,13 +90,11 @@ pub fn private_dir(path: &Path) -> Result<(), IoError> {
         }
     }
     if geteuid().is_root() {
-        let open =
-            OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open(path);
-        match open {
+        match open_dir(path) {
             Ok(directory) => hand_over(&directory, path)?,
             // A link that the administrator made, to a directory that is theirs.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::ELOOP | libc::ENOTDIR)) => {}
-            Err(error) => return Err(failed("open", path)(error)),
+            Err(error) if matches!(error.source.raw_os_error(), Some(libc::ELOOP | libc::ENOTDIR)) => {}
+            Err(error) => return Err(error),
         }
     }
     // Also where it exists: whoever made it may have crashed before its name was on stable storage.
@@ -122,7 +121,8 @@ pub fn lock(path: &Path) -> Result<Flock<File>, IoError> {
 /// The right to be the only one of its kind, for as long as it lives.
 ///
 /// An exclusive `flock` of a file: it ends with the process, however that ends, and a file that was left behind means
-/// nothing. What is written in it is only to name the holder.
+/// nothing. Nothing is written to it: whoever may put something else in its place could have it be anybody's file, and a file
+/// system that is full, or read-only, has locks all the same.
 #[derive(Debug)]
 pub struct Claim(#[expect(dead_code, reason = "it is there to be dropped")] Flock<File>);
 
@@ -143,30 +143,69 @@ pub enum Unclaimed {
 }
 
 impl Claim {
-    /// Locks the file `path`, which is made where it is missing, without waiting for it.
+    /// Locks the file `path`, which is made where it is missing, without waiting for it. It lies in `directory`, whatever that is
+    /// called by now.
     ///
     /// # Errors
-    /// Also where it is held, in this process or another one.
-    pub fn new(path: &Path) -> Result<Claim, Unclaimed> {
-        let mut file = lock_file(path)?;
-        let mut lock = loop {
+    /// Also where it is held, in this process or another one, and where it is a link or anything else than a regular file.
+    pub fn new(directory: &File, path: &Path) -> Result<Claim, Unclaimed> {
+        let name = path.file_name().unwrap_or_default();
+        let open = |access| {
+            // The open of a pipe would wait for its other end.
+            let how = OFlag::O_CREAT | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+            openat(directory, name, access | how, Mode::S_IRUSR | Mode::S_IWUSR)
+        };
+        let (opened, made) = match open(OFlag::O_RDWR) {
+            // What is there already can be locked all the same.
+            Err(Errno::EROFS) => (open(OFlag::O_RDONLY), false),
+            opened => (opened, true),
+        };
+        let mut file = File::from(opened.map_err(|errno| failed("open", path)(errno.into()))?);
+        if !file.metadata().map_err(failed("look at", path))?.is_file() {
+            let what = io::Error::other("it is no regular file, and so no lock: remove it");
+            return Err(failed("lock", path)(what).into());
+        }
+        if made {
+            give(&file, path, &directory.metadata().map_err(failed("look at", path))?)?;
+        }
+        loop {
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                Ok(lock) => break lock,
+                Ok(lock) => return Ok(Claim(lock)),
                 Err((same, Errno::EINTR)) => file = same,
                 Err((held, Errno::EWOULDBLOCK)) => {
-                    let mut text = String::new();
-                    // Only for the message: without it the pid is missing there.
-                    let pid =
-                        held.take(32).read_to_string(&mut text).ok().and_then(|_| text.trim().parse().ok());
-                    return Err(Unclaimed::Held { file: path.to_owned(), pid });
+                    return Err(Unclaimed::Held { file: path.to_owned(), pid: holder(&held) });
                 }
                 Err((_, errno)) => return Err(failed("lock", path)(errno.into()).into()),
             }
-        };
-        lock.set_len(0).map_err(failed("empty", path))?;
-        writeln!(lock, "{}", std::process::id()).map_err(failed("write", path))?;
-        Ok(Claim(lock))
+        }
     }
+}
+
+/// Who holds the exclusive `flock` of a file, where the kernel tells. It does not where it shows files under another device than
+/// the file system's (btrfs, overlayfs), nor who runs in another container.
+fn holder(file: &File) -> Option<u32> {
+    let metadata = file.metadata().ok()?;
+    let (device, inode) = (metadata.dev(), metadata.ino());
+    let place = format!("{:02x}:{:02x}:{inode}", libc::major(device), libc::minor(device));
+    fs::read_to_string("/proc/locks").ok()?.lines().find_map(|line| {
+        match line.split_ascii_whitespace().collect::<Vec<_>>()[..] {
+            // One that waits for it has an arrow before its kind.
+            [_, "FLOCK", _, "WRITE", pid, at, ..] if at == place => pid.parse().ok(),
+            _ => None,
+        }
+    })
+}
+
+/// Opens the directory `path`, so that what is done in it is done in no other one.
+///
+/// # Errors
+/// Also where it is a link: it would be somebody else's directory.
+pub fn open_dir(path: &Path) -> Result<File, IoError> {
+    OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW)
+        .open(path)
+        .map_err(failed("open", path))
 }
 
 /// Opens the file `path`, which is there to be locked, or makes it.
@@ -195,13 +234,15 @@ pub fn lock_file(path: &Path) -> Result<File, IoError> {
 /// # Errors
 /// Where the owner cannot be looked at or changed.
 pub fn hand_over(made: &File, path: &Path) -> Result<(), IoError> {
-    if !geteuid().is_root() {
-        return Ok(());
-    }
     let above = path.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let directory = fs::metadata(above).map_err(failed("look at", above))?;
+    give(made, path, &fs::metadata(above).map_err(failed("look at", above))?)
+}
+
+/// The same, where the directory is known.
+fn give(made: &File, path: &Path, directory: &Metadata) -> Result<(), IoError> {
     let own = made.metadata().map_err(failed("look at", path))?;
-    if directory.uid() == 0 || own.uid() != 0 || (own.is_file() && own.nlink() != 1) {
+    let is_others = own.uid() != 0 || (own.is_file() && own.nlink() != 1);
+    if !geteuid().is_root() || directory.uid() == 0 || is_others {
         return Ok(());
     }
     fchown(made, Some(directory.uid()), Some(directory.gid())).map_err(failed("hand over", path))
@@ -318,5 +359,50 @@ mod tests {
         assert_eq!(again.map(|_| ()).unwrap_err(), nix::errno::Errno::EWOULDBLOCK);
         drop(held);
         drop(lock(&path).unwrap());
+    }
+
+    #[test]
+    fn a_claim_names_its_holder_and_changes_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let (directory, path) = (open_dir(dir.path()).unwrap(), dir.path().join("claim"));
+        fs::write(&path, "4711 left behind by a crash").unwrap();
+        let first = Claim::new(&directory, &path).unwrap();
+        match Claim::new(&directory, &path) {
+            Err(Unclaimed::Held { file, pid }) => {
+                assert_eq!((file, pid), (path.clone(), Some(std::process::id())))
+            }
+            other => panic!("{other:?}"),
+        }
+        drop(first);
+        Claim::new(&directory, &path).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"4711 left behind by a crash");
+    }
+
+    #[test]
+    fn only_a_regular_file_in_the_very_directory_is_claimed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (directory, path) = (open_dir(dir.path()).unwrap(), dir.path().join("claim"));
+        let io = || match Claim::new(&directory, &path) {
+            Err(Unclaimed::Io(error)) => error.source,
+            other => panic!("{other:?}"),
+        };
+        std::os::unix::fs::symlink(dir.path().join("elsewhere"), &path).unwrap();
+        assert_eq!(io().raw_os_error(), Some(libc::ELOOP));
+        fs::remove_file(&path).unwrap();
+        nix::unistd::mkfifo(&path, Mode::S_IRWXU).unwrap();
+        // Also where it is held, which would be read from for ever.
+        let held = OpenOptions::new().read(true).write(true).open(&path).unwrap();
+        let _held = Flock::lock(held, FlockArg::LockExclusive).unwrap();
+        assert!(io().to_string().contains("no regular file"));
+        fs::remove_file(&path).unwrap();
+        // Another directory in the place of the one that is held open.
+        let aside = dir.path().with_extension("aside");
+        fs::rename(dir.path(), &aside).unwrap();
+        std::os::unix::fs::symlink("/nonexistent", dir.path()).unwrap();
+        assert_eq!(open_dir(dir.path()).unwrap_err().source.raw_os_error(), Some(libc::ENOTDIR));
+        Claim::new(&directory, &path).unwrap();
+        assert!(aside.join("claim").is_file());
+        fs::remove_file(dir.path()).unwrap();
+        fs::rename(&aside, dir.path()).unwrap();
     }
 }

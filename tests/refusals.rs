@@ -6,7 +6,7 @@ mod support;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, symlink};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -965,6 +965,81 @@ fn a_full_disk_of_the_source_spends_no_token() {
     run(&enroll).fails(1, &["No space left on device"]);
     fs::remove_file(filler).unwrap();
     run(&enroll).ok();
+}
+
+/// A state directory may belong to a service user, who can put there what they like: root does nothing elsewhere for that.
+#[test]
+fn a_lock_that_is_a_link_is_none() {
+    require_root!();
+    let rig = Rig::new(&[MIB]);
+    let source = rig.random("source.img", MIB);
+    let send = || rig.send(&[("d0", &source)], &[]);
+    send().ok();
+    let (locks, victim) = (rig.client().join("send/web01.locks"), rig.path("victim"));
+    fs::create_dir(&victim).unwrap();
+    fs::write(victim.join("d0"), "of root").unwrap();
+    let unchanged = || {
+        let file = victim.join("d0");
+        assert_eq!(fs::read(&file).unwrap(), b"of root");
+        assert_eq!(fs::metadata(&file).unwrap().uid(), 0);
+    };
+    tool("chown", &["-R", "nobody:", rig.client().to_str().unwrap()]);
+    fs::remove_dir_all(&locks).unwrap();
+    symlink(&victim, &locks).unwrap();
+    send().fails(1, &["cannot be seen whether another `mt-agent send`", "open", "web01.locks"]);
+    unchanged();
+    fs::remove_file(&locks).unwrap();
+    fs::create_dir(&locks).unwrap();
+    let lock = locks.join("d0");
+    symlink(victim.join("d0"), &lock).unwrap();
+    send().fails(1, &["cannot be seen whether another `mt-agent send`", "web01.locks/d0"]);
+    unchanged();
+    fs::remove_file(&lock).unwrap();
+    nix::unistd::mkfifo(&lock, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    send().fails(1, &["no regular file"]);
+    fs::remove_file(&lock).unwrap();
+    send().ok();
+}
+
+/// No machine stays unprotected for want of a lock; one that is there is kept to.
+#[test]
+fn a_state_directory_that_is_full_or_read_only_stops_no_sender() {
+    require_root!();
+    let mut rig = Rig::new(&[MIB]);
+    let source = rig.random("source.img", MIB);
+    let small = rig.path("small");
+    rig.mounts = vec![Box::new(Tmpfs::mount(&small, MIB))];
+    rig.service.enroll(MACHINE, &small);
+    let state = small.to_str().unwrap();
+    let remount = |options: &str| tool("mount", &["-o", &format!("remount,{options}"), state]);
+    let note = "another `mt-agent send` of the same disks would not be noticed";
+    let sends = |why: Option<&str>| {
+        let sent = rig.send(&[("d0", &source)], &["--state-dir", state]).ok();
+        let told = sent.stderr.contains(note);
+        assert!(told == why.is_some() && sent.stderr.contains(why.unwrap_or("")), "{sent:#?}");
+    };
+    remount("nr_inodes=20");
+    let fillers: Vec<_> = (0..20).map(|index| small.join(format!("filler{index}"))).collect();
+    let made = fillers.iter().filter(|filler| File::create(filler).is_ok()).count();
+    assert!((1..20).contains(&made), "{made}");
+    sends(Some("No space left on device"));
+    fillers[..made].iter().for_each(|filler| fs::remove_file(filler).unwrap());
+    sends(None);
+    let filler = Tmpfs::fill(&small);
+    sends(None);
+    fs::remove_file(filler).unwrap();
+
+    remount("ro");
+    sends(None);
+    let first = rig.start(&[("d0", &source)], &["--state-dir", state, "--every", "1h"]);
+    wait_for("its pass", || first.stdout().contains("committed").then_some(()));
+    let holder = format!("with pid {}", first.pid());
+    rig.send(&[("d0", &source)], &["--state-dir", state]).fails(3, &["d0 of web01 is being sent", &holder]);
+    drop(first);
+    remount("rw");
+    fs::remove_dir_all(small.join("send/web01.locks")).unwrap();
+    remount("ro");
+    sends(Some("Read-only file system"));
 }
 
 /// A limit above the number of strangers that are borne: who has a place is a stranger no more.

@@ -1,5 +1,6 @@
 //! One service a state directory.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use crate::durable::{Claim, Unclaimed};
@@ -33,7 +34,10 @@ pub enum Error {
 impl Instance {
     /// Becomes the service of `state_dir`, which must exist.
     pub fn acquire(state_dir: &Path) -> Result<Instance, Error> {
-        match Claim::new(&state_dir.join("instance.lock")) {
+        // The administrator may have made it a link.
+        let directory = File::open(state_dir)
+            .map_err(|error| IoError::new("open", state_dir.display().to_string(), error))?;
+        match Claim::new(&directory, &state_dir.join("instance.lock")) {
             Ok(claim) => Ok(Instance { _claim: claim }),
             Err(Unclaimed::Held { file, pid }) => Err(Error::Refused { file, pid }),
             Err(Unclaimed::Io(error)) => Err(error.into()),

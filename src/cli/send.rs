@@ -11,7 +11,7 @@
 mod attempt;
 mod screen;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use mt_agent::error::chain;
@@ -26,6 +26,7 @@ use mt_agent::send::{Compression, Done, Error, Plan, Prepared, Scope, preview};
 use mt_agent::storage::device::EngineChoice;
 use mt_agent::units::ByteLen;
 use serde_json::json;
+use tokio::time::sleep;
 
 use self::attempt::prepare;
 pub(super) use self::attempt::{Job, Signals};
@@ -262,9 +263,6 @@ pub fn run(args: Args) -> Result<(), Failure> {
         return dry_run(&job.machine, &job.plan, args.freeze.is_some(), args.what.json);
     }
     job.lines = args.every.is_some();
-    let disks = job.plan.disks.iter().map(|(name, _)| name);
-    let _alone = Alone::with(&args.what.state_dir, &job.machine, disks)
-        .map_err(|error| if error.is_refusal() { Failure::refused(error) } else { Failure::failed(error) })?;
     let runtime = tokio::runtime::Runtime::new().map_err(Failure::failed)?;
     let result = runtime.block_on(async {
         let mut signals = Signals::new().map_err(Failure::failed)?;
@@ -273,6 +271,46 @@ pub fn run(args: Args) -> Result<(), Failure> {
     // A reader that waits for a broken device must not hold up the exit.
     runtime.shutdown_background();
     result
+}
+
+/// How often it is looked whether another sender has ended.
+const LOOK: Duration = Duration::from_secs(3);
+
+/// Becomes the one who sends these disks. Whoever keeps a machine protected `waits` for another one's end: a pass by hand must
+/// not leave it unprotected. None where a signal came first.
+async fn alone(
+    state_dir: &Path,
+    job: &Job,
+    waits: bool,
+    signals: &mut Signals,
+) -> Result<Option<Alone>, Failure> {
+    let mut told = false;
+    loop {
+        match Alone::with(state_dir, &job.machine, job.plan.disks.iter().map(|(name, _)| name)) {
+            Ok(alone) => {
+                if let Some(error) = alone.unlocked() {
+                    note!(
+                        "mt-agent: {}: another `mt-agent send` of the same disks would not be noticed; see that none runs, and \
+                         that there can be files again",
+                        chain(error)
+                    );
+                }
+                return Ok(Some(alone));
+            }
+            Err(error) if error.is_refusal() && waits => {
+                if !std::mem::replace(&mut told, true) {
+                    note!("mt-agent: {error}: waiting for its end");
+                }
+            }
+            Err(error) if error.is_refusal() => {
+                return Err(Failure::refused(format!("{error}: wait for its end, or stop it first")));
+            }
+            Err(error) => return Err(Failure::failed(error)),
+        }
+        if signals.before(sleep(LOOK)).await.is_none() {
+            return Ok(None);
+        }
+    }
 }
 
 fn dry_run(machine: &Name, plan: &Plan, freeze: bool, json: bool) -> Result<(), Failure> {

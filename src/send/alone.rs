@@ -1,8 +1,10 @@
 //! One sender a disk.
 //!
 //! The master target takes one at a time. Of two that keep the same disk protected each would wait for the other, and make
-//! points that nobody asked for; so the second is told, and ends. What only compares may run beside it.
+//! points that nobody asked for; so the second is told, and ends, or waits. What only compares may run beside it.
 
+use std::collections::BTreeSet;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use crate::durable::{self, Claim, Unclaimed};
@@ -15,18 +17,20 @@ use crate::net::tls::client::Identity;
 #[derive(Debug)]
 pub struct Alone {
     _claims: Vec<Claim>,
+    unlocked: Option<IoError>,
 }
 
 /// Why they are not to be sent.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The operating system refused.
-    #[error(transparent)]
+    #[error(
+        "it cannot be seen whether another `mt-agent send` sends these disks (what lies in the place of a lock can be moved away)"
+    )]
     Io(#[from] IoError),
     /// Somebody else does.
     #[error(
-        "disk {disk} of {machine} is being sent by another `mt-agent send`{}: wait for its end, or stop it first (it holds \
-         {})", pid.map(|pid| format!(" with pid {pid}")).unwrap_or_default(), file.display()
+        "disk {disk} of {machine} is being sent by another `mt-agent send`{} (it holds {})", pid.map(|pid| format!(" with pid {pid}")).unwrap_or_default(), file.display()
     )]
     Taken {
         /// The machine.
@@ -56,15 +60,55 @@ impl Alone {
     ) -> Result<Alone, Error> {
         // No machine's identity is named so.
         let locks = Identity::path(state_dir, machine).with_extension("locks");
-        durable::private_dir(&locks)?;
-        let claim = |disk: &'a Name| match Claim::new(&locks.join(disk.as_str())) {
-            Ok(claim) => Ok(claim),
-            Err(Unclaimed::Io(error)) => Err(error.into()),
-            Err(Unclaimed::Held { file, pid }) => {
-                let (machine, disk) = (machine.clone(), disk.clone());
-                Err(Error::Taken { machine, disk, file, pid })
-            }
+        let mut alone = Alone { _claims: Vec::new(), unlocked: None };
+        let directory = match durable::private_dir(&locks).and_then(|()| durable::open_dir(&locks)) {
+            Err(error) if has_no_room(&error) => return Ok(Alone { unlocked: Some(error), ..alone }),
+            opened => opened?,
         };
-        Ok(Alone { _claims: disks.into_iter().map(claim).collect::<Result<_, _>>()? })
+        // In one order: of two that want the same disks one gets them, and not neither.
+        let disks: BTreeSet<&Name> = disks.into_iter().collect();
+        for disk in disks {
+            match Claim::new(&directory, &locks.join(disk.as_str())) {
+                Ok(claim) => alone._claims.push(claim),
+                Err(Unclaimed::Io(error)) if has_no_room(&error) => alone.unlocked = Some(error),
+                Err(Unclaimed::Io(error)) => return Err(error.into()),
+                Err(Unclaimed::Held { file, pid }) => {
+                    let (machine, disk) = (machine.clone(), disk.clone());
+                    return Err(Error::Taken { machine, disk, file, pid });
+                }
+            }
+        }
+        Ok(alone)
+    }
+
+    /// Why it is not certain that nobody else sends the same: a lock cannot be made on a file system that is full or read-only.
+    /// No machine stays unprotected for that.
+    pub fn unlocked(&self) -> Option<&IoError> {
+        self.unlocked.as_ref()
+    }
+}
+
+fn has_no_room(error: &IoError) -> bool {
+    use ErrorKind::{QuotaExceeded, ReadOnlyFilesystem, StorageFull};
+    matches!(error.source.kind(), StorageFull | QuotaExceeded | ReadOnlyFilesystem)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks_are_claimed_in_one_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let [machine, a, b]: [Name; 3] = ["web01", "a", "b"].map(|name| name.parse().unwrap());
+        let held = Alone::with(dir.path(), &machine, [&b, &a]).unwrap();
+        for disks in [[&a, &b], [&b, &a]] {
+            match Alone::with(dir.path(), &machine, disks) {
+                Err(Error::Taken { disk, .. }) => assert_eq!(disk, a),
+                other => panic!("{other:?}"),
+            }
+        }
+        drop(held);
+        assert!(Alone::with(dir.path(), &machine, [&a, &b]).unwrap().unlocked().is_none());
     }
 }

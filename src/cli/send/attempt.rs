@@ -106,7 +106,7 @@ impl Signals {
     }
 
     /// What `work` comes to, unless a signal comes first.
-    async fn before<T>(&mut self, work: impl Future<Output = T>) -> Option<T> {
+    pub(super) async fn before<T>(&mut self, work: impl Future<Output = T>) -> Option<T> {
         tokio::select! {
             result = work => Some(result),
             () = self.any() => None,

@@ -9,7 +9,9 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use serde::Deserialize;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 
 use crate::error::IoError;
 use crate::units::{ByteLen, Extent};
@@ -93,6 +95,30 @@ struct Range {
     length: u64,
 }
 
+/// One that stands in a JSON array.
+struct Entry(Range);
+
+impl<'de> Deserialize<'de> for Entry {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Entry, D::Error> {
+        deserializer.deserialize_map(Object).map(Entry)
+    }
+}
+
+/// Nothing but an object: what is derived takes an array of two numbers as well, and they may be a beginning and an end.
+struct Object;
+
+impl<'de> Visitor<'de> for Object {
+    type Value = Range;
+
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("an object with `offset` and `length`")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Range, A::Error> {
+        Range::deserialize(MapAccessDeserializer::new(map))
+    }
+}
+
 impl Hints {
     /// Reads a file that tells of a disk of `size` bytes.
     pub fn read(path: &Path, size: ByteLen) -> Result<Hints, Error> {
@@ -114,11 +140,11 @@ impl Hints {
     pub fn parse(text: &str, size: ByteLen) -> Result<Hints, Error> {
         let ranges: Vec<(Place, Range)> = match text.trim_start().starts_with('[') {
             true => {
-                let ranges: Vec<Range> = serde_json::from_str(text)?;
+                let ranges: Vec<Entry> = serde_json::from_str(text)?;
                 ranges
                     .into_iter()
                     .enumerate()
-                    .map(|(index, range)| (Place::Entry(index + 1), range))
+                    .map(|(index, Entry(range))| (Place::Entry(index + 1), range))
                     .collect()
             }
             false => lines(text)?,
@@ -223,7 +249,9 @@ mod tests {
             let error = parse(text).unwrap_err();
             assert!(matches!(error, Error::Line { line: found } if found == line), "{text}: {error}");
         }
-        assert!(matches!(parse("[1]"), Err(Error::Json(_))));
+        for other in ["[1]", "[[4096,8192]]", r#"[{"offset":0,"length":1},[0,1]]"#, r#"[{"offset":0}]"#] {
+            assert!(matches!(parse(other), Err(Error::Json(_))), "{other}");
+        }
         let (line, entry) = (Place::Line(2), Place::Entry(2));
         for (text, at) in [
             ("0 1\n12288 2\n".to_owned(), line),

@@ -101,10 +101,12 @@ pub struct Args {
     dry_run: bool,
     /// What has changed on a disk since its last point, as a tracker knows it: a file of `offset length` a line, or a JSON
     /// array of objects with `offset` and `length`, in bytes; `[]` where nothing has. Nothing else is looked at, where the
-    /// target stands at that point; else they are set aside, and that is told. For several disks: with the option repeated
+    /// target stands at that point; else they are set aside, and that is told. With --freeze only beside --verify: a tracker
+    /// does not tell what is written until the freeze; of a snapshot it does. For several disks: with the option repeated
     #[arg(long, value_name = "NAME=FILE", value_parser = ranges, conflicts_with_all = ["whole", "every"])]
     changed_ranges: Vec<(Name, PathBuf)>,
-    /// Compare all of the disks all the same, and fail if something changed that --changed-ranges does not tell (it is sent)
+    /// Compare all of the disks all the same, and fail if something changed that --changed-ranges does not tell (it is
+    /// sent), or if that cannot be judged any more once a connection was lost
     #[arg(long, requires = "changed_ranges")]
     verify: bool,
     /// Send again and again, a pass each period: 15m, 1h; 0s: without a pause. A connection that is lost is waited for. With
@@ -246,6 +248,14 @@ pub fn run(args: Args) -> Result<(), Failure> {
                 "--changed-ranges names disk {name} twice: give one file with all of its ranges"
             )));
         }
+    }
+    if !job.plan.hints.is_empty() && args.freeze.is_some() && !args.verify {
+        return Err(Failure::Usage(
+            "--freeze and --changed-ranges do not go together: what is written after the tracker has told, and before the \
+             freeze, is in no range, so that the point would be damaged there. Give a snapshot as the source, and the ranges \
+             that the tracker tells of that snapshot; or add --verify, which compares all of the disk while it is frozen"
+                .to_owned(),
+        ));
     }
     if !job.plan.hints.is_empty() && args.pre_hook.is_none() {
         // What a pre-hook makes is not there yet; everything else is better told now.

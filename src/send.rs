@@ -22,7 +22,7 @@ pub mod still;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustls::ClientConfig;
@@ -155,6 +155,27 @@ pub struct Progress {
     pub reached: AtomicU64,
     /// Why the hints were not relied on, where they were not.
     pub set_aside: OnceLock<&'static str>,
+    /// Whether a pass began in which the hints were held against what differs ([`Scope::CheckHints`]): in this attempt, or in
+    /// an [earlier](Progress::add_missed) one. With [`Progress::set_aside`] as well they were not judged to the end.
+    pub judged: AtomicBool,
+}
+
+impl Progress {
+    /// Adds what an earlier attempt at the same found that hints do not tell: it may have been sent then, so that it does not
+    /// differ any more.
+    pub fn add_missed(&self, earlier: &Progress) {
+        self.judged.fetch_or(earlier.judged.load(Ordering::Relaxed), Ordering::Relaxed);
+        // A list is whole whoever panicked beside it.
+        let before = earlier.differences.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut now = self.differences.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = hints::merged([&*now, &before[..]].concat());
+        let listed: u64 = all.iter().map(|extent| extent.len()).sum();
+        // The lists end somewhere, and the counts do not.
+        let most = listed.max(earlier.differs.load(Ordering::Relaxed));
+        self.differs.fetch_max(most, Ordering::Relaxed);
+        all.truncate(MOST_DIFFERENCES);
+        *now = all;
+    }
 }
 
 /// How many ranges that differ are told of.
@@ -301,6 +322,11 @@ pub async fn send(
             tracing::warn!(disk = %disk.name, "--changed-ranges is set aside: {why}");
             disk.progress.set_aside.set(why).ok();
         }
+    }
+    for disk in disks.iter().filter(|disk| plan.scope == Scope::CheckHints && hints.contains_key(&disk.name))
+    {
+        // Before the passes begin: whether they did is not known where an answer is lost.
+        disk.progress.judged.store(true, Ordering::Relaxed);
     }
     let limiter = plan.limit.clone().map(|rates| Arc::new(Limiter::new(rates)));
     let (time, name) = (OffsetDateTime::now_utc(), plan.name.clone());

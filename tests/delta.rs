@@ -11,6 +11,7 @@ use mt_agent::net::message::{self, Code, PassKind};
 use mt_agent::net::wire;
 use mt_agent::points::{Dropped, Log, Reason, Record};
 use support::client::Client;
+use support::proxy::{Act, Fate, Proxy};
 use support::{Loop, MACHINE, MIB, Rig, Service, assert_equal, directory, tool, write_random};
 use time::OffsetDateTime;
 
@@ -194,6 +195,49 @@ fn ranges_that_a_tracker_tells_are_sent_and_one_that_lies_is_found() {
     wrong(&["--changed-ranges", &of_another], &["disk d9, which is not sent", "NAME=FILE", "(d0)"]);
     wrong(&["--changed-ranges", "hints"], &["NAME=FILE"]);
     wrong(&["--changed-ranges", &given, "--changed-ranges", &given], &["d0 twice"]);
+    // What is written between the tracker's answer and the freeze is in no range.
+    for more in [&["--pre-hook", "true"][..], &["--dry-run"], &[]] {
+        let frozen = [&["--changed-ranges", &given, "--freeze"], more].concat();
+        wrong(&frozen, &["do not go together", "a snapshot as the source", "--verify"]);
+    }
+    fs::write(&hints, "0 4096\n").unwrap();
+    rig.send(&[("d0", &source)], &[&args[..], &["--freeze", "--verify"]].concat()).ok();
+}
+
+/// What was sent before a connection broke does not differ any more: no later attempt finds that the tracker did not tell it.
+#[test]
+fn a_tracker_that_lies_is_found_although_connections_break() {
+    require_root!();
+    let size = 16 * MIB;
+    let rig = Rig::new(&[size]);
+    let source = rig.random("source.img", size);
+    rig.send(&[("d0", &source)], &[]).ok();
+    let proxy = Proxy::start(rig.service.address());
+    let (to, hints) = (proxy.address.to_string(), rig.path("hints"));
+    let given = format!("d0={}", hints.display());
+    let send = |ranges: &str, more: &[&str]| {
+        fs::write(&hints, ranges).unwrap();
+        proxy.will([5, 2].map(|mib| Fate { up: Some((mib * MIB, Act::Cut)), ..Fate::default() }));
+        write_random(&source, MIB, 8 * MIB);
+        let args =
+            ["--to", &to, "--retry-for", "60s", "--compression", "off", "--connections", "1", "--json"];
+        let outcome =
+            rig.send(&[("d0", &source)], &[&args[..], &["--changed-ranges", &given], more].concat());
+        assert_equal(&source, rig.targets[0].backing());
+        assert_eq!(outcome.stderr.matches("trying again in").count(), 2, "{outcome:#?}");
+        outcome
+    };
+    let lied = send("[]", &["--verify"]).fails(1, &["do not tell", "do not rely on what made them"]).json();
+    let (lied, missed) = (&lied["disks"][0], &lied["disks"][0]["missed"]);
+    assert!(lied["ranges_set_aside"].is_string() && lied["committed"].is_string(), "{lied:#}");
+    assert_eq!(missed[0]["offset"], MIB, "{missed:#}");
+    assert!(missed[0]["length"].as_u64() >= Some(4 * MIB), "{missed:#}");
+    // Nothing was found of one that told all so far; what it told of the rest nobody knows.
+    let told = format!("{MIB} {}\n", 8 * MIB);
+    let unknown = send(&told, &["--verify"]).fails(1, &["for d0 could not be judged", "next pass"]).json();
+    assert_eq!(unknown["disks"][0]["missed"], serde_json::json!([]));
+    // Nobody asked.
+    send(&told, &[]).ok();
 }
 
 /// What a tracker that failed leaves, or one of another disk, is not taken for what has changed.

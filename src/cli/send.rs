@@ -5,8 +5,8 @@
 //! `same_bytes` (compared, and there already), `zero_bytes` (told as zeros), `sent_bytes` (payload), and in `connections` and
 //! `refused_frames` (damaged, and sent again); `used_bytes`, `free_bytes`, `skipped_bytes` (free, and not read) and
 //! `not_skipped` (why not, in words); `ranges_set_aside` (why `--changed-ranges` was not relied on, or null), `missed` (of
-//! each `offset` and `length`: what differed and was not told by it); `point`, `pass` and `committed`, null where it was not;
-//! and `error`. Why an attempt failed that was followed by another one is told on standard error.
+//! each `offset` and `length`: what differed, in any attempt, and was not told by it); `point`, `pass` and `committed`, null
+//! where it was not; and `error`. Why an attempt failed that was followed by another one is told on standard error.
 
 mod attempt;
 mod screen;
@@ -276,6 +276,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let runtime = tokio::runtime::Runtime::new().map_err(Failure::failed)?;
     let result = runtime.block_on(async {
         let mut signals = Signals::new().map_err(Failure::failed)?;
+        let alone = alone(&args.what.state_dir, &job, args.every.is_some(), &mut signals).await?;
+        let Some(_alone) = alone else { return Ok(()) };
         job.keep_on(args.every, args.retry_for, &mut signals).await
     });
     // A reader that waits for a broken device must not hold up the exit.

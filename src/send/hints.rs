@@ -161,18 +161,7 @@ impl Hints {
                 (offset - offset % UNIT, end.checked_next_multiple_of(UNIT).unwrap_or(size.0));
             extents.extend(Extent::new(offset, end.min(size.0) - offset));
         }
-        extents.sort_by_key(|extent| extent.offset());
-        let mut merged: Vec<Extent> = Vec::new();
-        for extent in extents {
-            match merged.last_mut() {
-                Some(last) if extent.offset() <= last.end() => {
-                    let end = last.end().max(extent.end());
-                    *last = Extent::new(last.offset(), end - last.offset()).unwrap_or(*last);
-                }
-                _ => merged.push(extent),
-            }
-        }
-        Ok(Hints(merged))
+        Ok(Hints(merged(extents)))
     }
 
     /// The ranges.
@@ -192,6 +181,22 @@ impl Hints {
         missed.extend(extent.end().checked_sub(at).and_then(|len| Extent::new(at, len)));
         missed
     }
+}
+
+/// The same ranges, in ascending order and joined where they touch.
+pub(super) fn merged(mut extents: Vec<Extent>) -> Vec<Extent> {
+    extents.sort_by_key(|extent| extent.offset());
+    let mut merged: Vec<Extent> = Vec::new();
+    for extent in extents {
+        match merged.last_mut() {
+            Some(last) if extent.offset() <= last.end() => {
+                let end = last.end().max(extent.end());
+                *last = Extent::new(last.offset(), end - last.offset()).unwrap_or(*last);
+            }
+            _ => merged.push(extent),
+        }
+    }
+    merged
 }
 
 /// The ranges of a text.

@@ -12,7 +12,7 @@ use mt_agent::name::Name;
 use mt_agent::net::tls::client::Identity;
 use mt_agent::send::lanes::Connections;
 use mt_agent::send::still::{self, Still, Wishes};
-use mt_agent::send::{self, Compression, Plan, Prepared, Scope};
+use mt_agent::send::{self, Compression, Plan, Prepared, Progress, Scope};
 use mt_agent::units::{ByteLen, Extent};
 use serde_json::{Value, json};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -31,6 +31,8 @@ pub(in crate::cli) struct Job {
     pub(in crate::cli) json: bool,
     /// Whether results are printed one a line, since there are several.
     pub(in crate::cli) lines: bool,
+    /// How far the attempt before this one came with each disk, at the same pass.
+    earlier: BTreeMap<Name, Arc<Progress>>,
 }
 
 impl Job {
@@ -80,6 +82,7 @@ impl Job {
             identity,
             json: what.json,
             lines: false,
+            earlier: BTreeMap::new(),
         })
     }
 }
@@ -191,6 +194,7 @@ impl Job {
                 return outcome.report(self);
             }
             for disk in &outcome.disks {
+                self.earlier.insert(disk.name.clone(), disk.progress.clone());
                 if self.got_further(disk) {
                     self.plan.sent.insert(disk.name.clone(), disk.progress.reached.load(Ordering::Relaxed));
                 }
@@ -269,6 +273,11 @@ impl Job {
             });
         }
         printed?;
+        for disk in &disks {
+            if let Some(earlier) = self.earlier.get(&disk.name) {
+                disk.progress.add_missed(earlier);
+            }
+        }
         let verify = self.plan.scope == Scope::Verify;
         Ok(Outcome { verify, disks, ends, after, screen, interrupted, after_reading })
     }
@@ -370,6 +379,19 @@ impl Outcome {
                     "the ranges that were given do not tell {} that had changed, and that were sent all the same: do not \
                      rely on what made them (--json lists the ranges)",
                     ByteLen(missed)
+                )));
+            }
+            let unjudged = |disk: &&Prepared| {
+                disk.progress.judged.load(Ordering::Relaxed) && disk.progress.set_aside.get().is_some()
+            };
+            let unjudged: Vec<&str> =
+                self.disks.iter().filter(unjudged).map(|disk| disk.name.as_str()).collect();
+            if !unjudged.is_empty() {
+                return Err(Failure::failed(format!(
+                    "the ranges that were given for {} could not be judged: the connection was lost, and what had arrived by \
+                     then does not differ any more. All that had changed was sent. Give --verify with the ranges of the next \
+                     pass too before you rely on what made them",
+                    unjudged.join(", ")
                 )));
             }
             return Ok(());

@@ -804,7 +804,7 @@ fn a_second_sender_waits_for_the_first() {
         "{two:#?}"
     );
     // How long it will wait, before it does.
-    assert!(two.stderr.contains("every second, 20 times at most"), "{two:#?}");
+    assert!(two.stderr.contains("every second, 40 times at most"), "{two:#?}");
     assert_equal(&second, rig.targets[0].backing());
     rig.synchronized("d0");
 }

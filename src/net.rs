@@ -135,10 +135,14 @@
 //!
 //! How long silence is borne is each side's own affair. Before Open a server MAY close a connection that is
 //! silent for 20 seconds, and between OpenReply and Begin one that is silent for 10 minutes, or with `verify` for 15 seconds
-//! (this agent: for a minute by default). In a pass silence is normal (a slow disk, a source that is read slowly), and dead
-//! peers are found with TCP keepalive. A server MAY close a pass's connection after a long silence all the same,
+//! (this agent: for a minute by default). In a pass a client's silence is normal (a slow disk, a source that is read slowly),
+//! and dead peers are found with TCP keepalive. A server MAY close a pass's connection after a long silence all the same,
 //! but only one in which it had carried out, and given back, everything that came; a client that limits its own
-//! rate SHOULD therefore send the bytes of a frame bit by bit, and something every few seconds.
+//! rate SHOULD therefore send the bytes of a frame bit by bit, and something every few seconds. A server MUST say something on
+//! the first connection at least every 20 seconds from BeginReply until Committed or the connection's end, whatever it waits
+//! for (this agent: after each ten seconds without anything else, a Progress without anything new, in a pass of kind `verify`
+//! as well). A client MAY give up a connection on which nothing came for a minute: what lies between can take all that it says
+//! and pass nothing on.
 //!
 //! ### Hello, HelloReply
 //!
@@ -207,8 +211,8 @@
 //! **Window.** Each Data frame costs its `length` rounded up to a multiple of 4096, each Zero frame 4096. The
 //! client MUST NOT have sent, since Begin, more than `window` beyond what the server has given back. The
 //! server gives back in Progress: `length` is the total given back since Begin, and `sequence` the number of
-//! frames that were carried out, in whatever order. Both only grow, and each Progress stands for all before
-//! it. A window that was exceeded is an error (`protocol`).
+//! frames that were carried out, in whatever order. Neither ever shrinks, and each Progress stands for all before
+//! it; one with nothing new is a sign of life (section 4). A window that was exceeded is an error (`protocol`).
 //!
 //! *Written* is not *durable*: a Progress promises nothing about a power cut. Only Committed does.
 //!

@@ -18,6 +18,7 @@ mod mark;
 mod session;
 pub mod source;
 pub mod still;
+mod waits;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -49,6 +50,7 @@ use lanes::Connections;
 use limit::{Limiter, Rates};
 use source::Source;
 use still::{Freeze, Still, unsteady};
+use waits::Waits;
 
 use crate::units::Extent;
 
@@ -153,6 +155,10 @@ pub struct Progress {
     pub opened: AtomicBool,
     /// With [`Scope::Whole`], up to where of the source everything was sent, and written there. Looked at every few seconds.
     pub reached: AtomicU64,
+    /// When something of it arrived for the last time: frames there, or digests here.
+    pub arrived: Mutex<Option<Instant>>,
+    /// Whether its source is what is waited for.
+    pub waits: Waits,
     /// Why the hints were not relied on, where they were not.
     pub set_aside: OnceLock<&'static str>,
     /// Whether a pass began in which the hints were held against what differs ([`Scope::CheckHints`]): in this attempt, or in
@@ -477,6 +483,9 @@ struct Opened {
 
 /// How long the master target may take for each step before data flows.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long it may be silent in a pass. Whatever it waits for itself, it says something every ten seconds.
+const SILENCE: Duration = Duration::from_secs(60);
 
 /// How often, a second apart, a refusal is answered with another try where the peer says that it may help: the
 /// volume may still be held by a connection that just broke, or by one whose sender is gone, which the peer's keepalives

@@ -154,7 +154,7 @@ fn of_the_receiver() {
             Some(1) => {
                 let told = [
                     "no connection to the master target",
-                    "the master target broke the connection off before it answered; run `mt-agent send` again",
+                    "the master target broke the connection off before it answered; run this again",
                     "the pass was not acknowledged; run `mt-agent send` again",
                     "no secure connection to the master target",
                     "broke the connection off before it answered",

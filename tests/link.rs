@@ -6,8 +6,10 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use mt_agent::net::frame::Kind;
+use mt_agent::net::message::PassKind;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use support::client::Client;
@@ -277,6 +279,115 @@ fn a_connection_that_stalls_is_no_end() {
         rig.synchronized("d0");
         rig.service.wait_for_log("the peer sent nothing for 1s");
     }
+}
+
+/// Whatever takes its time there, the service says something in a pass: also where it only compares.
+#[tokio::test]
+async fn the_service_gives_signs_of_life() {
+    require_root!();
+    let rig = Rig::new(&[MIB, MIB]);
+    let (mut writing, _) = Client::begun(&rig, "d0", MIB).await;
+    let mut comparing = Client::connect(&rig).await;
+    (comparing.kind, comparing.compare) = (PassKind::Verify, Some(1 << 16));
+    comparing.open("d1", MIB).await.unwrap();
+    comparing.begin().await.unwrap();
+    let mut digests = vec![0; 16 * 32];
+    let header = comparing.header().await.unwrap();
+    assert_eq!(header.kind, Kind::Digests);
+    mt_agent::net::wire::read_payload(&mut comparing.stream, &header, &mut digests).await.unwrap();
+    for _ in 0..2 {
+        for client in [&mut writing, &mut comparing] {
+            let header = client.header().await.unwrap();
+            assert_eq!((header.kind, header.sequence, header.length), (Kind::Progress, 0, 0));
+        }
+    }
+}
+
+/// What lies between takes everything and passes nothing on: neither side's kernel notices.
+#[test]
+fn a_master_target_that_falls_silent_in_a_pass_is_not_waited_for() {
+    require_root!();
+    let (rig, proxy) = rig();
+    let source = rig.random("source.img", SIZE);
+    proxy.will([Fate { up: Some((4 * MIB, Act::SwallowBoth)), ..Fate::default() }]);
+    let started = Instant::now();
+    let to = proxy.address.to_string();
+    let args = ["--to", &to, "--compression", "off", "--connections", "1", "--retry-for", "5m"];
+    let outcome = rig.send(&[("d0", &source)], &args).ok();
+    assert!(outcome.stderr.contains("was not heard of for 60s"), "{outcome:#?}");
+    assert!((60..90).contains(&started.elapsed().as_secs()), "{:?}", started.elapsed());
+    assert_equal(&source, rig.targets[0].backing());
+}
+
+/// No other attempt would read it, and each would leave a thread that waits for it.
+#[test]
+fn a_source_that_hangs_is_named_and_ends_the_sender() {
+    require_root!();
+    let (mut rig, _) = rig();
+    let config = fs::read_to_string(rig.service.config()).unwrap();
+    rig.service.restart_with_config(&(config + "idle_timeout = \"1s\"\n"));
+    let source = rig.random("source.img", SIZE);
+    let hanging = |args: &[&str]| {
+        let mut command = rig.command(&[("d0", &source)], &[&["--engine", "threads"], args].concat());
+        support::seccomp::hang_reads(&mut command, 6 * MIB as u32..8 * MIB as u32);
+        rig.spawn(command).finish()
+    };
+    let told = format!("a read of {} has not come back for", source.display());
+    for args in [["--retry-for", "1h"], ["--every", "1h"]] {
+        let outcome = hanging(&args).fails(1, &[&told, "start this again once it can be read"]);
+        assert!(!outcome.stderr.contains("trying again in"), "{outcome:#?}");
+    }
+    rig.send(&[("d0", &source)], &[]).ok();
+    assert_equal(&source, rig.targets[0].backing());
+}
+
+/// What comes from the other side to be compared counts as well: the link is there.
+#[test]
+fn a_link_that_breaks_while_what_was_sent_is_compared_is_waited_for() {
+    require_root!();
+    let (rig, proxy) = rig();
+    let source = rig.random("source.img", SIZE);
+    let cut = Fate { up: Some((9 * MIB, Act::Cut)), ..Fate::default() };
+    // The handshakes, and a part of the digests, in longer than --retry-for.
+    let slow = Fate { rate: Some(800), down: Some((6500, Act::Cut)), ..Fate::default() };
+    proxy.will([cut, slow]);
+    let more = ["1", "--whole", "--bwlimit", "2M", "--retry-for", "4s"];
+    let to = proxy.address.to_string();
+    let args = ["--to", &to, "--compression", "off", "--connections"];
+    let outcome = rig.send(&[("d0", &source)], &[&args[..], &more].concat()).ok();
+    assert_eq!(outcome.stderr.matches("trying again in").count(), 2, "{outcome:#?}");
+    assert_equal(&source, rig.targets[0].backing());
+}
+
+/// For programs each disk has its result, also where there can be no other attempt.
+#[test]
+fn a_source_that_goes_away_between_two_attempts_is_told_to_programs() {
+    require_root!();
+    let (rig, proxy) = rig();
+    let source = rig.random("source.img", SIZE);
+    proxy.will([Fate { up: Some((7 * MIB, Act::Cut)), ..Fate::default() }]);
+    let to = proxy.address.to_string();
+    let args = ["--to", &to, "--compression", "off", "--json", "--retry-for", "60s", "--connections", "1"];
+    let sender = rig.start_into_pass(&[("d0", &source)], &[&args[..], &["--bwlimit", "2M"]].concat());
+    fs::rename(&source, rig.path("elsewhere.img")).unwrap();
+    let outcome = sender.finish().fails(3, &["No such file"]);
+    let error = &outcome.json()["disks"][0]["error"];
+    let error = error.as_str().unwrap();
+    assert!(error.contains(source.to_str().unwrap()) && error.contains("No such file"), "{outcome:#?}");
+}
+
+/// What is only compared is not sent again.
+#[test]
+fn a_comparing_that_breaks_off_says_so() {
+    require_root!();
+    let (rig, proxy) = rig();
+    let source = rig.random("source.img", SIZE);
+    rig.send(&[("d0", &source)], &[]).ok();
+    proxy.will([Fate { down: Some((7000, Act::Cut)), ..Fate::default() }]);
+    let (to, state) = (proxy.address.to_string(), rig.client().display().to_string());
+    let disk = format!("d0={}", source.display());
+    let args = ["verify", "--machine", MACHINE, "--to", &to, "--state-dir", &state, "--disk", &disk];
+    support::run(&args).fails(1, &["the comparing did not come to its end; run `mt-agent verify` again"]);
 }
 
 /// Pass after pass, through a service that is restarted meanwhile.

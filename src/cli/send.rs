@@ -212,6 +212,8 @@ enum Unsent {
          how its target stands)"
     )]
     Interrupted,
+    #[error("the connection was lost, and it cannot be tried again: {0}")]
+    NotAgain(String),
 }
 
 /// How it went with a disk, and after what time.

@@ -35,6 +35,9 @@ pub enum Error {
     /// The connection broke, or the master target gave up.
     #[error("the pass was not acknowledged; run `mt-agent send` again")]
     Wire(#[from] wire::Error),
+    /// The same where it was only compared.
+    #[error("the comparing did not come to its end; run `mt-agent verify` again")]
+    NotCompared(#[source] wire::Error),
     /// The master target refused before anything was sent.
     #[error("the master target refused the disk")]
     Refused(#[source] message::Error),
@@ -48,13 +51,16 @@ pub enum Error {
     #[error("the source is a target disk of this host: {0}")]
     Itself(String),
     /// The connection broke off before anything was sent.
-    #[error("the master target broke the connection off before it answered; run `mt-agent send` again")]
+    #[error("the master target broke the connection off before it answered; run this again")]
     BrokenOff(#[source] wire::Error),
     /// It says what cannot be.
     #[error("the master target does not keep to the protocol: {0}; install the same version on both sides")]
     Broken(&'static str),
     /// It did not answer in time.
-    #[error("the master target did not answer within {0:?}")]
+    #[error(
+        "the master target was not heard of for {0:?}: check that `mt-agent serve` answers there (`mt-agent status`), and what \
+         lies between"
+    )]
     Silent(Duration),
     /// The ranges that a tracker tells cannot be read.
     #[error("{}", .0.display())]
@@ -82,11 +88,12 @@ impl Error {
             | Error::Hints(..)
             | Error::Together(_) => true,
             Error::Still(error) => error.is_refusal(),
-            Error::Handshake(error) | Error::Wire(wire::Error::Tls { source: error, .. }) => {
-                error.is_refusal()
-            }
+            Error::Handshake(error)
+            | Error::Wire(wire::Error::Tls { source: error, .. })
+            | Error::NotCompared(wire::Error::Tls { source: error, .. }) => error.is_refusal(),
             Error::Connect(_)
             | Error::Wire(_)
+            | Error::NotCompared(_)
             | Error::BrokenOff(_)
             | Error::Broken(_)
             | Error::Silent(_)
@@ -102,7 +109,7 @@ impl Error {
         match self {
             Error::Connect(_) | Error::BrokenOff(_) | Error::Silent(_) => true,
             Error::Handshake(HandshakeError::Io(_)) => true,
-            Error::Wire(error) => match error {
+            Error::Wire(error) | Error::NotCompared(error) => match error {
                 wire::Error::Closed | wire::Error::Truncated | wire::Error::Io { .. } => true,
                 // Bytes that were damaged on the way, past what TCP's checksum sees.
                 wire::Error::Tls { .. } | wire::Error::PayloadChecksum { .. } => true,
@@ -126,8 +133,12 @@ impl Error {
         }
     }
 
-    /// Whether somebody may mend it without the sender: a hook or a freeze that failed, no room, what another disk failed of.
+    /// Whether somebody may mend it without the sender: a hook or a freeze that failed, no room, what another disk failed of. A
+    /// read that hangs is no such thing: each attempt would leave a thread behind that waits for it.
     pub fn is_passing(&self) -> bool {
+        if let Error::Source(source::Error::Hangs(..)) = self {
+            return false;
+        }
         matches!(self, Error::Still(_) | Error::Together(_) | Error::Source(_) | Error::Hints(..))
             || self.code() == Some(Code::NoSpace)
     }
@@ -135,9 +146,10 @@ impl Error {
     /// What the master target called it, where it said so.
     pub(super) fn code(&self) -> Option<Code> {
         match self {
-            Error::Refused(refusal) | Error::Ended(refusal) | Error::Wire(wire::Error::Peer(refusal)) => {
-                Some(refusal.code)
-            }
+            Error::Refused(refusal)
+            | Error::Ended(refusal)
+            | Error::Wire(wire::Error::Peer(refusal))
+            | Error::NotCompared(wire::Error::Peer(refusal)) => Some(refusal.code),
             _ => None,
         }
     }

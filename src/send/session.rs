@@ -19,7 +19,7 @@ use super::lanes::{self, Connections, Dealt, Outlet};
 use super::limit::Limiter;
 use super::source::{self, Ask, Differing, Output, Reading, Source};
 use super::still::{Still, Worth};
-use super::{AHEAD, Compression, Done, Error, MOST_DIFFERENCES, PATIENCE, Point, Progress, Scope};
+use super::{AHEAD, Compression, Done, Error, MOST_DIFFERENCES, PATIENCE, Point, Progress, SILENCE, Scope};
 use crate::digest::{self, Digest};
 use crate::name::Name;
 use crate::net::frame::{Header, Kind, MAX_DATA};
@@ -81,6 +81,20 @@ const QUEUE: usize = 8;
 /// Carries out a pass over a connection on which the disk was opened, and those that joined it; returns when it was
 /// acknowledged.
 pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
+    stream: S,
+    joined: Vec<S>,
+    reply: &OpenReply,
+    job: &Job,
+) -> Result<Done, Error> {
+    carry_out(stream, joined, reply, job).await.map_err(|error| match (error, job.progress.waits.hangs()) {
+        // It rightly says that it heard nothing.
+        (error, Some(time)) if error.code() == Some(Code::Silent) => job.hangs(time),
+        (Error::Wire(error), _) if job.scope == Scope::Verify => Error::NotCompared(error),
+        (error, _) => error,
+    })
+}
+
+async fn carry_out<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     mut stream: S,
     joined: Vec<S>,
     reply: &OpenReply,
@@ -150,6 +164,7 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
         carried_out: AtomicU64::new(0),
         refused: AtomicU64::new(0),
         refused_bytes: AtomicU64::new(0),
+        refused_from: AtomicU64::new(u64::MAX),
         committed_bytes: AtomicU64::new(0),
         committing: AtomicBool::new(false),
         digested: AtomicU64::new(0),
@@ -163,6 +178,7 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
         let first = pin!(shared.carry(&writer, &dealt, &outlet));
         let sent = tokio::select! {
             result = &mut listen => Err(result.map_err(given_up)),
+            time = job.progress.waits.too_long() => Err(Err(job.hangs(time))),
             sent = talk => Ok(sent),
             Err(error) = first => Ok(Err(error)),
             Some(ended) = lanes.join_next() => Ok(Err(match ended {
@@ -208,6 +224,11 @@ const LAST_WORD: Duration = Duration::from_secs(3);
 /// How long to wait for the peer's reason after writing to it failed, or another connection ended: it closes its disk before
 /// it tells.
 const REASON: Duration = Duration::from_secs(10);
+
+/// What comes from the master target in a pass, unless that is silent for too long.
+async fn heard<T>(next: impl Future<Output = Result<T, wire::Error>>) -> Result<T, Error> {
+    timeout(SILENCE, next).await.map_err(|_| Error::Silent(SILENCE))?.map_err(Error::from)
+}
 
 /// A pass that the master target does not want any more is no broken one.
 fn given_up(error: Error) -> Error {
@@ -333,6 +354,16 @@ async fn begin<S: AsyncRead + AsyncWrite + Unpin>(
 }
 
 impl Job {
+    /// A read of the source does not come back.
+    fn hangs(&self, time: Duration) -> Error {
+        source::Error::Hangs(self.source.path().to_owned(), time).into()
+    }
+
+    /// Something went on.
+    fn arrived(&self) {
+        *self.progress.arrived.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    }
+
     /// Counts a range that differs.
     fn differs(&self, extent: Extent) {
         let used = self.in_doubt.outside(extent);
@@ -369,6 +400,8 @@ struct Shared {
     /// Ranges that were refused, and so asked for again.
     refused: AtomicU64,
     refused_bytes: AtomicU64,
+    /// Where the first of them begins.
+    refused_from: AtomicU64,
     /// What the commit says that was sent.
     committed_bytes: AtomicU64,
     /// Whether the commit was sent, or is being.
@@ -390,7 +423,7 @@ impl Shared {
         job: &Job,
     ) -> Result<Committed, Error> {
         loop {
-            let header = wire::read_header(reader).await?;
+            let header = heard(wire::read_header(reader)).await?;
             match header.kind {
                 Kind::Refused => {
                     let extent = Extent::new(header.offset, header.length)
@@ -402,23 +435,30 @@ impl Shared {
                         return Err(Error::Damaged(MAX_DAMAGED));
                     }
                     self.refused_bytes.fetch_add(extent.len(), Ordering::Relaxed);
+                    self.refused_from.fetch_min(extent.offset(), Ordering::Relaxed);
                     // Before the count is raised: who sees the count can count on the thread's answer.
                     self.asks.send(Ask::Send(extent)).ok();
                     self.refused.fetch_add(1, Ordering::Release);
                     self.news.notify_one();
                 }
                 Kind::Progress => {
-                    self.carried_out.fetch_max(header.sequence, Ordering::Relaxed);
+                    // Without anything new it is only a sign of life.
+                    if self.carried_out.fetch_max(header.sequence, Ordering::Relaxed) < header.sequence {
+                        job.arrived();
+                    }
                     self.returned.fetch_max(header.length, Ordering::Release);
                     self.news.notify_one();
                 }
-                Kind::Digests => self.digests(reader, &header, job.source.size().0).await?,
+                Kind::Digests => {
+                    self.digests(reader, &header, job.source.size().0).await?;
+                    job.arrived();
+                }
                 Kind::Notice => {
-                    let notice: Notice = wire::read_message_body(reader, &header).await?;
+                    let notice: Notice = heard(wire::read_message_body(reader, &header)).await?;
                     tracing::warn!("{}", notice.message);
                 }
                 _ => {
-                    let committed: Committed = wire::read_message_body(reader, &header).await?;
+                    let committed: Committed = heard(wire::read_message_body(reader, &header)).await?;
                     if committed.pass != self.pass {
                         return Err(wire::Error::Unexpected {
                             found: Kind::Committed,
@@ -452,7 +492,7 @@ impl Shared {
             return Err(Error::Broken("it sent digests of what the source does not have"));
         };
         let mut payload = vec![0; header.payload_len as usize];
-        wire::read_payload(reader, header, &mut payload).await?;
+        heard(wire::read_payload(reader, header, &mut payload)).await?;
         let (digests, rest) = payload.as_chunks::<{ digest::LEN }>();
         debug_assert!(rest.is_empty());
         let digests: Vec<Digest> = digests.to_vec();
@@ -519,20 +559,25 @@ impl Shared {
                 return Err(Error::Broken("it carried out more frames than were sent"));
             }
             if all_sent && carried_out == sequence {
+                job.progress.reached.store(job.source.size().0, Ordering::Relaxed);
                 break;
             }
             // Frames are carried out in whatever order: only when none is under way is it known which were.
-            let due = job.scope == Scope::Whole && refused == 0 && marked.elapsed() >= MARK;
+            let due = job.scope == Scope::Whole && marked.elapsed() >= MARK;
             if due && carried_out == sequence {
+                // What was refused comes again behind everything else.
+                let reached = reached.min(self.refused_from.load(Ordering::Relaxed));
                 job.progress.reached.store(reached, Ordering::Relaxed);
                 marked = Instant::now();
             }
             let waits = due && carried_out < sequence;
+            job.progress.waits.idle(!all_sent && !waits);
             let output = tokio::select! {
                 biased;
                 output = pieces.recv(), if !all_sent && !waits => output,
                 () = self.news.notified() => continue,
             };
+            job.progress.waits.idle(false);
             match output {
                 Some(Output::Piece(mut piece)) => {
                     piece.header.sequence = sequence;

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
@@ -47,6 +48,13 @@ pub enum Error {
     /// There is nothing to send.
     #[error("{} is empty", .0.display())]
     Empty(PathBuf),
+    /// A read does not come back.
+    #[error(
+        "a read of {} has not come back for {} s: its device, or what that lies on, hangs; see `dmesg`, and start this again \
+         once it can be read",
+        .0.display(), .1.as_secs()
+    )]
+    Hangs(PathBuf, Duration),
 }
 
 impl Error {
@@ -54,6 +62,7 @@ impl Error {
     pub fn is_refusal(&self) -> bool {
         match self {
             Error::NotADisk(_) | Error::Empty(_) => true,
+            Error::Hangs(..) => false,
             Error::Io(error) => {
                 matches!(error.source.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
             }
@@ -345,7 +354,7 @@ impl Scan {
     fn new(reading: Reading, progress: Arc<Progress>) -> Result<Scan, Error> {
         let Reading { source, free, engine, limiter } = reading;
         let arena = Arena::new(MEMORY).map_err(|error| IoError::new("map", "memory", error))?;
-        let device = source.reader(engine, &arena)?;
+        let device = progress.waits.read(|| source.reader(engine, &arena))?;
         let device = device.map(|device| Ahead::new(Box::new(device), arena.clone()));
         Ok(Scan { source, free, device, arena, limiter, progress })
     }
@@ -368,13 +377,14 @@ impl Scan {
 
     /// The next part of it, in order.
     pub(super) fn next(&mut self, walk: &mut Walk) -> Result<Option<(u64, Part)>, Error> {
-        let part = match &mut self.device {
+        let progress = self.progress.clone();
+        let read = || match &mut self.device {
             Some(device) if walk.at < walk.direct_end => {
                 let gap = |at| gap(&self.source, &self.free, at);
-                device.next(walk.unit, gap)?.map(|(_, part)| part)
+                Ok(device.next(walk.unit, gap)?.map(|(_, part)| part))
             }
             _ => match (walk.end - walk.at).min(CHUNK) {
-                0 => None,
+                0 => Ok(None),
                 len => {
                     let mut buffer = self.arena.alloc_blocking(len as usize);
                     let name = || self.source.path.display().to_string();
@@ -382,11 +392,12 @@ impl Scan {
                         .file
                         .read_exact_at(&mut buffer, walk.at)
                         .map_err(|error| IoError::at("read", name(), walk.at, error))?;
-                    Some(Part::Bytes(buffer))
+                    Ok(Some(Part::Bytes(buffer)))
                 }
             },
         };
-        let Some(mut part) = part else { return Ok(None) };
+        let part: Result<_, Error> = progress.waits.read(read);
+        let Some(mut part) = part? else { return Ok(None) };
         let (at, len) = (walk.at, part.len());
         if let Part::Bytes(buffer) = &mut part {
             self.free.clear(at, buffer);
@@ -438,7 +449,7 @@ impl Reader {
                 // The connection lets none through that nobody waits for.
                 Ask::Units(_) | Ask::Blocks(_) => continue,
             }
-            self.scan.source.still_whole()?;
+            self.progress.waits.read(|| self.scan.source.still_whole())?;
             let rest = self.encoder.flush();
             self.hand_over(rest)?;
             self.output.blocking_send(Output::Finished).map_err(|_| Stop::NobodyListens)?;

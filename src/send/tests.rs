@@ -527,6 +527,36 @@ async fn a_damaged_block_comes_again_after_those_behind_it() {
     assert!(outcome.progress.again.load(Ordering::Relaxed) >= 4);
 }
 
+/// What was damaged on the way comes again behind all else: so far what arrived before it is what need not be sent again.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_arrived_before_damage_is_known_to_have_arrived() {
+    let size = 12 << 20;
+    let new = vec![0x11; size];
+    for cut in [true, false] {
+        let bench = Bench::new(size);
+        let refused = Arc::new(AtomicU64::new(0));
+        let (mut seen, told) = (0, refused.clone());
+        let meddle = Box::new(move |header: &mut [u8; HEADER_LEN], payload: &mut Vec<u8>| {
+            let header = Header::parse(header).unwrap();
+            if header.kind == Kind::Data {
+                seen += 1;
+                std::thread::sleep(Duration::from_millis(400));
+                if seen == 2 {
+                    told.store(header.offset, Ordering::Relaxed);
+                    payload[17] ^= 1;
+                }
+            }
+            !cut || seen < 10
+        });
+        let outcome = transfer_of(&bench, &new, Compression::Off, Scope::Whole, meddle).await;
+        assert_eq!(outcome.sender.is_err(), cut, "{:?}", outcome.sender);
+        let reached = outcome.progress.reached.load(Ordering::Relaxed);
+        let refused = refused.load(Ordering::Relaxed);
+        assert!(refused > 0);
+        assert_eq!(reached, if cut { refused } else { size as u64 });
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_interrupted_pass_sends_nothing_twice_but_what_was_under_way() {
     let size = 24 << 20;

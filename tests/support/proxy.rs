@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -18,6 +18,8 @@ pub enum Act {
     HalfClose,
     /// Nothing passes any more, and nobody is told.
     Swallow,
+    /// The same in both directions, until one of them ends.
+    SwallowBoth,
 }
 
 /// What happens to one connection.
@@ -72,10 +74,12 @@ impl Proxy {
                 let ends =
                     [(client.try_clone(), server.try_clone()), (server.try_clone(), client.try_clone())];
                 let acts = [fate.up, fate.down];
+                let swallows = Arc::new(AtomicBool::new(false));
                 for (index, (ends, act)) in ends.into_iter().zip(acts).enumerate() {
                     let (Ok(from), Ok(to)) = ends else { continue };
                     let count = (index == 0).then(|| up.clone());
-                    thread::spawn(move || pump(from, to, act, fate, count));
+                    let swallows = swallows.clone();
+                    thread::spawn(move || pump(from, to, act, fate, &swallows, count));
                 }
             }
         });
@@ -99,6 +103,7 @@ fn pump(
     mut to: TcpStream,
     act: Option<(u64, Act)>,
     fate: Fate,
+    swallows: &AtomicBool,
     count: Option<Arc<AtomicU64>>,
 ) {
     let mut buffer = vec![0; 16 << 10];
@@ -109,6 +114,9 @@ fn pump(
             Ok(0) | Err(_) => break,
             Ok(len) => len,
         };
+        if swallows.load(Ordering::Relaxed) {
+            continue;
+        }
         thread::sleep(fate.delay);
         if let Some(rate) = fate.rate {
             due = due.max(Instant::now()) + Duration::from_secs_f64(len as f64 / rate as f64);
@@ -136,6 +144,10 @@ fn pump(
                         while from.read(&mut buffer).is_ok_and(|len| len > 0) {}
                         to.shutdown(Shutdown::Both).ok();
                         return;
+                    }
+                    Act::SwallowBoth => {
+                        swallows.store(true, Ordering::Relaxed);
+                        continue;
                     }
                     Act::Flip => unreachable!(),
                 }

@@ -151,6 +151,7 @@ impl Job {
         // When something arrived for the last time, or when a disk was opened for the first time: before, a wrong address is more
         // likely than a broken link.
         let mut arrived = every.map(|_| Instant::now());
+        let mut last: Option<Outcome> = None;
         loop {
             let started = Instant::now();
             let outcome = match self.attempt(signals).await {
@@ -165,10 +166,21 @@ impl Job {
                         None => return Ok(()),
                     }
                 }
-                Err(failure) => return Err(failure),
+                Err(failure) => {
+                    // A disk that was begun with has a result.
+                    if let Some(last) = &mut last {
+                        last.end_with(&failure);
+                        last.show(self)?;
+                    }
+                    return Err(failure);
+                }
             };
-            if outcome.disks.iter().any(|disk| self.got_further(disk)) {
-                (arrived, pause) = (Some(Instant::now()), PAUSES.0);
+            let moments = outcome.disks.iter().filter_map(|disk| {
+                // A moment is whole whoever panicked beside it.
+                *disk.progress.arrived.lock().unwrap_or_else(PoisonError::into_inner)
+            });
+            if let Some(moment) = moments.max() {
+                (arrived, pause) = (arrived.max(Some(moment)), PAUSES.0);
             } else if outcome.disks.iter().any(|disk| disk.progress.opened.load(Ordering::Relaxed)) {
                 arrived = arrived.or_else(|| Some(Instant::now()));
             }
@@ -195,9 +207,8 @@ impl Job {
             }
             for disk in &outcome.disks {
                 self.earlier.insert(disk.name.clone(), disk.progress.clone());
-                if self.got_further(disk) {
-                    self.plan.sent.insert(disk.name.clone(), disk.progress.reached.load(Ordering::Relaxed));
-                }
+                let sent = self.plan.sent.entry(disk.name.clone()).or_default();
+                *sent = disk.progress.reached.load(Ordering::Relaxed).max(*sent);
             }
             // Else it was told when it ended.
             if self.json {
@@ -210,17 +221,8 @@ impl Job {
             if signals.before(sleep(wait)).await.is_none() {
                 return outcome.report(self);
             }
-        }
-    }
-
-    /// Whether the next attempt need not begin where this one did.
-    fn got_further(&self, disk: &Prepared) -> bool {
-        let (done, reached) = (&disk.progress.done, &disk.progress.reached);
-        match self.plan.scope {
-            Scope::Whole => {
-                reached.load(Ordering::Relaxed) > self.plan.sent.get(&disk.name).copied().unwrap_or(0)
-            }
-            _ => done.load(Ordering::Relaxed) > 0,
+            // Only for its result: it holds the sources open.
+            last = every.is_none().then_some(outcome);
         }
     }
 
@@ -307,7 +309,7 @@ impl Outcome {
         !self.interrupted
             && self.errors().filter(|unsent| !because_of_another(unsent)).all(|unsent| match unsent {
                 Unsent::Failed(error) => error.is_transient(),
-                Unsent::Interrupted => false,
+                Unsent::Interrupted | Unsent::NotAgain(_) => false,
             })
     }
 
@@ -316,7 +318,7 @@ impl Outcome {
         !self.interrupted
             && self.errors().all(|unsent| match unsent {
                 Unsent::Failed(error) => error.is_transient() || error.is_passing(),
-                Unsent::Interrupted => false,
+                Unsent::Interrupted | Unsent::NotAgain(_) => false,
             })
     }
 
@@ -355,14 +357,25 @@ impl Outcome {
         })
     }
 
+    /// Why there is no other attempt stands in for why this one failed.
+    fn end_with(&mut self, failure: &Failure) {
+        for end in &mut self.ends {
+            end.result = Err(Unsent::NotAgain(failure.to_string()));
+        }
+    }
+
+    /// Prints the result where it is for programs: for people each disk's was told when it ended.
+    fn show(&self, job: &Job) -> Result<(), Failure> {
+        match (job.json, job.lines) {
+            (false, _) => Ok(()),
+            (true, true) => print(&format!("{}\n", self.json(&job.machine))),
+            (true, false) => print_json(&self.json(&job.machine)),
+        }
+    }
+
     /// Prints the result, and says whether all is well.
     fn report(self, job: &Job) -> Result<(), Failure> {
-        if job.json {
-            match job.lines {
-                true => print(&format!("{}\n", self.json(&job.machine)))?,
-                false => print_json(&self.json(&job.machine))?,
-            }
-        }
+        self.show(job)?;
         self.verdict(&job.machine)
     }
 

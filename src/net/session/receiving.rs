@@ -126,6 +126,7 @@ impl Receiving {
                         reached(stage, begun, self.patience.begin, reader, writer).await?;
                     }
                     wire::write_message(&mut *writer.lock().await, 0, &BeginReply {}).await?;
+                    intake.report.begun();
                     // Not before: the reply is the first that the client hears.
                     if let Some(unit) = compare {
                         self.compare(unit).await?;
@@ -145,6 +146,7 @@ impl Receiving {
                         committed = self.commit(header.sequence, commit) => committed?,
                         early = &mut next => return Err(early.map_or_else(Error::from, after_the_commit)),
                     };
+                    intake.report.answered();
                     wire::write_message(&mut *writer.lock().await, header.sequence, &committed).await?;
                     // All is said. Whoever does not close nevertheless keeps neither the disk nor a place.
                     return match timeout(CLOSING, next).await {

@@ -12,6 +12,7 @@ use tokio::sync::{Notify, oneshot};
 use tokio::time::timeout;
 
 use super::Error;
+use super::stage::TOLD;
 use crate::net::frame::Header;
 use crate::net::message::Notice;
 use crate::net::wire;
@@ -77,6 +78,8 @@ pub(super) struct Report {
     /// Bytes in the journal of the pass, at its end.
     pub(super) saved: AtomicU64,
     closing: AtomicBool,
+    /// Between the answers to the pass's beginning and to its commit, when signs of life go to the peer.
+    lives: AtomicBool,
     /// Whether the journal waits for room.
     paused: AtomicBool,
     /// Set before the first command goes to the volume.
@@ -156,6 +159,16 @@ impl Report {
         self.give_back(1, cost);
     }
 
+    /// The peer has the answer to its beginning of the pass.
+    pub(super) fn begun(&self) {
+        self.lives.store(true, Ordering::Release);
+    }
+
+    /// The next that the peer hears is the answer to its commit, and the last.
+    pub(super) fn answered(&self) {
+        self.lives.store(false, Ordering::Release);
+    }
+
     /// The session closes: what is being written is brought to its end, and nothing else is begun.
     pub(super) fn close(&self) {
         self.closing.store(true, Ordering::Release);
@@ -164,15 +177,16 @@ impl Report {
     }
 }
 
-/// Gives window back as the volume's thread reports it, and asks for what arrived damaged, until the session closes. Fails
-/// where writing does.
+/// Gives window back as the volume's thread reports it, and asks for what arrived damaged, until the session closes. In a pass
+/// the peer hears something every now and then, whatever that waits for: else it takes this side for dead. Fails where writing
+/// does.
 pub(super) async fn report_progress<S: AsyncRead + AsyncWrite>(
     report: &Report,
     writer: &tokio::sync::Mutex<WriteHalf<S>>,
 ) -> Result<(), wire::Error> {
     let (mut reported, mut was_paused) = (0, false);
     loop {
-        report.news.notified().await;
+        let waited = timeout(TOLD, report.news.notified()).await.is_err();
         let closing = report.closing.load(Ordering::Acquire);
         let paused = report.paused.load(Ordering::Acquire);
         if paused != was_paused && !closing {
@@ -191,10 +205,13 @@ pub(super) async fn report_progress<S: AsyncRead + AsyncWrite>(
         // Looked for after the counts, and told before them: a client that hears that all of its frames are dealt with
         // knows of each that it must send again.
         let refused = std::mem::take(&mut *report.refused());
-        let progress = (cost != reported && !closing).then(|| Header::progress(frames, cost));
-        if !refused.is_empty() || progress.is_some() {
+        let given_back = cost != reported && !closing;
+        if !refused.is_empty() || given_back || waited {
             reported = cost;
             let mut writer = writer.lock().await;
+            // Looked at once nothing else can be written: nothing comes after the answer to a commit.
+            let sign = waited && report.lives.load(Ordering::Acquire);
+            let progress = (given_back || sign).then(|| Header::progress(frames, cost));
             for header in refused.iter().chain(&progress) {
                 wire::write_header(&mut *writer, header).await?;
             }

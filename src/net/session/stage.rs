@@ -45,8 +45,8 @@ impl Stage {
     }
 }
 
-/// How often a peer that waits for others is told so.
-const TOLD: Duration = Duration::from_secs(10);
+/// How often a peer that waits is told something at least.
+pub(super) const TOLD: Duration = Duration::from_secs(10);
 
 /// Waits, at most `limit`, until the point has come so far, and tells the peer now and then for whom. The peer has nothing
 /// to say meanwhile; that it goes away ends the wait.

@@ -10,7 +10,7 @@ use tokio::time::timeout;
 
 use super::digester::{self, Digester, Output, send_digests, unreadable};
 use super::receiving::{check_unit, protocol};
-use super::report::{Heard, Report, patiently};
+use super::report::{Heard, Report, patiently, report_progress};
 use super::{CLOSING, Error, Patience, Reader, Viewed, off_runtime, within};
 use crate::error::IoError;
 use crate::net::frame::{Header, Kind, MAX_DATA};
@@ -65,12 +65,15 @@ pub(super) async fn verify<S: AsyncRead + AsyncWrite>(
     };
     let result = {
         let mut sending = pin!(send_digests(&report, &mut digests, writer));
+        // There is none, but for its signs of life.
+        let mut progress = pin!(report_progress(&report, writer));
         let result = {
             let mut talk = pin!(session.talk(reader, writer, &reply));
             tokio::select! {
                 result = &mut talk => Ok(result),
                 // It returns early only where reading the volume fails, or writing to the client.
                 result = &mut sending => Err(result),
+                result = &mut progress => Err(result.map_err(Error::from)),
                 error = stopped => Ok(Err(error)),
             }
         };
@@ -78,8 +81,8 @@ pub(super) async fn verify<S: AsyncRead + AsyncWrite>(
             Err(failed) => failed,
             Ok(result) => {
                 // Not dropped in the middle of a frame: what comes after it must be readable.
-                report.ended.notify_one();
-                timeout(CLOSING, sending).await.ok();
+                report.close();
+                timeout(CLOSING, async { tokio::join!(progress, sending) }).await.ok();
                 result
             }
         }
@@ -127,6 +130,7 @@ impl Verifying {
                     let (volume, output) =
                         possible.ok_or_else(|| protocol("a connection carries one pass"))?;
                     wire::write_message(&mut *writer.lock().await, 0, &BeginReply {}).await?;
+                    report.begun();
                     // Not before: the reply is the first that the client hears.
                     self.begin(volume, unit, output).await?;
                 }

@@ -170,17 +170,13 @@ pub struct Call {
     pub why: String,
     /// Called only where this path exists: the socket of a daemon that does not run on every host.
     pub only_if: Option<PathBuf>,
-    /// For a call that puts a rule into a chain of nftables': family, table and name. It is made only where the kernel has the
-    /// chain, and then takes the place of our rules there; where it is not made, they go all the same.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub chain: Option<[String; 3]>,
 }
 
 impl Call {
     /// A call that is always made.
     pub fn new(program: &str, args: &[&str], why: &str) -> Call {
         let args = args.iter().map(|&arg| arg.to_owned()).collect();
-        Call { program: program.to_owned(), args, why: why.to_owned(), only_if: None, chain: None }
+        Call { program: program.to_owned(), args, why: why.to_owned(), only_if: None }
     }
 
     /// The same, made only where a path exists.

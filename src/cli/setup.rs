@@ -101,6 +101,7 @@ impl Selection {
 
     fn open(&self, wishes: Wishes) -> Result<Setup, Failure> {
         let places = &self.places;
+        let wishes = Wishes { config: places.config.clone(), ..wishes };
         let config = match &places.config {
             Some(_) => places.load()?,
             // The host's own.
@@ -144,6 +145,7 @@ impl ApplyArgs {
             retention_disk: retention_disk.clone(),
             overwrite: *overwrite,
             install: *install,
+            ..Wishes::default()
         })
     }
 }

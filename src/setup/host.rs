@@ -29,6 +29,8 @@ pub struct Wishes {
     pub overwrite: bool,
     /// Whether packages that are missing are installed.
     pub install: bool,
+    /// The configuration that was named.
+    pub config: Option<PathBuf>,
 }
 
 /// The host that is set up.
@@ -101,7 +103,8 @@ impl Host {
     /// What to call in order to do this to the same host.
     pub fn command(&self, what: &str) -> String {
         let root = if self.is_live() { String::new() } else { format!(" --root {}", self.root.shown()) };
-        format!("mt-agent setup {what}{root}")
+        let config = self.wishes.config.iter().map(|path| format!(" --config {}", path.display()));
+        format!("mt-agent setup {what}{root}{}", config.collect::<String>())
     }
 
     /// What to do on a running host, where it may have to be started first.

@@ -9,8 +9,8 @@ use super::record::{FileRecord, Record, Records, State};
 use super::report::{
     Applied, AppliedStatus, Checked, Outcomes, Planned, PlannedCall, Reverted, Standing, Status,
 };
-use super::tree::{self, Entry};
-use super::{CHANGES, Call, Change, Error, Host, Level, Refusal, Wanted, moment, nftables};
+use super::tree::{self, Entry, Owner};
+use super::{CHANGES, Call, Change, Error, Host, Level, Refusal, Wanted, moment};
 use crate::error::{IoError, chain};
 
 mod look;
@@ -72,8 +72,22 @@ impl Setup {
         }
     }
 
-    fn changed_since(&self, change: &Change, file: &FileRecord) -> Refusal {
+    fn changed_since(&self, change: &Change, file: &FileRecord, now: &Entry) -> Refusal {
         let path = file.path.display();
+        if let Some((then, now)) = file.only_owner(now) {
+            let Owner { uid, gid, mode } = then;
+            let (what, fix) = match (uid, gid) == (now.uid, now.gid) {
+                true => (format!("mode: {mode:o} then, {:o} now", now.mode), String::new()),
+                false => {
+                    let what = format!("owner: {uid}:{gid} then, {}:{} now", now.uid, now.gid);
+                    (what, format!("chown {uid}:{gid} {path} && "))
+                }
+            };
+            return Refusal {
+                what: format!("{path} was changed since `setup apply`, and is left alone: only its {what}"),
+                fix: format!("{fix}chmod {mode:o} {path}, then run this again"),
+            };
+        }
         let (before, put) = match &file.before {
             Entry::Absent => ("there was none before".to_owned(), "remove it".to_owned()),
             Entry::Link { target } => {
@@ -138,8 +152,15 @@ impl Setup {
                     found.find(Level::Fail, format!("to be done: {why} (`{call}`)"), apply.clone())
                 });
                 if !look.wanted.files.is_empty() && !look.files_due() {
-                    let paths: Vec<String> =
-                        look.wanted.files.iter().map(|file| file.path.display().to_string()).collect();
+                    // Not one of others that was well as it was.
+                    let is_ours = |path: &Path| {
+                        look.record
+                            .as_ref()
+                            .is_none_or(|record| record.files.iter().any(|file| file.path == path))
+                    };
+                    let files = look.wanted.files.iter().zip(&look.targets);
+                    let files = files.filter(|(file, target)| !file.shared || is_ours(&target.path));
+                    let paths: Vec<String> = files.map(|(file, _)| file.path.display().to_string()).collect();
                     found.find(Level::Pass, format!("{} is in place", paths.join(", ")), String::new());
                 }
                 found.findings.extend(look.wanted.findings);
@@ -316,7 +337,7 @@ impl Setup {
     /// # Errors
     /// Only where nothing can be taken back at all; what became of each is in the list.
     pub fn revert(&self, changes: &[&'static Change]) -> Result<Outcomes<Reverted>, Error> {
-        if changes.iter().all(|change| matches!(self.records.load(change.name), Ok(None))) {
+        if changes.iter().all(|change| matches!(self.records.has(change.name), Ok(false))) {
             return Ok(changes.iter().rev().map(|change| (change.name, Ok(Reverted::default()))).collect());
         }
         let _alone = self.records.lock()?;
@@ -336,7 +357,7 @@ impl Setup {
                 continue;
             }
             if file.edited || !file.knows(&now) {
-                problems.push(self.changed_since(change, file));
+                problems.push(self.changed_since(change, file, &now));
             }
             // Read before anything is touched.
             back.push((file.path.clone(), file.before.clone(), self.original(change, file)?));
@@ -412,13 +433,7 @@ impl Setup {
     fn call(&self, calls: &[Call]) -> Result<Vec<String>, Error> {
         let mut made = Vec::new();
         for call in calls.iter().filter(|_| self.host.is_live()) {
-            let (is_possible, outdated) = match call.chain.as_ref().map(nftables::ours).transpose()? {
-                Some(ours) => (ours.is_some(), ours.unwrap_or_default()),
-                None => (true, Vec::new()),
-            };
-            let is_due = is_possible && call.only_if.as_ref().is_none_or(|path| self.host.root.exists(path));
-            // What is outdated goes last: in between the port is not closed.
-            for call in is_due.then_some(call).into_iter().chain(&outdated) {
+            if call.only_if.as_ref().is_none_or(|path| self.host.root.exists(path)) {
                 run(call)?;
                 made.push(call.to_string());
             }

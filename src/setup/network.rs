@@ -39,14 +39,31 @@ fn wanted(host: &Host) -> Result<Wanted, Error> {
 
 fn firewall(host: &Host, wanted: &mut Wanted) -> Result<(), Error> {
     let firewalld = "firewalld.service";
-    if host.enabled("nftables.service") && !host.enabled(firewalld) {
-        return nftables::wanted(host, wanted);
+    if !host.enabled(firewalld) {
+        if host.enabled("nftables.service") {
+            return nftables::wanted(host, wanted);
+        }
+        if let Some(unit) = other_firewall(host) {
+            let port = host.places.port;
+            wanted.find(
+                Level::Warn,
+                format!("{unit} is enabled, and it is not known whether its rules let in the data port"),
+                format!("let in TCP port {port} there, before what refuses it"),
+            );
+            return Ok(());
+        }
     }
     if host.unit(firewalld).is_some() && !host.masked(firewalld) {
         return firewalld_zones(host, wanted);
     }
     wanted.find(Level::Pass, "there is no firewall here", "");
     Ok(())
+}
+
+/// What makes rules in a way of its own.
+pub(super) fn other_firewall(host: &Host) -> Option<&'static str> {
+    let units = ["iptables.service", "ip6tables.service", "ufw.service", "netfilter-persistent.service"];
+    units.into_iter().find(|unit| host.enabled(unit))
 }
 
 fn firewalld_zones(host: &Host, wanted: &mut Wanted) -> Result<(), Error> {

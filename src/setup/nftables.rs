@@ -1,294 +1,519 @@
-//! The rules that nftables.service loads, and one before all others in each chain that would refuse the data port. It has to be
-//! in that chain: what one refuses, no `accept` of another table lets in.
+//! The rules that nftables.service loads, and a line for the data port in the administrator's own chain that would refuse it,
+//! before its last word. What he refuses before that, as addresses that he blocks, stays refused; and wherever he moves the
+//! chain, the line goes with it.
 //!
-//! The configuration is read as text, and only as far as it is the usual: tables with chains in them, and files that are
-//! included. Whatever is more than that is told, not guessed at.
-//!
-//! The rule is in a file of ours, which the last line of the administrator's includes. An error there, and nft loads no rule at
-//! all. So it is included with a wildcard: one that is gone is none. And table and chain are added first, which does nothing as
-//! long as they are there: the administrator may give them other names.
+//! The configuration is read as text, and only as far as it is of the usual shape. Whatever is more than that is told and not
+//! touched: a wrong guess opens a host, or closes it.
 
-use std::collections::BTreeMap;
-use std::path::Path;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use super::network::other_firewall;
+use super::{Error, File, Host, Level, Wanted};
+use crate::error::chain;
 
-use super::tree::MAX_LEN;
-use super::{Call, Error, File, Host, Level, Wanted};
-use crate::error::{IoError, chain};
-
-const OURS: &str = "/etc/nftables/mt-agent.nft";
-const INCLUDE: &str = "include \"/etc/nftables/mt-agent.nf[t]\"";
-const COMMENT: &str = "\"mt-agent\"";
-/// What a file that is included counts at least, of [`MAX_LEN`] for all: they may go round in a circle.
-const MIN_LEN: u64 = 64 << 10;
-
-/// A chain: family, table, name.
-pub(super) type Chain = [String; 3];
+/// On EL, and on Debian.
+const MAIN: [&str; 2] = ["/etc/sysconfig/nftables.conf", "/etc/nftables.conf"];
+/// What is beside the unit, or in its place, has a say in what is loaded.
+const BESIDE: [&str; 5] = [
+    "/etc/systemd/system/nftables.service.d",
+    "/run/systemd/system/nftables.service.d",
+    "/usr/lib/systemd/system/nftables.service.d",
+    "/lib/systemd/system/nftables.service.d",
+    "/run/systemd/system/nftables.service",
+];
+/// As many as nft itself goes into.
+const MAX_FILES: usize = 16;
+/// What may keep a packet away, or have it go elsewhere.
+const DIVERTS: [&str; 9] =
+    ["drop", "reject", "queue", "vmap", "redirect", "dnat", "tproxy", "synproxy", "fwd"];
+/// What has the rest of a chain passed over. In one at a hook the policy follows.
+const LEAVES: [&str; 2] = ["goto", "return"];
 
 pub(super) fn wanted(host: &Host, wanted: &mut Wanted) -> Result<(), Error> {
     let port = host.places.port;
-    let unit = host.unit("nftables.service").map(|unit| host.root.text(unit)).transpose()?.flatten();
-    let starts = |path: &&str| {
-        unit.iter().flat_map(|unit| unit.lines()).any(|line| line.ends_with(&format!(" -f {path}")))
-    };
-    // On EL, and on Debian.
-    let main = ["/etc/sysconfig/nftables.conf", "/etc/nftables.conf"].into_iter().find(starts);
-    let Some(main) = main else {
-        let what = "what nftables.service loads is not its distribution's configuration";
-        wanted.find(Level::Warn, what, format!("let in `tcp dport {port}` in what it loads"));
-        return Ok(());
-    };
-    let text = host.root.read(main)?.unwrap_or_default();
-    let lines = || text.split_inclusive(|byte| *byte == b'\n');
-    let is_ours = |line: &&[u8]| line.trim_ascii() == INCLUDE.as_bytes();
-    let is_included = lines().any(|line| is_ours(&line));
-
-    let mut rules = Rules { host, chains: BTreeMap::new(), others: Vec::new(), len: 0 };
-    let loaded = rules.load(Path::new(main));
+    let mut rules = Rules::of(host);
+    let loaded = main(host).and_then(|main| rules.load(Path::new(main)));
+    rules.clear(loaded);
     let refusing = rules.refusing();
-    let rule = |[family, table, chain]: &Chain| {
-        format!("insert rule {family} {table} {chain} tcp dport {port} accept")
-    };
-    match loaded.and_then(|()| alone(host, &refusing)) {
-        Ok(()) if refusing.is_empty() => {
-            wanted.find(Level::Pass, format!("no rule in {main} refuses anything at hook input"), "");
+    let due = rules.due(&refusing);
+    let names: Vec<String> = refusing.iter().map(|name| name.join(" ")).collect();
+    let names = names.join(" and ");
+    match &due {
+        Ok(_) if refusing.is_empty() => {
+            wanted.find(Level::Pass, "no rule of nftables refuses anything at hook input", "");
         }
-        Ok(()) if !is_included && rules.speaks_of(port) => {
-            wanted.find(Level::Pass, format!("{main} speaks of port {port}"), "");
-        }
-        Ok(()) => {
-            let mut ours = "# Written by `mt-agent setup apply`: the data port is let in before all other rules of the chain.\n\
-                            # Table and chain are added for the case that they have other names by now: nothing would load then.\n"
-                .to_owned();
-            for of in &refusing {
-                let [family, table, chain] = of;
-                wanted.evidence(format!("{main} has a chain that drops or rejects: {}", of.join(" ")));
-                let rule = format!("{} comment {COMMENT}", rule(of));
-                ours.push_str(&format!(
-                    "add table {family} {table}\nadd chain {family} {table} {chain}\n{rule}\n"
-                ));
-                let rule: Vec<&str> = rule.split(' ').collect();
-                let now = Call::new("nft", &rule, "to have it at once").only_if(OURS);
-                wanted.calls.push(Call { chain: Some(of.clone()), ..now });
+        Ok(due) => {
+            wanted.evidence(format!("nftables refuses what it does not know in {names}"));
+            if due.is_empty() {
+                wanted.find(Level::Pass, format!("the rules of nftables let in port {port}"), "");
+            } else if host.is_live() {
+                wanted.find(
+                    Level::Warn,
+                    format!("the line for port {port} is in effect when nftables.service has loaded it"),
+                    "systemctl reload nftables.service; what others added at run time, as containers do, is lost by that, and not \
+                     by a reboot",
+                );
             }
-            wanted.files.push(File::own(OURS, ours));
-            let mut with: Vec<u8> = lines().filter(|line| !is_ours(line)).flatten().copied().collect();
-            if with.last().is_some_and(|last| *last != b'\n') {
-                with.push(b'\n');
-            }
-            with.extend(format!("{INCLUDE}\n").bytes());
-            wanted.files.push(File::shared(main, with));
-            return Ok(());
         }
         Err(why) => {
-            let fix = match refusing.is_empty() {
-                true => format!("let in `tcp dport {port}` there, before what refuses it"),
-                false => {
-                    let rules = refusing.iter().map(rule).collect::<Vec<_>>().join("; ");
-                    format!("if nothing lets it in yet, put at the end of {main}: {rules}")
-                }
-            };
-            wanted.find(Level::Warn, format!("whether {main} lets in port {port} is not clear: {why}"), fix);
+            let place = if names.is_empty() { "the chain at hook input" } else { &names };
+            wanted.find(
+                Level::Warn,
+                format!("whether the rules of nftables let in port {port} is not clear: {why}"),
+                format!(
+                    "if nothing lets it in yet, put `tcp dport {port} accept` into {place} before what refuses it, then systemctl \
+                     reload nftables.service"
+                ),
+            );
         }
     }
-    if is_included {
-        // As it was made: what the administrator has written since would go with it.
-        wanted.files.extend(host.root.read(OURS)?.map(|ours| File::own(OURS, ours)));
-        wanted.files.push(File::shared(main, text.clone()));
+    // The others as they are too: the line may have been in one before the administrator moved it.
+    for (at, Source { path, before, text }) in rules.sources.iter().enumerate() {
+        let new = due.as_ref().map(|due| {
+            // From the end, so that the places before stay where they are.
+            let here = due.iter().rev().filter(|place| place.source == at);
+            here.fold(text.clone(), |text, place| place.with(&text, &rule(port))).into_bytes()
+        });
+        wanted.files.push(File::shared(path, new.unwrap_or_else(|_| before.clone())));
+    }
+    // And where it was loaded once, or the way to it is not known any more.
+    let names = host.root.names("/etc/nftables").into_iter().map(|name| format!("/etc/nftables/{name}"));
+    for path in MAIN.into_iter().map(str::to_owned).chain(names) {
+        let path = host.root.real(path.as_ref())?;
+        if rules.sources.iter().all(|source| source.path != path) {
+            let text = host.root.read(&path).ok().flatten();
+            wanted.files.extend(text.map(|text| File::shared(path, text)));
+        }
     }
     Ok(())
 }
 
-/// Whether a packet meets one of these chains only, and nobody else's.
-fn alone(host: &Host, refusing: &[Chain]) -> Result<(), String> {
-    let settings = "/etc/systemd/system/nftables.service.d";
-    if host.root.exists(settings) {
-        return Err(format!("{settings} may have it load others too"));
-    }
-    if let Some(unit) = ["iptables.service", "ip6tables.service"].iter().find(|unit| host.enabled(unit)) {
+fn rule(port: u16) -> String {
+    format!("tcp dport {port} accept comment \"mt-agent\"")
+}
+
+fn is_ours(line: &str) -> bool {
+    let port = line.trim().strip_prefix("tcp dport ").and_then(|line| line.split(' ').next()?.parse().ok());
+    port.is_some_and(|port| line.trim() == rule(port))
+}
+
+/// The file that nftables.service loads, where it is its distribution's and nobody else has a say.
+fn main(host: &Host) -> Result<&'static str, String> {
+    if let Some(unit) = other_firewall(host) {
         return Err(format!("{unit} is enabled too"));
     }
-    let families: Vec<&str> = refusing.iter().map(|[family, ..]| family.as_str()).collect();
-    match families[..] {
-        [] | [_] | ["ip", "ip6"] => Ok(()),
-        _ => Err("several chains drop or reject".to_owned()),
+    if let Some(path) = BESIDE.iter().find(|path| host.root.exists(path)) {
+        return Err(format!("{path} may have it load others too"));
+    }
+    let unit = host.unit("nftables.service").map(|unit| host.root.text(unit)).transpose();
+    let unit = unit.map_err(|error| chain(&error))?.flatten().unwrap_or_default();
+    let settings = unit.lines().map(str::trim).filter(|line| !line.starts_with(['#', ';']));
+    let starts: Vec<&str> = settings.filter(|line| line.starts_with("ExecStart")).collect();
+    let start = match starts[..] {
+        [start] if !unit.contains('\\') => start.strip_prefix("ExecStart=").unwrap_or_default(),
+        _ => "",
+    };
+    let path = match start.split_whitespace().collect::<Vec<_>>()[..] {
+        [nft, "-f", path] if nft.ends_with("nft") => path,
+        _ => "",
+    };
+    let why = "what nftables.service loads is not its distribution's configuration";
+    MAIN.into_iter().find(|main| *main == path).ok_or_else(|| why.to_owned())
+}
+
+/// A file that is loaded: as it is, and with the port of today in our line.
+struct Source {
+    path: PathBuf,
+    before: Vec<u8>,
+    text: String,
+}
+
+#[derive(Default)]
+struct Statement {
+    at: usize,
+    words: Vec<String>,
+}
+
+/// A chain, and where it stands.
+struct Chain {
+    source: usize,
+    end: usize,
+    statements: Vec<Statement>,
+}
+
+/// Where a line is due: before this, at the indentation of that.
+struct Place {
+    source: usize,
+    at: usize,
+    neighbour: usize,
+}
+
+impl Place {
+    fn with(&self, text: &str, rule: &str) -> String {
+        let line = |at: usize| text[..at].rfind('\n').map_or(0, |end| end + 1);
+        let blanks = |at: usize| {
+            let line = &text[line(at)..];
+            &line[..line.len() - line.trim_start_matches([' ', '\t']).len()]
+        };
+        let indent = blanks(self.neighbour);
+        let (before, after) = text.split_at(self.at);
+        match before[line(self.at)..].trim().is_empty() {
+            true => format!("{}{indent}{rule}\n{}", &text[..line(self.at)], &text[line(self.at)..]),
+            false => format!("{before}\n{indent}\t{rule}\n{indent}{after}"),
+        }
     }
 }
 
-type Statement = Vec<String>;
-
-/// What the configuration says, as far as it was read. Errors say why it is not clear.
+/// What the configuration says.
 struct Rules<'a> {
     host: &'a Host,
-    chains: BTreeMap<Chain, Vec<Statement>>,
+    sources: Vec<Source>,
+    /// By family and table, and name.
+    tables: BTreeSet<Vec<String>>,
+    chains: BTreeMap<Vec<String>, Chain>,
     /// What is said outside of chains.
     others: Vec<Statement>,
-    len: u64,
+    /// What was met first that is not of the usual shape.
+    unclear: Option<String>,
 }
 
-impl Rules<'_> {
+impl<'a> Rules<'a> {
+    fn of(host: &'a Host) -> Rules<'a> {
+        Rules {
+            host,
+            sources: Vec::new(),
+            tables: BTreeSet::new(),
+            chains: BTreeMap::new(),
+            others: Vec::new(),
+            unclear: None,
+        }
+    }
+
+    /// Reading goes on after what is not clear: a file that has our line already must be found.
+    fn clear(&mut self, is: Result<(), String>) {
+        if let Err(why) = is {
+            self.unclear.get_or_insert(why);
+        }
+    }
+
     fn load(&mut self, path: &Path) -> Result<(), String> {
-        let text = self.host.root.text(path).map_err(|error| chain(&error))?.unwrap_or_default();
-        self.len += MIN_LEN.max(text.len() as u64);
-        if self.len > MAX_LEN {
-            return Err("it is too long".to_owned());
+        let real = self.host.root.real(path).map_err(|error| chain(&error))?;
+        let before = self.host.root.read(&real).map_err(|error| chain(&error))?;
+        let before = before.ok_or_else(|| format!("{} is not there", path.display()))?;
+        if self.sources.len() == MAX_FILES || self.sources.iter().any(|source| source.path == real) {
+            return Err(format!("{} is included twice, or one of too many", path.display()));
         }
-        if text.contains("is managed by iptables-nft") {
-            return Err("it has tables of iptables".to_owned());
+        let text = String::from_utf8_lossy(&before);
+        if text.len() != before.len() || text.contains("is managed by iptables-nft") {
+            self.clear(Err(format!("{} has tables of iptables, or is no text", path.display())));
         }
-        // The table and the chain that are open, and how many other braces are.
+        let now = rule(self.host.places.port);
+        let lines = text.split_inclusive('\n');
+        let lines =
+            lines.map(|line| if is_ours(line) { line.replace(line.trim(), &now) } else { line.to_owned() });
+        let text: String = lines.collect();
+        let tokens = tokens(&text);
+        let source = self.sources.len();
+        self.sources.push(Source { path: real, before, text });
+
+        // The family and table and the chain that are open, and how many other braces are.
         let (mut open, mut braces) = (Vec::new(), 0_u32);
-        let mut words = Statement::new();
-        for token in tokens(&text) {
-            match token.as_str() {
-                "{" => match (&open[..], words.first().map(String::as_str), braces) {
-                    ([], Some("table"), 0) | ([_], Some("chain"), 0) => open.push(std::mem::take(&mut words)),
-                    _ => braces += 1,
-                },
-                "}" if braces > 0 => braces -= 1,
-                "\n" | ";" if braces > 0 => {}
-                "\n" | ";" => self.statement(&open, std::mem::take(&mut words))?,
-                "}" => {
-                    self.statement(&open, std::mem::take(&mut words))?;
-                    open.pop().ok_or("its braces do not match")?;
+        let mut said = Statement::default();
+        for (at, token) in tokens {
+            if said.words.is_empty() {
+                said.at = at;
+            }
+            let kind = said.words.first().map(String::as_str).filter(|_| braces == 0);
+            match (token.as_str(), open.len(), kind) {
+                ("{", 0, Some("table")) => {
+                    open = said.words.split_off(1);
+                    if open.len() == 1 {
+                        open.insert(0, "ip".to_owned());
+                    }
+                    let is_new = open.len() == 2 && self.tables.insert(open.clone());
+                    self.clear(usual(&open, is_new));
+                    open.resize(2, String::new());
+                    said.words.clear();
                 }
-                _ => words.push(token),
+                ("{", 2, Some("chain")) => {
+                    open.push(said.words.split_off(1).join(" "));
+                    let new = Chain { source, end: 0, statements: Vec::new() };
+                    let is_new = self.chains.insert(open.clone(), new).is_none();
+                    self.clear(usual(&open, is_new));
+                    said.words.clear();
+                }
+                ("\n" | ";", ..) if braces > 0 => {}
+                ("\n" | ";", ..) => self.statement(&open, std::mem::take(&mut said)),
+                ("}", len, _) if braces == 0 => {
+                    self.statement(&open, std::mem::take(&mut said));
+                    if let Some(chain) = self.chains.get_mut(&open) {
+                        chain.end = at;
+                    }
+                    self.clear(if len > 0 { Ok(()) } else { Err("its braces do not match".to_owned()) });
+                    open.truncate(if len > 2 { 2 } else { 0 });
+                }
+                (mark, len, _) => {
+                    braces = braces + u32::from(mark == "{") - u32::from(mark == "}");
+                    // A set is ended by its brace, whatever follows in the line.
+                    let is_ended = mark == "}" && braces == 0 && len < 3;
+                    said.words.push(token);
+                    if is_ended {
+                        self.statement(&open, std::mem::take(&mut said));
+                    }
+                }
             }
         }
-        let is_ended = open.is_empty() && !text.trim_end().ends_with('\\');
-        if is_ended && braces == 0 && words.is_empty() {
-            Ok(())
-        } else {
-            Err("its end is missing".to_owned())
-        }
+        let is_whole = open.is_empty() && braces == 0 && said.words.is_empty();
+        if is_whole { Ok(()) } else { Err("its end is missing".to_owned()) }
     }
 
-    fn statement(&mut self, open: &[Statement], words: Statement) -> Result<(), String> {
-        let said: Vec<&str> = words.iter().map(String::as_str).collect();
-        match (open, &said[..]) {
-            (_, []) => return Ok(()),
-            ([table, chain], [first, ..]) if *first != "include" => {
-                self.chains.entry(named(table, chain)?).or_default().push(words);
-                return Ok(());
+    fn statement(&mut self, open: &[String], said: Statement) {
+        let words: Vec<&str> = said.words.iter().map(String::as_str).collect();
+        let is_understood = !words.contains(&"\\");
+        let none_yet = self.tables.is_empty();
+        match (open.len(), &words[..]) {
+            (_, []) => {}
+            (3, [first, ..]) if is_understood && !["include", "define"].contains(first) => {
+                self.chains.entry(open.to_vec()).and_modify(|chain| chain.statements.push(said));
             }
-            ([], ["include", _]) if said.join(" ") == INCLUDE => return Ok(()),
-            ([], ["include", path]) => return self.include(path.trim_matches('"')),
-            ([], ["table" | "define" | "redefine" | "undefine" | "flush", ..])
-            | ([], ["add" | "create" | "delete" | "destroy", "table", ..]) => {}
-            ([_], [first, ..]) if *first != "include" => {}
-            _ => return Err(format!("`{}` is not understood", said.join(" "))),
+            (0, ["include", path]) if is_understood => {
+                let path = path.trim_matches('"');
+                let is = match path.starts_with('/') && !path.contains(['*', '?', '[', '$']) {
+                    true => self.load(Path::new(path)),
+                    false => Err(format!("`include \"{}\"` may mean several files", short(path))),
+                };
+                self.clear(is);
+            }
+            (0, ["flush" | "table", ..] | ["add" | "delete" | "destroy", "table", ..])
+                if is_understood && none_yet => {}
+            (0, ["define", ..])
+            | (2, ["set" | "map" | "counter" | "quota" | "limit" | "ct" | "flowtable" | "comment", ..])
+                if is_understood =>
+            {
+                self.others.push(said);
+            }
+            _ => self.clear(Err(format!("`{}` is not understood", short(&words.join(" "))))),
         }
-        if said.contains(&"hook") {
-            return Err(format!("`{}` is not understood", said.join(" ")));
-        }
-        self.others.push(words);
-        Ok(())
     }
 
-    /// An absolute path, or one in `/etc`; a dot at its beginning would be the directory that nft was started in.
-    fn include(&mut self, named: &str) -> Result<(), String> {
-        let path = Path::new("/etc").join(named);
-        if named.starts_with('.') || named.ends_with('/') || named.contains(['*', '?', '[', '$']) {
-            return Err(format!("`include \"{named}\"` may mean several files"));
-        }
-        if self.host.root.exists(&path) { self.load(&path) } else { Err(format!("{named} is not there")) }
+    /// The tables that have a chain, at no hook, out of which not every packet comes back.
+    fn diverting(&self) -> BTreeSet<&[String]> {
+        let own = self.chains.iter().filter(|(_, chain)| chain.bases().next().is_none());
+        own.filter(|(_, chain)| chain.statements.iter().any(Statement::diverts))
+            .filter_map(|(name, _)| name.get(..2))
+            .collect()
     }
 
-    /// The chains at hook input that would drop or reject, of IPv4 and IPv6.
-    fn refusing(&self) -> Vec<Chain> {
-        // In a map of verdicts there may be no blank before the word.
-        let has = |said: &[Statement], any: [&str; 2]| {
-            said.iter().flatten().any(|word| word.rsplit(':').next().is_some_and(|word| any.contains(&word)))
-        };
-        let is_input =
-            |words: &Statement| words.starts_with(&["type", "filter", "hook", "input"].map(String::from));
-        let beside = |[family, table, _]: &Chain| {
-            let same = self.chains.iter().filter(|([f, t, _], _)| (f, t) == (family, table));
-            same.filter(|(_, said)| !has(said, ["hook", "hook"]))
-                .any(|(_, said)| has(said, ["drop", "reject"]))
-        };
-        let refuses = |chain: &Chain, said: &[Statement]| {
-            has(said, ["drop", "reject"]) || (has(said, ["jump", "goto"]) && beside(chain))
-        };
-        let input = self.chains.iter().filter(|([family, ..], said)| {
-            ["inet", "ip", "ip6"].contains(&family.as_str()) && said.iter().any(is_input)
+    /// The chains at hook input that keep anything away.
+    fn refusing(&self) -> Vec<&Vec<String>> {
+        let diverting = self.diverting();
+        let input = self.chains.iter().filter(|(_, chain)| chain.bases().any(|base| base.has(&["input"])));
+        input
+            .filter(|(name, chain)| {
+                let may_jump = !diverting.contains(&name[..2]);
+                chain.statements.iter().any(|said| said.diverts() || said.leaves(may_jump))
+            })
+            .map(|(name, _)| name)
+            .collect()
+    }
+
+    /// Where a line is missing, in the order of the files.
+    fn due(&self, refusing: &[&Vec<String>]) -> Result<Vec<Place>, String> {
+        if let Some(why) = &self.unclear {
+            return Err(why.clone());
+        }
+        let elsewhere = |base: &Statement| !base.has(&["input", "forward"]);
+        for (name, chain) in &self.chains {
+            let is_plain = chain.bases().all(|base| base.words.get(2).is_some_and(|word| word == "hook"));
+            let is_harmless =
+                !chain.statements.iter().any(|said| said.diverts() || said.has(&["jump", "goto"]));
+            if chain.bases().count() > 1 || !is_plain || (chain.bases().any(elsewhere) && !is_harmless) {
+                return Err(format!("{} has its say before or after hook input", name.join(" ")));
+            }
+        }
+        let families: Vec<&str> = refusing.iter().map(|name| name[0].as_str()).collect();
+        if !matches!(families[..], [] | ["inet" | "ip" | "ip6"] | ["ip", "ip6"]) {
+            return Err("several chains at hook input refuse something".to_owned());
+        }
+        let port = self.host.places.port;
+        let diverting = self.diverting();
+        let mut places = Vec::new();
+        let mut reached = BTreeSet::new();
+        for name in refusing {
+            let chain = &self.chains[*name];
+            let last = chain.last(!diverting.contains(&name[..2]))?;
+            // A chain that every packet goes through, to its end.
+            let jumps = chain.statements.iter().filter_map(|said| match &said.words[..] {
+                [jump, to] if jump == "jump" => Some([&name[..2], std::slice::from_ref(to)].concat()),
+                _ => None,
+            });
+            let whole = jumps.filter(|to| {
+                let chain = self.chains.get(to);
+                chain.is_some_and(|chain| !chain.statements.iter().any(|said| said.has(&LEAVES)))
+            });
+            let all: BTreeSet<Vec<String>> = whole.chain([(*name).clone()]).collect();
+            let mut said = all.iter().flat_map(|name| &self.chains[name].statements);
+            if !said.any(|said| said.lets_in(port)) {
+                let at = last.map_or(chain.end, |last| last.at);
+                let neighbour = last.or(chain.statements.last()).map_or(at, |said| said.at);
+                places.push(Place { source: chain.source, at, neighbour });
+            }
+            reached.extend(all);
+        }
+        let said = self.chains.iter().flat_map(|(name, chain)| {
+            chain.statements.iter().filter(|said| !(reached.contains(name) && said.lets_in(port)))
         });
-        input.filter(|(chain, said)| refuses(chain, said)).map(|(chain, _)| chain.clone()).collect()
-    }
-
-    /// Whether the administrator has thought of a port. A rule of ours in rules that were saved is none of his.
-    fn speaks_of(&self, port: u16) -> bool {
-        let mut all = self.chains.values().flatten().chain(&self.others);
-        all.any(|words| {
-            words.iter().all(|word| word != COMMENT) && words.iter().any(|word| word.parse() == Ok(port))
-        })
+        if let Some(said) =
+            said.chain(&self.others).find(|said| said.speaks_of(port)).filter(|_| !refusing.is_empty())
+        {
+            return Err(format!("`{}` speaks of it", short(&said.words.join(" "))));
+        }
+        places.sort_by_key(|place| (place.source, place.at));
+        Ok(places)
     }
 }
 
-/// What a chain is called. A name that is not plain may be a variable.
-fn named(table: &[String], chain: &[String]) -> Result<Chain, String> {
-    let ip = "ip".to_owned();
-    let (names, [_, chain]) = (table, chain) else { return Err("a chain without a name".to_owned()) };
-    let names = match names {
-        [_, table] => [&ip, table, chain],
-        [_, family, table] => [family, table, chain],
-        _ => return Err(format!("`{}` is not understood", table.join(" "))),
-    };
+impl Chain {
+    /// What puts it at a hook.
+    fn bases(&self) -> impl Iterator<Item = &Statement> {
+        self.statements.iter().filter(|said| said.words[0] == "type")
+    }
+
+    /// Its last word, if it has one: what refuses all that is left. Before that it may refuse what cannot be meant for the port.
+    fn last(&self, may_jump: bool) -> Result<Option<&Statement>, String> {
+        let of = |kind: &'static str| self.statements.iter().filter(move |said| said.words[0] == kind);
+        let last = self.statements.last().filter(|said| said.refuses_all());
+        let is_closed = of("policy").any(|said| said.words[1..] == ["drop"]) || last.is_some();
+        let is_filter = self.bases().all(|base| base.words.get(1).is_some_and(|word| word == "filter"));
+        if !is_closed || !is_filter {
+            return Err("what refuses something is not the last of its chain".to_owned());
+        }
+        let rules = &self.statements[..self.statements.len() - usize::from(last.is_some())];
+        let unclear = rules.iter().find(|said| match said.words[0].as_str() {
+            "policy" => !["drop", "accept"].contains(&said.words[1..].join(" ").as_str()),
+            _ => (said.diverts() || said.leaves(may_jump)) && !said.blocks(),
+        });
+        match unclear {
+            Some(said) => Err(format!("`{}` may refuse it", short(&said.words.join(" ")))),
+            None => Ok(last),
+        }
+    }
+}
+
+impl Statement {
+    fn has(&self, any: &[&str]) -> bool {
+        self.words.iter().any(|word| any.contains(&word.as_str()))
+    }
+
+    /// Whether a packet may not come back from it, or what is said may be anything.
+    fn diverts(&self) -> bool {
+        self.has(&DIVERTS) || self.words.iter().any(|word| word.contains('$'))
+    }
+
+    /// Whether the rest of its chain may be passed over.
+    fn leaves(&self, may_jump: bool) -> bool {
+        self.has(&LEAVES) || (!may_jump && self.has(&["jump"]))
+    }
+
+    /// Whether it refuses addresses that were blocked, or what belongs to no connection, and nothing else.
+    fn blocks(&self) -> bool {
+        const MORE: [&str; 12] =
+            ["dport", "sport", "th", "@th", "@nh", "@ll", "@ih", "jump", "new", "established", "!=", "!"];
+        let is_other = self.has(&DIVERTS[2..]) || self.has(&LEAVES) || self.has(&MORE);
+        let is_any = self.words.iter().any(|word| word.contains('$') || word.ends_with("/0"));
+        !is_other
+            && !is_any
+            && (self.has(&["saddr"])
+                || self.words.windows(2).any(|two| two == ["ct", "state"]) && self.has(&["invalid"]))
+    }
+
+    /// Whether it refuses whatever gets to it.
+    fn refuses_all(&self) -> bool {
+        let mut words = self.words.iter().map(String::as_str);
+        while let Some(word) = words.next() {
+            match word {
+                "drop" | "reject" => return true,
+                "counter" | "log" => {}
+                "packets" | "bytes" | "prefix" | "level" | "group" | "flags" => _ = words.next(),
+                _ => return false,
+            }
+        }
+        false
+    }
+
+    /// Whether it lets in the port, from everywhere. That is what our line is too.
+    fn lets_in(&self, port: u16) -> bool {
+        let mut left = Vec::new();
+        let mut words = self.words.iter().map(String::as_str);
+        while let Some(word) = words.next() {
+            match word {
+                "counter" => {}
+                "packets" | "bytes" | "comment" => _ = words.next(),
+                word => left.push(word),
+            }
+        }
+        let left = left.strip_prefix(&["ct", "state", "new"]).unwrap_or(&left);
+        let port = port.to_string();
+        match left {
+            ["tcp", "dport", "{", ports @ .., "}", "accept"] => {
+                ports.contains(&port.as_str()) && !ports.contains(&"}")
+            }
+            ["tcp", "dport", only, "accept"] => *only == port,
+            _ => false,
+        }
+    }
+
+    fn speaks_of(&self, port: u16) -> bool {
+        self.words.iter().flat_map(|word| word.split(['-', ':'])).any(|word| word.parse() == Ok(port))
+    }
+}
+
+/// Whether a table or a chain is as it is usually: a name that is not plain may be a variable.
+fn usual(names: &[String], is_new: bool) -> Result<(), String> {
     let is_plain = |name: &String| {
         name.starts_with(|c: char| c.is_ascii_alphabetic())
             && name.chars().all(|c| c.is_ascii_alphanumeric() || "_-.".contains(c))
     };
-    match names.iter().find(|name| !is_plain(name)) {
-        Some(name) => Err(format!("the name `{name}` is not understood")),
-        None => Ok(names.map(String::clone)),
+    match is_new && names.iter().all(is_plain) {
+        true => Ok(()),
+        false => Err(format!("`{}` is there twice, or no plain name", short(&names.join(" ")))),
     }
 }
 
-/// Words, strings with their quotes, and what stands between statements; the last one is always ended.
-fn tokens(text: &str) -> Vec<String> {
+/// As much of it as is shown.
+fn short(text: &str) -> String {
+    text.chars().take(80).collect()
+}
+
+/// Words, strings with their quotes, and what stands between statements; each with its place. The last one is always ended.
+fn tokens(text: &str) -> Vec<(usize, String)> {
     let mut tokens = Vec::new();
-    let mut word = String::new();
-    let mut chars = text.chars().chain(['\n']).peekable();
-    while let Some(c) = chars.next() {
+    let (mut start, mut word) = (0, String::new());
+    let mut chars = text.char_indices().chain([(text.len(), '\n')]);
+    while let Some((at, c)) = chars.next() {
         let token = match c {
-            '\\' if chars.next_if_eq(&'\n').is_some() => None,
-            '#' => chars.find(|c| *c == '\n').map(String::from),
-            '"' => Some(format!("\"{}\"", chars.by_ref().take_while(|c| *c != '"').collect::<String>())),
-            '{' | '}' | ';' | '\n' => Some(c.to_string()),
-            c if c.is_whitespace() || c == ',' => None,
+            '#' => chars.find(|(_, c)| *c == '\n').map(|(at, c)| (at, c.to_string())),
+            '"' => {
+                let inside = chars.by_ref().map(|(_, c)| c).take_while(|c| *c != '"');
+                Some((at, format!("\"{}\"", inside.collect::<String>())))
+            }
+            '{' | '}' | ';' | '\n' => Some((at, c.to_string())),
+            // No blank for nft, or one that joins lines.
+            '\\' | '\r' => Some((at, "\\".to_owned())),
+            ' ' | '\t' | ',' => None,
             c => {
+                if word.is_empty() {
+                    start = at;
+                }
                 word.push(c);
                 continue;
             }
         };
-        tokens.extend([std::mem::take(&mut word)].into_iter().filter(|word| !word.is_empty()).chain(token));
+        if !word.is_empty() {
+            tokens.push((start, std::mem::take(&mut word)));
+        }
+        tokens.extend(token);
     }
     tokens
-}
-
-/// What takes our rules out of a chain as the kernel has it; none where it has no such chain.
-pub(super) fn ours(of: &Chain) -> Result<Option<Vec<Call>>, Error> {
-    let [family, table, name] = of;
-    let list = Call::new(
-        "nft",
-        &["--json", "list", "chain", family, table, name],
-        "to find the rules that are there",
-    );
-    let failed = |why: String| Error::Call { call: Box::new(list.clone()), why };
-    let output =
-        list.command().output().map_err(|error| failed(chain(&IoError::new("run", "nft", error))))?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    if !output.status.success() && said.contains("No such file or directory") {
-        return Ok(None);
-    }
-    let listed: Value = serde_json::from_slice(&output.stdout)
-        .map_err(|error| failed(format!("{}: {error}: {}", output.status, said.trim())))?;
-    let rules = listed["nftables"].as_array().into_iter().flatten().map(|object| &object["rule"]);
-    let rules = rules.filter(|rule| rule["comment"] == COMMENT.trim_matches('"'));
-    let remove = rules.filter_map(|rule| rule["handle"].as_u64()).map(|handle| {
-        let args = ["delete", "rule", family, table, name, "handle", &handle.to_string()];
-        Call::new("nft", &args, "to take away the rule that was there")
-    });
-    Ok(Some(remove.collect()))
 }

@@ -93,6 +93,17 @@ impl FileRecord {
             .flatten()
             .any(|e| e.is_like(now))
     }
+
+    /// The owner and permissions then and now, where nothing else keeps this from being taken back.
+    pub(super) fn only_owner(&self, now: &Entry) -> Option<(Owner, Owner)> {
+        let ours = [&self.written, &self.writing].into_iter().flatten().filter(|_| !self.edited);
+        [&self.before].into_iter().chain(ours).find_map(|then| match (then, now) {
+            (Entry::File { sha256, owner, .. }, Entry::File { sha256: now_sha256, owner: now_owner, .. }) => {
+                (sha256 == now_sha256).then_some((*owner, *now_owner))
+            }
+            _ => None,
+        })
+    }
 }
 
 impl Record {
@@ -193,6 +204,14 @@ impl Records {
             )));
         }
         Ok(Some(record))
+    }
+
+    /// Whether there is anything of a change: a record, or what was kept before it could be written.
+    ///
+    /// # Errors
+    /// Where that cannot be looked at, or is another user's.
+    pub fn has(&self, change: &str) -> Result<bool, Error> {
+        Ok(self.of(change)?.is_some())
     }
 
     /// Keeps the content that a file had before.

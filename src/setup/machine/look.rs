@@ -132,7 +132,7 @@ impl Setup {
         let want_bytes = self.original(change, file)?;
         let differs = !now.is_like(&file.before);
         let problem =
-            (differs && (file.edited || !file.knows(&now))).then(|| self.changed_since(change, file));
+            (differs && (file.edited || !file.knows(&now))).then(|| self.changed_since(change, file, &now));
         Ok(Target {
             path: file.path.clone(),
             now,

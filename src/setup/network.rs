@@ -41,7 +41,8 @@ fn firewall(host: &Host, wanted: &mut Wanted) -> Result<(), Error> {
     let firewalld = "firewalld.service";
     if !host.enabled(firewalld) {
         if host.enabled("nftables.service") {
-            return nftables::wanted(host, wanted);
+            nftables::wanted(host, wanted);
+            return Ok(());
         }
         if let Some(unit) = other_firewall(host) {
             let port = host.places.port;

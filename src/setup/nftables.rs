@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use super::network::other_firewall;
-use super::{Error, File, Host, Level, Wanted};
+use super::{File, Host, Level, Wanted};
 use crate::error::chain;
 
 /// On EL, and on Debian.
@@ -30,29 +30,39 @@ const DIVERTS: [&str; 9] =
 /// What has the rest of a chain passed over. In one at a hook the policy follows.
 const LEAVES: [&str; 2] = ["goto", "return"];
 
-pub(super) fn wanted(host: &Host, wanted: &mut Wanted) -> Result<(), Error> {
+pub(super) fn wanted(host: &Host, wanted: &mut Wanted) {
     let port = host.places.port;
-    let mut rules = Rules::of(host);
-    let loaded = main(host).and_then(|main| rules.load(Path::new(main)));
+    let mut rules = Rules::default();
+    let loaded = main(host).and_then(|main| rules.load(host, Path::new(main)));
     rules.clear(loaded);
     let refusing = rules.refusing();
-    let due = rules.due(&refusing);
+    let due = rules.due(&refusing, port);
     let names: Vec<String> = refusing.iter().map(|name| name.join(" ")).collect();
-    let names = names.join(" and ");
+    let names = short(&names.join(" and "));
+    // All of them, also as they are: the line may have been in one before the administrator moved it.
+    let mut is_written = false;
+    for (at, Source { path, before, text }) in rules.sources.iter().enumerate() {
+        let new = due.as_ref().map_or(before.clone(), |due| {
+            // From the end, so that the places before stay where they are.
+            let here = due.iter().rev().filter(|place| place.source == at);
+            here.fold(text.clone(), |text, place| place.with(&text, &rule(port))).into_bytes()
+        });
+        is_written |= new != *before;
+        wanted.files.push(File::shared(path, new));
+    }
     match &due {
         Ok(_) if refusing.is_empty() => {
             wanted.find(Level::Pass, "no rule of nftables refuses anything at hook input", "");
         }
-        Ok(due) => {
+        Ok(_) => {
             wanted.evidence(format!("nftables refuses what it does not know in {names}"));
-            if due.is_empty() {
+            if !is_written {
                 wanted.find(Level::Pass, format!("the rules of nftables let in port {port}"), "");
             } else if host.is_live() {
                 wanted.find(
                     Level::Warn,
                     format!("the line for port {port} is in effect when nftables.service has loaded it"),
-                    "systemctl reload nftables.service; what others added at run time, as containers do, is lost by that, and not \
-                     by a reboot",
+                    "systemctl reload nftables.service, by which rules that others made at run time are lost; or reboot",
                 );
             }
         }
@@ -68,25 +78,15 @@ pub(super) fn wanted(host: &Host, wanted: &mut Wanted) -> Result<(), Error> {
             );
         }
     }
-    // The others as they are too: the line may have been in one before the administrator moved it.
-    for (at, Source { path, before, text }) in rules.sources.iter().enumerate() {
-        let new = due.as_ref().map(|due| {
-            // From the end, so that the places before stay where they are.
-            let here = due.iter().rev().filter(|place| place.source == at);
-            here.fold(text.clone(), |text, place| place.with(&text, &rule(port))).into_bytes()
-        });
-        wanted.files.push(File::shared(path, new.unwrap_or_else(|_| before.clone())));
-    }
     // And where it was loaded once, or the way to it is not known any more.
     let names = host.root.names("/etc/nftables").into_iter().map(|name| format!("/etc/nftables/{name}"));
     for path in MAIN.into_iter().map(str::to_owned).chain(names) {
-        let path = host.root.real(path.as_ref())?;
+        let Ok(path) = host.root.real(path.as_ref()) else { continue };
         if rules.sources.iter().all(|source| source.path != path) {
             let text = host.root.read(&path).ok().flatten();
             wanted.files.extend(text.map(|text| File::shared(path, text)));
         }
     }
-    Ok(())
 }
 
 fn rule(port: u16) -> String {
@@ -166,10 +166,10 @@ impl Place {
 }
 
 /// What the configuration says.
-struct Rules<'a> {
-    host: &'a Host,
+#[derive(Default)]
+struct Rules {
     sources: Vec<Source>,
-    /// By family and table, and name.
+    /// By family and table; the chains by their names too.
     tables: BTreeSet<Vec<String>>,
     chains: BTreeMap<Vec<String>, Chain>,
     /// What is said outside of chains.
@@ -178,18 +178,7 @@ struct Rules<'a> {
     unclear: Option<String>,
 }
 
-impl<'a> Rules<'a> {
-    fn of(host: &'a Host) -> Rules<'a> {
-        Rules {
-            host,
-            sources: Vec::new(),
-            tables: BTreeSet::new(),
-            chains: BTreeMap::new(),
-            others: Vec::new(),
-            unclear: None,
-        }
-    }
-
+impl Rules {
     /// Reading goes on after what is not clear: a file that has our line already must be found.
     fn clear(&mut self, is: Result<(), String>) {
         if let Err(why) = is {
@@ -197,9 +186,9 @@ impl<'a> Rules<'a> {
         }
     }
 
-    fn load(&mut self, path: &Path) -> Result<(), String> {
-        let real = self.host.root.real(path).map_err(|error| chain(&error))?;
-        let before = self.host.root.read(&real).map_err(|error| chain(&error))?;
+    fn load(&mut self, host: &Host, path: &Path) -> Result<(), String> {
+        let real = host.root.real(path).map_err(|error| chain(&error))?;
+        let before = host.root.read(&real).map_err(|error| chain(&error))?;
         let before = before.ok_or_else(|| format!("{} is not there", path.display()))?;
         if self.sources.len() == MAX_FILES || self.sources.iter().any(|source| source.path == real) {
             return Err(format!("{} is included twice, or one of too many", path.display()));
@@ -208,7 +197,7 @@ impl<'a> Rules<'a> {
         if text.len() != before.len() || text.contains("is managed by iptables-nft") {
             self.clear(Err(format!("{} has tables of iptables, or is no text", path.display())));
         }
-        let now = rule(self.host.places.port);
+        let now = rule(host.places.port);
         let lines = text.split_inclusive('\n');
         let lines =
             lines.map(|line| if is_ours(line) { line.replace(line.trim(), &now) } else { line.to_owned() });
@@ -244,9 +233,9 @@ impl<'a> Rules<'a> {
                     said.words.clear();
                 }
                 ("\n" | ";", ..) if braces > 0 => {}
-                ("\n" | ";", ..) => self.statement(&open, std::mem::take(&mut said)),
+                ("\n" | ";", ..) => self.statement(host, &open, std::mem::take(&mut said)),
                 ("}", len, _) if braces == 0 => {
-                    self.statement(&open, std::mem::take(&mut said));
+                    self.statement(host, &open, std::mem::take(&mut said));
                     if let Some(chain) = self.chains.get_mut(&open) {
                         chain.end = at;
                     }
@@ -259,7 +248,7 @@ impl<'a> Rules<'a> {
                     let is_ended = mark == "}" && braces == 0 && len < 3;
                     said.words.push(token);
                     if is_ended {
-                        self.statement(&open, std::mem::take(&mut said));
+                        self.statement(host, &open, std::mem::take(&mut said));
                     }
                 }
             }
@@ -268,7 +257,7 @@ impl<'a> Rules<'a> {
         if is_whole { Ok(()) } else { Err("its end is missing".to_owned()) }
     }
 
-    fn statement(&mut self, open: &[String], said: Statement) {
+    fn statement(&mut self, host: &Host, open: &[String], said: Statement) {
         let words: Vec<&str> = said.words.iter().map(String::as_str).collect();
         let is_understood = !words.contains(&"\\");
         let none_yet = self.tables.is_empty();
@@ -280,7 +269,7 @@ impl<'a> Rules<'a> {
             (0, ["include", path]) if is_understood => {
                 let path = path.trim_matches('"');
                 let is = match path.starts_with('/') && !path.contains(['*', '?', '[', '$']) {
-                    true => self.load(Path::new(path)),
+                    true => self.load(host, Path::new(path)),
                     false => Err(format!("`include \"{}\"` may mean several files", short(path))),
                 };
                 self.clear(is);
@@ -308,7 +297,7 @@ impl<'a> Rules<'a> {
     /// The chains at hook input that keep anything away.
     fn refusing(&self) -> Vec<&Vec<String>> {
         let diverting = self.diverting();
-        let input = self.chains.iter().filter(|(_, chain)| chain.bases().any(|base| base.has(&["input"])));
+        let input = self.chains.iter().filter(|(_, chain)| chain.is_at(&["input"]));
         input
             .filter(|(name, chain)| {
                 let may_jump = !diverting.contains(&name[..2]);
@@ -319,16 +308,14 @@ impl<'a> Rules<'a> {
     }
 
     /// Where a line is missing, in the order of the files.
-    fn due(&self, refusing: &[&Vec<String>]) -> Result<Vec<Place>, String> {
+    fn due(&self, refusing: &[&Vec<String>], port: u16) -> Result<Vec<Place>, String> {
         if let Some(why) = &self.unclear {
             return Err(why.clone());
         }
-        let elsewhere = |base: &Statement| !base.has(&["input", "forward"]);
         for (name, chain) in &self.chains {
-            let is_plain = chain.bases().all(|base| base.words.get(2).is_some_and(|word| word == "hook"));
-            let is_harmless =
-                !chain.statements.iter().any(|said| said.diverts() || said.has(&["jump", "goto"]));
-            if chain.bases().count() > 1 || !is_plain || (chain.bases().any(elsewhere) && !is_harmless) {
+            let is_known = chain.bases().all(|_| chain.is_at(&["input", "forward"]));
+            let passes = |said: &Statement| !said.diverts() && !said.has(&["jump", "goto"]);
+            if chain.bases().count() > 1 || !(is_known || chain.statements.iter().all(passes)) {
                 return Err(format!("{} has its say before or after hook input", name.join(" ")));
             }
         }
@@ -336,7 +323,6 @@ impl<'a> Rules<'a> {
         if !matches!(families[..], [] | ["inet" | "ip" | "ip6"] | ["ip", "ip6"]) {
             return Err("several chains at hook input refuse something".to_owned());
         }
-        let port = self.host.places.port;
         let diverting = self.diverting();
         let mut places = Vec::new();
         let mut reached = BTreeSet::new();
@@ -378,6 +364,10 @@ impl Chain {
     /// What puts it at a hook.
     fn bases(&self) -> impl Iterator<Item = &Statement> {
         self.statements.iter().filter(|said| said.words[0] == "type")
+    }
+
+    fn is_at(&self, hooks: &[&str]) -> bool {
+        self.bases().any(|base| base.words.get(3).is_some_and(|hook| hooks.contains(&hook.as_str())))
     }
 
     /// Its last word, if it has one: what refuses all that is left. Before that it may refuse what cannot be meant for the port.

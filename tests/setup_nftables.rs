@@ -131,7 +131,8 @@ fn the_port_is_let_in_before_the_last_word_of_the_chain() {
                 table ip6 filter {\n  chain INPUT {\n    type filter hook input priority 0\n    ct state established accept\n    ip6 nexthdr 58 accept\n\
                 \x20   counter packets 1 bytes 2 log prefix \"no; } { \" drop\n  }\n}\ntable inet other {\n  chain x { type filter hook input priority -150; meta mark set 1; }\n}";
     let (in_closed, in_sample) = ("accept # by hand\n", "jump allow\n");
-    let cases: [(&str, &str, &[(&str, &str)]); 4] = [
+    type Lines<'a> = &'a [(&'a str, &'a str)];
+    let cases: [(&str, &str, Lines<'_>); 4] = [
         (DEBIAN, CLOSED, &[(in_closed, "\t\tR")]),
         (EL, "# there\\\ninclude \"/etc/nftables/more.nft\"\n", &[]),
         (EL, SAMPLE, &[(in_sample, "\t\tR")]),
@@ -295,6 +296,7 @@ fn rules_that_are_not_clear_are_not_touched() {
         (and(&chain("ip", "output priority 0; policy drop;")), hook),
         (and(&chain("ip", "prerouting priority 0; redirect to 22;")), hook),
         (open.clone() + &chain("ip", "output priority 0; jump x;"), hook),
+        (CLOSED.replace("ct state invalid", &format!("{BASE}\n\t\tct state invalid")), hook),
         // Not as it is usually.
         (CLOSED.replace("\tset", "\tflags dormant\n\tset"), strange),
         (and("flush table inet filter"), strange),

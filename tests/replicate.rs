@@ -364,6 +364,22 @@ fn who_keeps_a_machine_protected_waits_for_another_sender() {
     assert_eq!(second.stderr().matches("is being sent").count(), 1, "{}", second.stderr());
 }
 
+/// A pass that a signal ends has a result, also of who keeps a machine protected.
+#[test]
+fn an_interrupted_pass_of_many_has_a_result() {
+    require_root!();
+    let rig = Rig::new(&[8 * MIB]);
+    let source = rig.random("source.img", 8 * MIB);
+    let more = ["--every", "1h", "--json", "--compression", "off", "--bwlimit", "1M"];
+    let sender = rig.start_into_pass(&[("d0", &source)], &more);
+    sender.signal(Signal::SIGTERM);
+    let ended = sender.finish().ok();
+    assert_eq!(ended.stdout.lines().count(), 1, "{ended:#?}");
+    let disk = &ended.json()["disks"][0];
+    assert_eq!((&disk["disk"], &disk["point"]), (&"d0".into(), &serde_json::Value::Null));
+    assert!(disk["error"].as_str().is_some_and(|error| error.contains("interrupted")), "{disk:#}");
+}
+
 /// Several that list disks at once do not take each other for a use of the disk.
 #[test]
 fn listing_disks_disturbs_nobody() {

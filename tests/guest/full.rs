@@ -178,7 +178,8 @@ fn identified(guest: &Inside, number: u32, size: u64) -> VirtualDisk {
 }
 
 fn wwn(number: u32) -> String {
-    format!("5000c500{number:08x}")
+    // Nothing but zeros behind the maker would be no identity.
+    format!("5000c501{number:08x}")
 }
 
 /// As `discover-disks` writes it.

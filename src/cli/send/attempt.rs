@@ -199,7 +199,7 @@ impl Job {
             }
             // Whoever keeps a machine protected is stopped in the middle of a pass more often than not.
             if outcome.interrupted && every.is_some() {
-                return Ok(());
+                return outcome.show(self);
             }
             let patient = arrived.is_some_and(|arrived| arrived.elapsed() < retry_for);
             if !(patient && outcome.may_pass() || every.is_some() && outcome.may_pass_some_day()) {

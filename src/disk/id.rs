@@ -139,19 +139,13 @@ impl DiskId {
 
     /// A serial of VPD page 0x80, which is unique only together with its vendor and model.
     pub fn serial(vendor: &str, model: &str, serial: &str) -> Option<DiskId> {
-        let serial = serial.trim();
-        if is_no_serial(serial.as_bytes()) {
-            return None;
-        }
+        let serial = given_serial(serial)?;
         DiskId::text(Kind::Serial, &format!("{vendor} {model} {serial}"))
     }
 
     /// The serial that a hypervisor gave a virtio disk.
     pub fn virtio(serial: &str) -> Option<DiskId> {
-        if is_no_serial(serial.as_bytes()) {
-            return None;
-        }
-        DiskId::text(Kind::Virtio, serial)
+        DiskId::text(Kind::Virtio, &given_serial(serial)?)
     }
 
     /// The backing file of a loop device: an absolute path. Only the text is looked at, symbolic links are not
@@ -427,6 +421,13 @@ pub(super) fn is_no_serial(serial: &[u8]) -> bool {
     serial.iter().all(|b| matches!(b, b'0' | b' ' | b'-' | b'_' | 0))
 }
 
+/// A serial as an identity holds it. It is looked at in that form: what is dropped or replaced there tells no disk from
+/// another, and the identity's text, read again, has nothing else.
+fn given_serial(serial: &str) -> Option<String> {
+    let serial = file_name_text(serial);
+    (!is_no_serial(serial.as_bytes())).then_some(serial)
+}
+
 fn uuid_digits(text: &str) -> Result<DiskId, Reason> {
     let bytes = bytes_of(text).ok_or(Reason::Uuid)?;
     bytes.as_slice().try_into().ok().and_then(DiskId::uuid).ok_or(Reason::Uuid)
@@ -609,7 +610,7 @@ mod tests {
         ] {
             assert_eq!(id(&format!("naa.{digits}")).to_string(), format!("naa.{digits}"));
         }
-        for serial in ["", "   ", "0000", "00 00", "----", "0-0", "__"] {
+        for serial in ["", "   ", "0000", "00 00", "----", "0-0", "__", "/\0-/", "\u{7}"] {
             assert_eq!((DiskId::serial("V", "M", serial), DiskId::virtio(serial)), (None, None), "{serial}");
         }
         for serial in ["1", "2000", "0123456789ABCDEF", "FFFF"] {

@@ -19,7 +19,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -422,10 +422,10 @@ impl Front {
     async fn talk(&self, stream: TcpStream, peer: SocketAddr, stranger: Stranger) {
         self.service.sessions.fetch_add(1, Ordering::Relaxed);
         self.service.sessions_total.fetch_add(1, Ordering::Relaxed);
-        let crowded_out = stranger.crowded_out.clone();
+        let seat = stranger.seat.clone();
         let result = tokio::select! {
             result = self.session(stream, peer, stranger) => result,
-            () = crowded_out.notified() => Err(SessionError::CrowdedOut),
+            () = seat.lost() => Err(SessionError::CrowdedOut),
         };
         match result {
             Ok(()) => tracing::debug!("connection ended"),
@@ -503,32 +503,52 @@ impl Drop for Place {
 /// one that means it is done with its handshake long before, and waiting for those that say nothing would lock out
 /// the others.
 #[derive(Default)]
-struct Strangers(Mutex<VecDeque<Arc<Notify>>>);
+struct Strangers(Mutex<VecDeque<Arc<Seat>>>);
+
+/// What one of them sits on.
+#[derive(Default)]
+struct Seat {
+    taken_away: Notify,
+    left: AtomicBool,
+}
+
+impl Seat {
+    /// Waits until it is taken away from a stranger that still sits on it. One that has left it by now is known: to end
+    /// its connection would break off what it is in.
+    async fn lost(&self) {
+        self.taken_away.notified().await;
+        if self.left.load(Ordering::Relaxed) {
+            std::future::pending().await
+        }
+    }
+}
 
 /// One of them, until this is dropped.
 struct Stranger {
     strangers: Arc<Strangers>,
-    crowded_out: Arc<Notify>,
+    seat: Arc<Seat>,
 }
 
 impl Stranger {
     fn admit(strangers: &Arc<Strangers>) -> Stranger {
-        let crowded_out = Arc::new(Notify::new());
+        let seat = Arc::new(Seat::default());
         let mut queue = strangers.0.lock().unwrap_or_else(PoisonError::into_inner);
         if queue.len() >= STRANGERS
             && let Some(oldest) = queue.pop_front()
         {
-            oldest.notify_one();
+            oldest.taken_away.notify_one();
         }
-        queue.push_back(crowded_out.clone());
-        Stranger { strangers: strangers.clone(), crowded_out }
+        queue.push_back(seat.clone());
+        Stranger { strangers: strangers.clone(), seat }
     }
 }
 
 impl Drop for Stranger {
     fn drop(&mut self) {
+        // In the task that waits for it to be taken away, so that one of the two comes first.
+        self.seat.left.store(true, Ordering::Relaxed);
         let mut queue = self.strangers.0.lock().unwrap_or_else(PoisonError::into_inner);
-        queue.retain(|other| !Arc::ptr_eq(other, &self.crowded_out));
+        queue.retain(|other| !Arc::ptr_eq(other, &self.seat));
     }
 }
 

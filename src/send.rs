@@ -29,6 +29,7 @@ use std::time::{Duration, Instant};
 use rustls::ClientConfig;
 use time::OffsetDateTime;
 use tokio::net::TcpStream;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsConnector;
@@ -514,7 +515,9 @@ async fn open_one(
     let (mut tried, started) = (1, Instant::now());
     loop {
         let result = async {
+            let turn = turn_at_the_door().await;
             let mut first = connect(to, tls.clone()).await?;
+            drop(turn);
             let (reply, further) = session::open(&mut first, opening).await?;
             progress.opened.store(true, Ordering::Relaxed);
             let joined = lanes::join_all(to, &tls, &opening.disk, &reply, further).await;
@@ -536,6 +539,16 @@ async fn open_one(
             other => return other,
         }
     }
+}
+
+/// How many connections are being made at once: where every disk makes several, they would crowd each other out on the
+/// master target, which bears only so many that it does not know yet; and all would be slow, near as it may be.
+static DOOR: Semaphore = Semaphore::const_new(16);
+
+/// Waits until one may be made; kept until the master target knows it.
+async fn turn_at_the_door() -> Option<SemaphorePermit<'static>> {
+    // It is never closed.
+    DOOR.acquire().await.ok()
 }
 
 async fn connect(to: &Address, tls: Arc<ClientConfig>) -> Result<Connection, Error> {

@@ -1,3 +1,4 @@
+use std::collections::VecDeque;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::SocketAddr;
@@ -10,10 +11,12 @@ use std::time::{Duration, Instant};
 
 use time::OffsetDateTime;
 use tokio::sync::oneshot;
+use tokio::time::timeout;
 
 use super::config::{Config, Error as ConfigError, KEYS, Mistake, Place, Sourced, commented};
 use super::control::{Control, Error as ControlError};
 use super::status::{Board, Live, Report, SCHEMA_VERSION, Service};
+use super::{STRANGERS, Stranger};
 use crate::name::Name;
 use crate::pass::PassId;
 use crate::points::retention::Policy;
@@ -599,4 +602,18 @@ fn the_sampler_runs_while_the_socket_is_served() {
         assert!(Instant::now() < deadline, "{seen:?}, mean {mean}");
         std::thread::sleep(Duration::from_millis(100));
     }
+}
+
+/// A connection whose seat is taken away ends; but not one that became known in that very moment, and carries a pass by now.
+#[tokio::test]
+async fn only_who_is_still_unknown_is_crowded_out() {
+    let strangers = Arc::default();
+    let mut waiting: VecDeque<_> = (0..STRANGERS).map(|_| Stranger::admit(&strangers)).collect();
+    let (unknown, known) = (waiting[0].seat.clone(), waiting[1].seat.clone());
+    let further = [Stranger::admit(&strangers), Stranger::admit(&strangers)];
+    drop(waiting.remove(1));
+    let moment = Duration::from_millis(20);
+    assert!(timeout(moment, unknown.lost()).await.is_ok());
+    assert!(timeout(moment, known.lost()).await.is_err());
+    assert!(timeout(moment, further[0].seat.lost()).await.is_err());
 }

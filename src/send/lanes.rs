@@ -17,7 +17,7 @@ use tokio::time::{sleep, timeout};
 use super::encode::Piece;
 use super::limit::Limiter;
 use super::session::{ask, greet};
-use super::{Connection, Error, Progress, connect};
+use super::{Connection, Error, Progress, connect, turn_at_the_door};
 use crate::error::chain;
 use crate::name::Name;
 use crate::net::address::Address;
@@ -90,7 +90,10 @@ pub(super) async fn join_all(
             join(&mut stream, &disk, &invitation).await?;
             Ok::<_, Error>(stream)
         };
-        joining.spawn(async { timeout(JOINING, joined).await.unwrap_or(Err(Error::Silent(JOINING))) });
+        joining.spawn(async {
+            let _turn = turn_at_the_door().await;
+            timeout(JOINING, joined).await.unwrap_or(Err(Error::Silent(JOINING)))
+        });
     }
     let mut joined = Vec::new();
     while let Some(ended) = joining.join_next().await {

@@ -1,6 +1,7 @@
 //! Devices of device mapper that fail and stand still when a test wants it.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use crate::support::tool;
 
@@ -52,5 +53,12 @@ impl Mapped {
 
     pub fn goes_on(&self) {
         tool("dmsetup", &["resume", &self.name]);
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        // A test that failed while it stood still could not end: whoever waits for it cannot be killed.
+        Command::new("dmsetup").args(["resume", &self.name]).output().ok();
     }
 }

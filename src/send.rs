@@ -87,7 +87,7 @@ pub struct Plan {
     /// Up to where earlier attempts at the same have written each disk, as [`Progress::reached`] says: with [`Scope::Whole`],
     /// what is to be compared and not sent again.
     pub sent: BTreeMap<Name, u64>,
-    /// How long a master target that has no time, or does not answer, is asked again for a disk; for some 40 seconds at most.
+    /// How long a master target that has no time, or does not answer, is asked again for a disk; and not too often.
     pub wait: Duration,
 }
 
@@ -545,7 +545,7 @@ async fn open_one(
 /// master target, which bears only so many that it does not know yet; and all would be slow, near as it may be.
 static DOOR: Semaphore = Semaphore::const_new(16);
 
-/// Waits until one may be made; kept until the master target knows it.
+/// Waits until one may be made; kept until it is.
 async fn turn_at_the_door() -> Option<SemaphorePermit<'static>> {
     // It is never closed.
     DOOR.acquire().await.ok()

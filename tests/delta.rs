@@ -484,6 +484,19 @@ fn verifying_and_digests_tell_what_is_the_same() {
     assert_eq!(refused.code, Some(3), "{refused:#?}");
 }
 
+/// However slowly it reads, what was written there and what is a hole: the master target hears of it.
+#[test]
+fn a_slow_comparison_is_not_taken_for_silence() {
+    require_root!();
+    let mut rig = Rig::new(&[8 * MIB]);
+    let config = fs::read_to_string(rig.service.config()).unwrap();
+    rig.service.restart_with_config(&(config + "idle_timeout = \"1s\"\n"));
+    let source = rig.random("source.img", 3 * MIB);
+    File::options().write(true).open(&source).unwrap().set_len(6 * MIB).unwrap();
+    rig.send(&[("d0", &source)], &[]).ok();
+    verify(&rig, &source, &["--rate", "1M"]).ok();
+}
+
 /// Most of what is no file was meant to be one.
 #[test]
 fn a_digest_of_what_is_not_there_says_that_there_is_no_such_file() {

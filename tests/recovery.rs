@@ -521,7 +521,7 @@ fn a_failover_that_cannot_be_taken_back_becomes_the_newest_point() {
 fn ranges_are_not_relied_on_where_somebody_else_had_the_disk() {
     require_root!();
     let size = 48 << 20;
-    let rig = Rig::new(&[size]);
+    let mut rig = Rig::new(&[size]);
     let source = rig.random("source.img", size);
     rig.send(&[("d0", &source)], &[]).ok();
     command(&rig, &["failover", MACHINE, "--to", "latest"]).ok();
@@ -530,19 +530,26 @@ fn ranges_are_not_relied_on_where_somebody_else_had_the_disk() {
     command(&rig, &["failover", MACHINE, "--undo"]).ok();
     let hints = rig.path("hints");
     let given = format!("d0={}", hints.display());
-    let set_aside = |source: &Path, ranges: &str, more: &[&str]| {
+    let set_aside = |rig: &Rig, source: &Path, ranges: &str, more: &[&str]| {
         fs::write(&hints, ranges).unwrap();
         let sent = rig.send(&[("d0", source)], &[&["--changed-ranges", &given], more].concat()).ok();
         assert!(sent.stderr.contains("--changed-ranges is set aside"), "{sent:#?}");
         assert_equal(source, rig.targets[0].backing());
     };
-    set_aside(&source, "[]", &[]);
+    set_aside(&rig, &source, "[]", &[]);
     // An image has no identity by which it would show.
     let another = rig.random("another.img", size);
-    set_aside(&another, "0 4096", &["--another-disk"]);
+    set_aside(&rig, &another, "0 4096", &["--another-disk"]);
     fs::write(&hints, "[]").unwrap();
     let sent = rig.send(&[("d0", &another)], &["--changed-ranges", &given]).ok();
     assert!(!sent.stderr.contains("set aside"), "{sent:#?}");
+    // Points and journals were given up by hand: nothing says any more at which of them the disk stands.
+    rig.service.process().kill();
+    let retention = PathBuf::from(rig.service.state_dir()).join("retention");
+    fs::remove_file(retention.join("points.log")).unwrap();
+    fs::remove_dir_all(retention.join("journals")).unwrap();
+    rig.service.spawn();
+    set_aside(&rig, &another, "[]", &[]);
 }
 
 /// Somebody wrote to a released disk: neither taken back nor exported as though nobody had.

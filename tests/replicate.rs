@@ -370,10 +370,12 @@ fn an_interrupted_pass_of_many_has_a_result() {
     require_root!();
     let rig = Rig::new(&[8 * MIB]);
     let source = rig.random("source.img", 8 * MIB);
-    let more = ["--every", "1h", "--json", "--compression", "off", "--bwlimit", "1M"];
+    let more =
+        ["--every", "1h", "--json", "--compression", "off", "--bwlimit", "1M", "--post-hook", "/bin/false"];
     let sender = rig.start_into_pass(&[("d0", &source)], &more);
     sender.signal(Signal::SIGTERM);
     let ended = sender.finish().ok();
+    assert!(ended.stderr.contains("the post-hook failed"), "{ended:#?}");
     assert_eq!(ended.stdout.lines().count(), 1, "{ended:#?}");
     let disk = &ended.json()["disks"][0];
     assert_eq!((&disk["disk"], &disk["point"]), (&"d0".into(), &serde_json::Value::Null));

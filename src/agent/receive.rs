@@ -146,7 +146,8 @@ impl Host for Receiver {
         Ok(Opened {
             baseline: ledger.journal.standing.newest(),
             alike: assignment.state != State::Empty || assignment.seed,
-            standing: assignment.state == State::Synchronized
+            standing: ledger.journal.standing.newest().is_some()
+                && assignment.state == State::Synchronized
                 && !assignment.taken_back
                 && assignment.last_commit.is_some_and(|commit| commit.bytes == open.size)
                 && !(open.another || is_another(open, assignment))

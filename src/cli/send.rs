@@ -115,7 +115,7 @@ pub struct Args {
     every: Option<Duration>,
     /// How long to try again, after longer and longer pauses, where the connection was lost once the master target had opened
     /// a disk; the time counts from the last byte that arrived. What arrived is not sent again. Where it has no time, or breaks
-    /// off, before, it is asked again for 40 seconds at most. 0s: not at all
+    /// off, before, it is asked again 40 times at most, or twice, a second apart. 0s: not at all
     #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = period)]
     retry_for: Duration,
     /// What to call the recovery point that this leads to

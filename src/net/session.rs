@@ -168,7 +168,7 @@ impl Ending {
 pub struct Patience {
     /// For a message that the protocol's state demands.
     pub handshake: Duration,
-    /// For the other machines of a group.
+    /// For the other machines of a group; and for the other disks of a client that compares.
     pub gather: Duration,
     /// From an open disk to its pass: the client's hooks run then, and its file systems are frozen.
     pub begin: Duration,

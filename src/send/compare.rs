@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
+use std::time::Duration;
 
 use super::source::{Ask, Differing, Output, Reader, Stop};
 use crate::digest::{self, Digest};
@@ -29,6 +30,9 @@ const _: () = assert!(PENDING as u64 * LONGEST_HOLE + TELL < super::AHEAD);
 
 /// How often the receiver is told how far the comparing is, in bytes of the source.
 const TELL: u64 = 4 << 20;
+
+/// How often while nothing may be read: the shortest `idle_timeout` is a second.
+const SIGN: Duration = Duration::from_millis(500);
 
 /// What comes from the connection.
 pub(super) struct Asks {
@@ -135,16 +139,28 @@ impl Reader {
                 Some((at, Part::Hole(found))) => {
                     let len = found.len().min(LONGEST_HOLE);
                     hole = Extent::new(at + len, found.len() - len);
-                    // It is not read here, but on the other side; and not all of a long one is waited for at once, which the other
-                    // side would take for silence.
-                    self.scan.pay(len);
                     (at, len as usize, None)
                 }
             };
+            // A hole, too: it is not read here, but on the other side.
+            self.pay(len as u64, told)?;
             let chunk = Chunk { at, len, bytes, differs: Vec::new(), refine: None };
             let chunk = self.look(chunk, asks, differing)?;
             pending.push_back(chunk);
         }
+    }
+
+    /// Waits until so much may have been read, and says meanwhile how far all is dealt with: the other side would take the
+    /// wait for silence.
+    fn pay(&mut self, len: u64, told: u64) -> Result<(), Stop> {
+        let mut wait = self.limiter.as_ref().map_or(Duration::ZERO, |limiter| limiter.take(len));
+        while let Some(rest) = wait.checked_sub(SIGN) {
+            std::thread::sleep(SIGN);
+            self.covered(told)?;
+            wait = rest;
+        }
+        std::thread::sleep(wait);
+        Ok(())
     }
 
     /// Compares the chunk's units, and asks for the digests of the blocks of those that differ.

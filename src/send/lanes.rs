@@ -47,6 +47,9 @@ const LONG: Duration = Duration::from_millis(10);
 /// How long one of them may take to join: the pass waits for it.
 const JOINING: Duration = Duration::from_secs(10);
 
+/// How long all of them may, with those of other disks before them: the master target waits for the pass, too.
+const ALL: Duration = Duration::from_secs(60);
+
 impl FromStr for Connections {
     type Err = String;
 
@@ -90,10 +93,11 @@ pub(super) async fn join_all(
             join(&mut stream, &disk, &invitation).await?;
             Ok::<_, Error>(stream)
         };
-        joining.spawn(async {
+        let in_turn = async {
             let _turn = turn_at_the_door().await;
             timeout(JOINING, joined).await.unwrap_or(Err(Error::Silent(JOINING)))
-        });
+        };
+        joining.spawn(async { timeout(ALL, in_turn).await.unwrap_or(Err(Error::Silent(ALL))) });
     }
     let mut joined = Vec::new();
     while let Some(ended) = joining.join_next().await {

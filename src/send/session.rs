@@ -156,22 +156,7 @@ async fn carry_out<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     for lane in joined {
         lanes.spawn(lanes::carry(lane, dealt.clone(), outlet.clone()));
     }
-    let shared = Shared {
-        pass,
-        window: reply.window,
-        asks,
-        returned: AtomicU64::new(0),
-        carried_out: AtomicU64::new(0),
-        refused: AtomicU64::new(0),
-        refused_bytes: AtomicU64::new(0),
-        refused_from: AtomicU64::new(u64::MAX),
-        committed_bytes: AtomicU64::new(0),
-        committing: AtomicBool::new(false),
-        digested: AtomicU64::new(0),
-        covered: AtomicU64::new(0),
-        refining: Mutex::new(VecDeque::new()),
-        news: Notify::new(),
-    };
+    let shared = Shared::new(pass, reply.window, asks);
     let failed = {
         let mut listen = pin!(shared.listen(&mut reader, job));
         let talk = pin!(shared.talk(&writer, pieces, deal.as_ref(), &outlet, job));
@@ -416,6 +401,34 @@ struct Shared {
 }
 
 impl Shared {
+    fn new(pass: PassId, window: u64, asks: mpsc::Sender<Ask>) -> Shared {
+        Shared {
+            pass,
+            window,
+            asks,
+            returned: AtomicU64::new(0),
+            carried_out: AtomicU64::new(0),
+            refused: AtomicU64::new(0),
+            refused_bytes: AtomicU64::new(0),
+            refused_from: AtomicU64::new(u64::MAX),
+            committed_bytes: AtomicU64::new(0),
+            committing: AtomicBool::new(false),
+            digested: AtomicU64::new(0),
+            covered: AtomicU64::new(0),
+            refining: Mutex::new(VecDeque::new()),
+            news: Notify::new(),
+        }
+    }
+
+    /// Takes in how far the peer is, and whether anything went on with that. Without anything new it is only a sign of life;
+    /// but once all is sent nothing else comes, and a group may wait long for its other machines.
+    fn went_on(&self, progress: &Header) -> bool {
+        let new = self.carried_out.fetch_max(progress.sequence, Ordering::Relaxed) < progress.sequence;
+        self.returned.fetch_max(progress.length, Ordering::Release);
+        self.news.notify_one();
+        new || self.committing.load(Ordering::Relaxed)
+    }
+
     /// Until the acknowledgement of the commit.
     async fn listen<S: AsyncRead + AsyncWrite>(
         &self,
@@ -442,12 +455,9 @@ impl Shared {
                     self.news.notify_one();
                 }
                 Kind::Progress => {
-                    // Without anything new it is only a sign of life.
-                    if self.carried_out.fetch_max(header.sequence, Ordering::Relaxed) < header.sequence {
+                    if self.went_on(&header) {
                         job.arrived();
                     }
-                    self.returned.fetch_max(header.length, Ordering::Release);
-                    self.news.notify_one();
                 }
                 Kind::Digests => {
                     self.digests(reader, &header, job.source.size().0).await?;
@@ -633,5 +643,20 @@ impl Shared {
         wire::write_header(&mut *writer, header).await?;
         writer.flush().await.map_err(|source| wire::Error::Io { op: "write", source })?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sign_of_life_counts_once_all_is_sent() {
+        let shared = Shared::new(PassId(1), 1, mpsc::channel().0);
+        let sign = |frames| Header::progress(frames, 0);
+        assert!(shared.went_on(&sign(3)));
+        assert!(!shared.went_on(&sign(3)));
+        shared.committing.store(true, Ordering::Relaxed);
+        assert!(shared.went_on(&sign(3)));
     }
 }

@@ -328,12 +328,13 @@ pub(super) struct Scan {
     pub(super) free: Arc<Free>,
     device: Option<Ahead>,
     arena: Arena,
-    limiter: Option<Arc<Limiter>>,
     progress: Arc<Progress>,
 }
 
 pub(super) struct Reader {
     pub(super) scan: Scan,
+    /// How much may be read.
+    pub(super) limiter: Option<Arc<Limiter>>,
     pub(super) encoder: Encoder,
     pub(super) progress: Arc<Progress>,
     pub(super) output: Sender<Output>,
@@ -352,11 +353,11 @@ pub(super) struct Walk {
 
 impl Scan {
     fn new(reading: Reading, progress: Arc<Progress>) -> Result<Scan, Error> {
-        let Reading { source, free, engine, limiter } = reading;
+        let Reading { source, free, engine, limiter: _ } = reading;
         let arena = Arena::new(MEMORY).map_err(|error| IoError::new("map", "memory", error))?;
         let device = progress.waits.read(|| source.reader(engine, &arena))?;
         let device = device.map(|device| Ahead::new(Box::new(device), arena.clone()));
-        Ok(Scan { source, free, device, arena, limiter, progress })
+        Ok(Scan { source, free, device, arena, progress })
     }
 
     /// Begins to read a range, in parts that begin at multiples of `unit` where the range does.
@@ -404,17 +405,9 @@ impl Scan {
         }
         walk.at += len;
         if let Part::Bytes(_) = part {
-            self.pay(len);
             self.progress.read.fetch_add(len, Ordering::Relaxed);
         }
         Ok(Some((at, part)))
-    }
-
-    /// Waits until so much may have been read.
-    pub(super) fn pay(&self, len: u64) {
-        if let Some(limiter) = &self.limiter {
-            std::thread::sleep(limiter.take(len));
-        }
     }
 }
 
@@ -436,8 +429,9 @@ impl Reader {
         progress: Arc<Progress>,
         output: Sender<Output>,
     ) -> Result<Reader, Stop> {
+        let limiter = reading.limiter.clone();
         let scan = Scan::new(reading, progress.clone())?;
-        Ok(Reader { scan, encoder: Encoder::new(compression), progress, output, pieces: Vec::new() })
+        Ok(Reader { scan, limiter, encoder: Encoder::new(compression), progress, output, pieces: Vec::new() })
     }
 
     fn run(&mut self, asks: &mut Asks) -> Result<(), Stop> {
@@ -553,7 +547,6 @@ mod tests {
         assert_eq!(source.hole(7 << 20), None);
     }
 
-    /// Nor is it waited for that it is paid for: the other side would take that for silence.
     #[test]
     fn a_hole_is_not_read_and_counts_as_nothing_that_was() {
         let dir = tempfile::tempdir().unwrap();
@@ -561,15 +554,12 @@ mod tests {
         File::create(&path).unwrap().set_len(16 << 20).unwrap();
         let source = Arc::new(Source::open(&path).unwrap());
         let all = source.extent();
-        let limiter = Some(Arc::new(Limiter::new("1M".parse().unwrap())));
-        let reading = Reading { source, free: Arc::default(), engine: EngineChoice::Threads, limiter };
+        let reading = Reading { source, free: Arc::default(), engine: EngineChoice::Threads, limiter: None };
         let progress = Arc::new(Progress::default());
         let mut scan = Scan::new(reading, progress.clone()).unwrap();
-        let start = std::time::Instant::now();
         let mut walk = scan.walk(all, PAGE as u64);
         assert!(matches!(scan.next(&mut walk), Ok(Some((0, Part::Hole(hole)))) if hole == all));
         assert_eq!(progress.read.load(Ordering::Relaxed), 0);
-        assert!(start.elapsed() < std::time::Duration::from_secs(8));
     }
 
     /// Cut off in a hole that was passed over, when no read can fail any more.

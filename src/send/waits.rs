@@ -42,7 +42,7 @@ impl Waits {
     }
 
     /// For how long a read has been all that is waited for, where that is long.
-    pub(super) fn hangs(&self) -> Option<Duration> {
+    pub fn hangs(&self) -> Option<Duration> {
         let since = (*self.reading()).filter(|_| self.idle.load(Ordering::Relaxed))?;
         Some(since.elapsed()).filter(|time| *time >= LONG)
     }

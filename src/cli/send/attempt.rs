@@ -199,6 +199,9 @@ impl Job {
             }
             // Whoever keeps a machine protected is stopped in the middle of a pass more often than not.
             if outcome.interrupted && every.is_some() {
+                if let Err(error) = &outcome.after_reading {
+                    note!("mt-agent: {}", chain(error));
+                }
                 return outcome.show(self);
             }
             let patient = arrived.is_some_and(|arrived| arrived.elapsed() < retry_for);
@@ -219,7 +222,7 @@ impl Job {
             pause = (pause * 2).min(PAUSES.1);
             note!("mt-agent: trying again in {:.1} s", wait.as_secs_f64());
             if signals.before(sleep(wait)).await.is_none() {
-                return outcome.report(self);
+                return if every.is_some() { outcome.show(self) } else { outcome.report(self) };
             }
             // Only for its result: it holds the sources open.
             last = every.is_none().then_some(outcome);

@@ -108,9 +108,10 @@ impl Verifying {
         let reader = &mut Heard { reader, report: report.clone() };
         wire::write_message(&mut *writer.lock().await, 0, reply).await?;
         loop {
-            // Until it begins its client runs no hook: it opens its other disks, and looks at what of them is free.
+            // Until it begins its client runs no hook: it opens its other disks, some of which others may hold for a while, and
+            // looks at what of them is free.
             let patience = match self.possible {
-                Some(_) => self.patience.idle.max(self.patience.handshake),
+                Some(_) => self.patience.idle.max(self.patience.gather),
                 None => self.patience.idle,
             };
             let header = match patiently(&report, patience, wire::read_header(reader)).await {

@@ -293,10 +293,16 @@ fn qemu_sata_and_nvme_disks_have_their_identities() {
     assert_eq!(id(&found[0]).as_deref(), Some("naa.50014ee2b1c2d3e4"));
     assert_eq!(id(&found[1]).as_deref(), Some("t10.ATA_QEMU_HARDDISK_QM00003"));
     // ata_id stores it without the vendor, and udev's entry gives the same disk.
-    tree.udev("8:16", &[("ID_ATA", "1"), ("ID_BUS", "ata"), ("ID_SERIAL", "QEMU_HARDDISK_QM00003")]);
+    let ata = [("ID_ATA", "1"), ("ID_BUS", "ata")];
+    let serial = [("ID_SERIAL", "QEMU_HARDDISK_QM00003"), ("ID_SERIAL_SHORT", "QM00003")];
+    tree.udev("8:16", &[ata, serial].concat());
     without_pages(dir.path(), "sdb");
     let again = disks(&tree);
     assert_eq!((&again[1].id, again[1].id_source), (&found[1].id, Some(IdSource::Udev)));
+    // Without a serial there is but the model in that place, which is no disk's.
+    tree.udev("8:16", &[&ata[..], &[("ID_SERIAL", "QEMU_HARDDISK")]].concat());
+    let model = disks(&tree).remove(1);
+    assert_eq!((model.id, model.role), (None, Role::NoUuid));
 
     let dir = tempfile::tempdir().unwrap();
     let found = disks(&tree::nvme(dir.path()));

@@ -75,13 +75,16 @@ impl Store {
         };
         let protection = file::parse(&bytes).map_err(|error| match error {
             ParseError::Version(version) => Error::Unsupported { file: path.clone(), version },
-            ParseError::Corrupt { line, what } => Error::Corrupt { file: path.clone(), line, what },
+            ParseError::Corrupt { line, what } => {
+                Error::Corrupt { machine: machine.clone(), file: path.clone(), line, what }
+            }
         })?;
         // A copy of another machine's file would give two machines the same disks.
         if protection.machine != *machine {
             let line = bytes.split(|&b| b == b'\n').position(|line| line.starts_with(b"machine"));
             let what = format!("this is the protection of machine {}, not of {machine}", protection.machine);
-            return Err(Error::Corrupt { file: path, line: line.map_or(1, |line| line + 1), what });
+            let line = line.map_or(1, |line| line + 1);
+            return Err(Error::Corrupt { machine: machine.clone(), file: path, line, what });
         }
         Ok(protection)
     }

@@ -222,6 +222,21 @@ fn a_broken_file_says_where_and_leaves_the_others_alone() {
     store.assign(&web, &[assignment("data", 2)]).unwrap();
 }
 
+#[test]
+fn where_there_is_no_directory_nothing_is_known() {
+    let (dir, store) = store();
+    assert_eq!(store.known(), None);
+    store.assign(&name("web01"), &[assignment("root", 1)]).unwrap();
+    let known = Some((BTreeMap::from([(id(1), "web01".to_owned())]), Vec::new()));
+    assert_eq!(store.known(), known);
+    fs::rename(dir.path().join("machines"), dir.path().join("away")).unwrap();
+    assert_eq!(store.known(), None);
+    fs::rename(dir.path().join("away"), dir.path().join("machines")).unwrap();
+    assert_eq!(store.known(), known);
+    store.remove(&name("web01"), None).unwrap();
+    assert_eq!(store.known(), Some(Default::default()));
+}
+
 /// Its error alone says what is wrong and the way out, and that is one.
 #[test]
 fn a_file_with_an_identity_that_names_no_disk_is_told_and_taken_away() {

@@ -407,7 +407,7 @@ fn a_watch_sees_a_disk_come_grow_and_go() {
     follower.join().unwrap();
 }
 
-/// What is assigned while it watches is read at the next look.
+/// What is assigned while it watches is read at the next look; that it cannot be read any more is no sign that nothing is.
 #[test]
 fn a_watch_sees_an_assignment_come_and_go() {
     let _turn = turn();
@@ -433,14 +433,18 @@ fn a_watch_sees_an_assignment_come_and_go() {
     let id = loop_id(&path).to_string();
     // A device that is attached makes an event, and so a look. Meanwhile others may hold the disk for a moment.
     let deadline = Instant::now() + Duration::from_secs(60);
-    let await_role = |role: &str| loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let told =
-            lines.recv_timeout(left).unwrap_or_else(|_| panic!("it was not told that the disk is {role}"));
-        let listed = told["disks"].as_array().into_iter().flatten();
-        if listed.chain(told.get("disk")).any(|disk| disk["id"] == *id && disk["role"] == *role) {
-            break;
+    // What is told of the disk until it has this role.
+    let await_role = |role: &str| {
+        let mut all = Vec::new();
+        while all.last().is_none_or(|disk: &serde_json::Value| disk["role"] != *role) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let told = lines
+                .recv_timeout(left)
+                .unwrap_or_else(|_| panic!("it was not told that the disk is {role}"));
+            let listed = told["disks"].as_array().into_iter().flatten();
+            all.extend(listed.chain(told.get("disk")).find(|disk| disk["id"] == *id).cloned());
         }
+        all
     };
     let event = |name: &str| {
         let other = path.with_file_name(name);
@@ -454,6 +458,17 @@ fn a_watch_sees_an_assignment_come_and_go() {
     await_role("free");
     protect(&["add", "web01", "--disk", &format!("root={id}")]);
     let _one = event("one.img");
+    await_role("assigned");
+    // As where the file system is unmounted for a while.
+    let (there, away) = (dir.path().join("state/retention"), dir.path().join("away"));
+    fs::rename(&there, &away).unwrap();
+    let _two = event("two.img");
+    let told = await_role("unknown");
+    assert!(told.iter().all(|disk| disk["role"] != "free"), "{told:?}");
+    let why = "state/retention holds no protections any more; mount the retention file system";
+    assert!(told.last().unwrap()["problems"].to_string().contains(why), "{told:?}");
+    fs::rename(&away, &there).unwrap();
+    let _three = event("three.img");
     await_role("assigned");
     protect(&["remove", "web01"]);
     let _other = event("other.img");

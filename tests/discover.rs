@@ -4,6 +4,7 @@
 mod tree;
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use assert_cmd::Command;
@@ -293,10 +294,16 @@ fn qemu_sata_and_nvme_disks_have_their_identities() {
     assert_eq!(id(&found[0]).as_deref(), Some("naa.50014ee2b1c2d3e4"));
     assert_eq!(id(&found[1]).as_deref(), Some("t10.ATA_QEMU_HARDDISK_QM00003"));
     // ata_id stores it without the vendor, and udev's entry gives the same disk.
-    tree.udev("8:16", &[("ID_ATA", "1"), ("ID_BUS", "ata"), ("ID_SERIAL", "QEMU_HARDDISK_QM00003")]);
+    let ata = [("ID_ATA", "1"), ("ID_BUS", "ata")];
+    let serial = [("ID_SERIAL", "QEMU_HARDDISK_QM00003"), ("ID_SERIAL_SHORT", "QM00003")];
+    tree.udev("8:16", &[ata, serial].concat());
     without_pages(dir.path(), "sdb");
     let again = disks(&tree);
     assert_eq!((&again[1].id, again[1].id_source), (&found[1].id, Some(IdSource::Udev)));
+    // Without a serial there is but the model in that place, which is no disk's.
+    tree.udev("8:16", &[&ata[..], &[("ID_SERIAL", "QEMU_HARDDISK")]].concat());
+    let model = disks(&tree).remove(1);
+    assert_eq!((model.id, model.role), (None, Role::NoUuid));
 
     let dir = tempfile::tempdir().unwrap();
     let found = disks(&tree::nvme(dir.path()));
@@ -726,6 +733,40 @@ fn the_json_has_its_shape() {
             "role": "free", "evidence": [], "problems": [],
         })
     );
+}
+
+/// Where their file system is not mounted, what `setup apply` recorded still tells that there are some.
+#[test]
+fn protections_that_are_not_there_are_missed_by_what_was_set_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = dir.path().join("mt-agent.toml");
+    std::fs::write(&config, "").unwrap();
+    let missed = || {
+        let mut command = Command::cargo_bin("mt-agent").unwrap();
+        command.arg("discover-disks").arg("--config").arg(&config);
+        let output = command.arg("--state-dir").arg(dir.path().join("state")).assert().success();
+        let said = String::from_utf8(output.get_output().stderr.clone()).unwrap();
+        said.contains("state/retention holds no protections any more; mount the retention file system")
+    };
+    assert!(!missed(), "nothing was ever assigned");
+    let records = dir.path().join("state-setup/lvm");
+    std::fs::create_dir_all(&records).unwrap();
+    for dir in [records.parent().unwrap(), &records] {
+        std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700)).unwrap();
+    }
+    let record = |disks: usize| {
+        let record = json!({
+            "schema_version": 1, "state": "applied", "version": "", "time": "2026-03-01T10:00:00Z", "boot": null,
+            "reboot": false, "disks": disks, "files": [], "dirs": [], "calls": [],
+        });
+        std::fs::write(records.join("record.json"), record.to_string()).unwrap();
+    };
+    record(0);
+    assert!(!missed());
+    record(2);
+    assert!(missed());
+    std::fs::create_dir_all(dir.path().join("state/retention/machines")).unwrap();
+    assert!(!missed());
 }
 
 #[test]

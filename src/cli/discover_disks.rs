@@ -19,7 +19,7 @@ use mt_agent::protection::Store;
 use serde::Serialize;
 
 use super::places::Places;
-use super::{Failure, table};
+use super::{Failure, setup, table};
 
 /// The version of the JSON; it changes when a field goes or changes its meaning.
 const SCHEMA_VERSION: u32 = 1;
@@ -75,11 +75,20 @@ pub fn run(args: Args) -> Result<(), Failure> {
     }
     let include_loop = args.include_loop;
     // Another host's disks: this one's assignments say nothing of them.
-    let retention = if sysroot.is_live() { Some(args.places.load()?.retention_dir) } else { None };
-    let look = move || {
-        let Some(dir) = &retention else { return Options { include_loop, ..Options::default() } };
+    let config = if sysroot.is_live() { Some(args.places.load()?) } else { None };
+    let mut had = false;
+    let mut look = move || {
+        let Some(config) = &config else { return Options { include_loop, ..Options::default() } };
+        let dir = &config.retention_dir;
         // The disks are worth seeing all the same, to who may not read (all of) the protections too.
-        let (assigned, unread) = Store::open(dir).known();
+        let known = Store::open(dir).known();
+        // No command takes their directory away: that there was one is told by an earlier look, or by what was set up.
+        had |= known.is_some() || setup::disks(config) > 0;
+        let gone = (had && known.is_none()).then(|| {
+            format!("{} holds no protections any more; mount the retention file system", dir.display())
+        });
+        let (assigned, mut unread) = known.unwrap_or_default();
+        unread.extend(gone);
         Options { include_loop, assigned, unread, retention: Some(dir.clone()), ..Options::default() }
     };
     let options = look();

@@ -183,6 +183,12 @@ fn places_of(config: &Config) -> setup::Places {
     }
 }
 
+/// For how many assigned disks this host is set up, as far as that is known.
+pub fn disks(config: &Config) -> usize {
+    let host = Host::open("/".as_ref(), places_of(config), Wishes::default());
+    host.and_then(Setup::open).map_or(0, |setup| setup.disks())
+}
+
 /// After disks were assigned or taken away: makes those changes again that depend on it, where they were made. Says what was
 /// done.
 pub fn follow_disks(config: &Config) -> Result<Vec<String>, Failure> {

@@ -116,20 +116,26 @@ impl DiskId {
     }
 
     /// A SCSI name string (SPC-5, 7.7.6.11). One that holds an NAA, EUI-64 or UUID name is that name.
-    pub fn name(text: &str) -> Option<DiskId> {
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn name(text: &str) -> Result<DiskId, Reason> {
         let text = text.trim();
         if let Some((prefix, value)) = text.split_once('.') {
             match prefix.to_ascii_lowercase().as_str() {
-                "naa" => return DiskId::naa(&bytes_of(value)?),
-                "eui" => return DiskId::eui(&bytes_of(value)?),
-                "uuid" => return DiskId::uuid(bytes_of(value)?.as_slice().try_into().ok()?),
+                "naa" => return naa_digits(value),
+                "eui" => return eui_digits(value),
+                "uuid" => return uuid_digits(value),
                 _ => {}
             }
         }
         // What was dropped from the text may have hidden such a name from the look above; a broken one is none.
-        let id = DiskId::text(Kind::Name, text)?;
+        let id = DiskId::text(Kind::Name, text).ok_or(Reason::NoValue)?;
         let prefix = id.value.split_once('.').map(|(prefix, _)| prefix.to_ascii_lowercase());
-        (!matches!(prefix.as_deref(), Some("naa" | "eui" | "uuid"))).then_some(id)
+        match prefix.as_deref() {
+            Some("naa" | "eui" | "uuid") => Err(Reason::NoValue),
+            _ => Ok(id),
+        }
     }
 
     /// A T10 vendor designator: the vendor and what follows it, as text.
@@ -254,14 +260,14 @@ pub enum Reason {
     /// Not as many digits, or not the first digit, that an NAA name has.
     #[error("an NAA name has 16 digits and begins with 2, 3 or 5, or has 32 and begins with 6")]
     Naa,
-    /// An NAA name that nobody gave.
+    /// A name that nobody gave.
     #[error("it is a placeholder, all zeros or all f, which tells no disk from another")]
     Placeholder,
     /// Not as many digits as an EUI-64 has.
-    #[error("an EUI-64 name has 16, 24 or 32 hexadecimal digits that are not all zero or all f")]
+    #[error("an EUI-64 name has 16, 24 or 32 hexadecimal digits")]
     Eui,
     /// Not a UUID.
-    #[error("a UUID has 32 hexadecimal digits that are not all zero or all f")]
+    #[error("a UUID has 32 hexadecimal digits")]
     Uuid,
     /// A prefix with nothing behind it, or only with zeros.
     #[error("there is nothing behind its prefix that tells one disk from another")]
@@ -329,10 +335,10 @@ fn dotted(text: &str) -> Option<Result<DiskId, Reason>> {
     let (prefix, value) = text.split_once('.')?;
     Some(match prefix.to_ascii_lowercase().as_str() {
         "naa" => naa_digits(value),
-        "eui" => bytes_of(value).and_then(|b| DiskId::eui(&b)).ok_or(Reason::Eui),
+        "eui" => eui_digits(value),
         "uuid" => uuid_digits(value),
-        "name" => DiskId::name(value).ok_or(Reason::NoValue),
-        "iqn" => DiskId::name(text).ok_or(Reason::NoValue),
+        "name" => DiskId::name(value),
+        "iqn" => DiskId::name(text),
         "t10" => DiskId::t10(value).ok_or(Reason::NoValue),
         "nvme" => DiskId::text(Kind::Nvme, &value.to_ascii_lowercase()).ok_or(Reason::NoValue),
         "serial" => DiskId::text(Kind::Serial, value).ok_or(Reason::NoValue),
@@ -371,8 +377,8 @@ fn typed(text: &str) -> Result<DiskId, Reason> {
     let value = characters.as_str();
     match kind {
         '3' => naa_digits(value),
-        '2' => bytes_of(value).and_then(|b| DiskId::eui(&b)).ok_or(Reason::Eui),
-        '8' => DiskId::name(value).ok_or(Reason::NoValue),
+        '2' => eui_digits(value),
+        '8' => DiskId::name(value),
         '1' => DiskId::t10(value).ok_or(Reason::NoValue),
         // A vendor-specific designator, which udev puts behind vendor and model, as it does with the serial.
         '0' | 'S' => DiskId::text(Kind::Serial, value).ok_or(Reason::NoValue),
@@ -428,9 +434,15 @@ fn given_serial(serial: &str) -> Option<String> {
     (!is_no_serial(serial.as_bytes())).then_some(serial)
 }
 
+fn eui_digits(text: &str) -> Result<DiskId, Reason> {
+    let bytes = bytes_of(text).filter(|bytes| matches!(bytes.len(), 8 | 12 | 16)).ok_or(Reason::Eui)?;
+    DiskId::eui(&bytes).ok_or(Reason::Placeholder)
+}
+
 fn uuid_digits(text: &str) -> Result<DiskId, Reason> {
     let bytes = bytes_of(text).ok_or(Reason::Uuid)?;
-    bytes.as_slice().try_into().ok().and_then(DiskId::uuid).ok_or(Reason::Uuid)
+    let bytes = bytes.as_slice().try_into().map_err(|_| Reason::Uuid)?;
+    DiskId::uuid(bytes).ok_or(Reason::Placeholder)
 }
 
 fn has_uuid_dashes(text: &str) -> bool {
@@ -564,9 +576,11 @@ mod tests {
         assert_eq!(reason("naa.7000c2939d1a4b0f"), Reason::Naa);
         assert_eq!(reason("naa.50"), Reason::Naa);
         assert_eq!(reason("naa.5000c500a1b2c3dg"), Reason::Naa);
-        assert_eq!(reason("eui.0000000000000000"), Reason::Eui);
-        assert_eq!(reason("eui.FFFFFFFFFFFFFFFF"), Reason::Eui);
-        assert_eq!(reason("uuid.ffffffff-ffff-ffff-ffff-ffffffffffff"), Reason::Uuid);
+        assert_eq!(reason("scsi-8naa.50"), Reason::Naa);
+        assert_eq!(reason("eui.00"), Reason::Eui);
+        assert_eq!(reason("eui.0000000000000000"), Reason::Placeholder);
+        assert_eq!(reason("eui.FFFFFFFFFFFFFFFF"), Reason::Placeholder);
+        assert_eq!(reason("uuid.ffffffff-ffff-ffff-ffff-ffffffffffff"), Reason::Placeholder);
         assert_eq!(reason("virtio.0000"), Reason::NoValue);
         assert_eq!(reason("uuid.1234"), Reason::Uuid);
         assert_eq!(reason("t10.   "), Reason::NoValue);
@@ -596,7 +610,7 @@ mod tests {
             for spelling in [format!("naa.{digits}"), format!("wwn-0x{digits}"), format!("scsi-3{digits}")] {
                 assert_eq!(reason(&spelling), Reason::Placeholder, "{spelling}");
             }
-            assert_eq!(DiskId::name(&format!("naa.{digits}")), None);
+            assert_eq!(DiskId::name(&format!("naa.{digits}")), Err(Reason::Placeholder));
         }
         // What somebody chose, however simple, is one: the first of a maker, scsi_debug's, tgt's.
         for digits in [

@@ -14,7 +14,7 @@
 
 use std::fmt;
 
-use super::id::{DiskId, is_no_serial};
+use super::id::{DiskId, Reason, is_no_serial};
 
 /// Why a page cannot be used at all.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -136,7 +136,7 @@ pub enum Flaw {
     Length(usize),
     /// Its NAA digit is none of 2, 3, 5 and 6.
     NaaFormat(u8),
-    /// It is text that is not text.
+    /// It is text that is not text, or not the name that it says it is.
     Text,
     /// Its code set does not go with its type.
     CodeSet,
@@ -190,7 +190,7 @@ impl Designator<'_> {
             Value::Naa(bytes) => DiskId::naa(bytes),
             Value::Eui64(bytes) => DiskId::eui(bytes),
             Value::Uuid(bytes) => DiskId::uuid(bytes),
-            Value::ScsiName(name) => DiskId::name(name),
+            Value::ScsiName(name) => DiskId::name(name).ok(),
             Value::T10Vendor { vendor, specific } => {
                 // A vendor without anything behind it is the same on all of its disks, and so is an ATA disk's model (its 40
                 // bytes come first) without a serial.
@@ -309,12 +309,21 @@ fn designator(codes: u8, types: u8, bytes: &[u8]) -> Result<Designator<'_>, Flaw
     };
     let protocol = (types & 0x80 != 0).then_some(codes >> 4);
     let designator = Designator { association, code_set, protocol, value };
-    let named =
-        matches!(designator.value, Value::Naa(_) | Value::Eui64(_) | Value::Uuid(_) | Value::ScsiName(_));
-    if association == Association::LogicalUnit && named && designator.identity().is_none() {
-        return Err(Flaw::Placeholder);
+    let flaw = match &designator.value {
+        Value::Naa(_) | Value::Eui64(_) | Value::Uuid(_) => {
+            designator.identity().is_none().then_some(Flaw::Placeholder)
+        }
+        // Only here the digits of such a name have not been looked at yet.
+        Value::ScsiName(name) => DiskId::name(name).err().map(|reason| match reason {
+            Reason::Placeholder | Reason::NoValue => Flaw::Placeholder,
+            _ => Flaw::Text,
+        }),
+        _ => None,
+    };
+    match flaw {
+        Some(flaw) if association == Association::LogicalUnit => Err(flaw),
+        _ => Ok(designator),
     }
-    Ok(designator)
 }
 
 fn t10_vendor(bytes: &[u8]) -> Result<Value<'_>, Flaw> {
@@ -510,12 +519,18 @@ mod tests {
 
     #[test]
     fn hostile_designators_are_passed_over_with_a_note() {
-        let cases: [(u8, u8, &[u8], Flaw); 20] = [
+        let cases: [(u8, u8, &[u8], Flaw); 26] = [
             (1, 3, &[0x50, 0, 0, 0, 0, 0, 0, 0], Flaw::Placeholder),
             (1, 3, &[0x50, 0, 0xc5, 0, 0, 0, 0, 0], Flaw::Placeholder),
             (1, 2, &[0xff; 8], Flaw::Placeholder),
             (1, 0xa, &[0x10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], Flaw::Placeholder),
             (3, 8, b"naa.5000000000000000", Flaw::Placeholder),
+            (3, 8, b"eui.0000000000000000", Flaw::Placeholder),
+            (3, 8, b"____", Flaw::Placeholder),
+            (3, 8, b"naa.5000", Flaw::Text),
+            (3, 8, b"naa.5000C500A1B2C3Dx", Flaw::Text),
+            (3, 8, b"naa.6000C2939D1A4B0F", Flaw::Text),
+            (3, 8, b"uuid.1efe0ec1-6b2e", Flaw::Text),
             (1, 3, &[], Flaw::Empty),
             (1, 3, &NAA6[..8], Flaw::Length(8)),
             (1, 3, &NAA6[..15], Flaw::Length(15)),

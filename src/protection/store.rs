@@ -75,13 +75,16 @@ impl Store {
         };
         let protection = file::parse(&bytes).map_err(|error| match error {
             ParseError::Version(version) => Error::Unsupported { file: path.clone(), version },
-            ParseError::Corrupt { line, what } => Error::Corrupt { file: path.clone(), line, what },
+            ParseError::Corrupt { line, what } => {
+                Error::Corrupt { machine: machine.clone(), file: path.clone(), line, what }
+            }
         })?;
         // A copy of another machine's file would give two machines the same disks.
         if protection.machine != *machine {
             let line = bytes.split(|&b| b == b'\n').position(|line| line.starts_with(b"machine"));
             let what = format!("this is the protection of machine {}, not of {machine}", protection.machine);
-            return Err(Error::Corrupt { file: path, line: line.map_or(1, |line| line + 1), what });
+            let line = line.map_or(1, |line| line + 1);
+            return Err(Error::Corrupt { machine: machine.clone(), file: path, line, what });
         }
         Ok(protection)
     }
@@ -92,10 +95,15 @@ impl Store {
     /// # Errors
     /// Only where the directory itself cannot be listed. One that does not exist holds no protections.
     pub fn all(&self) -> Result<Vec<Listed>, Error> {
+        Ok(self.listed()?.unwrap_or_default())
+    }
+
+    /// The same; none where there is no directory.
+    fn listed(&self) -> Result<Option<Vec<Listed>>, Error> {
         let failed = |error| IoError::new("list", self.machines.display().to_string(), error);
         let entries = match fs::read_dir(&self.machines) {
             Ok(entries) => entries,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(failed(error).into()),
         };
         let mut names = Vec::new();
@@ -116,7 +124,7 @@ impl Store {
         // One that was removed since the listing is not there, rather than broken.
         let gone =
             |(_, loaded): &(Name, Result<Protection, Error>)| matches!(loaded, Err(Error::NoMachine { .. }));
-        Ok(names.into_iter().map(load).filter(|entry| !gone(entry)).collect())
+        Ok(Some(names.into_iter().map(load).filter(|entry| !gone(entry)).collect()))
     }
 
     /// Every assigned target disk, with the machine and the machine's disk to which it belongs.
@@ -191,13 +199,18 @@ impl Store {
         Ok(before)
     }
 
-    /// As [`Store::assigned`], as far as it can be read; and why the rest cannot.
-    pub fn known(&self) -> (BTreeMap<DiskId, String>, Vec<String>) {
+    /// As [`Store::assigned`], as far as it can be read; and why the rest cannot. None where there is no directory of
+    /// protections: nothing was ever assigned, or the file system that holds it is not mounted.
+    pub fn known(&self) -> Option<(BTreeMap<DiskId, String>, Vec<String>)> {
         let (mut assigned, mut unread) = (BTreeMap::<DiskId, String>::new(), Vec::new());
-        for (machine, protection) in self.all().unwrap_or_else(|error| {
-            unread.push(chain(&error));
-            Vec::new()
-        }) {
+        let listed = match self.listed() {
+            Ok(listed) => listed?,
+            Err(error) => {
+                unread.push(chain(&error));
+                Vec::new()
+            }
+        };
+        for (machine, protection) in listed {
             match protection {
                 Ok(protection) => {
                     for disk in protection.disks {
@@ -210,7 +223,9 @@ impl Store {
                 Err(error) => unread.push(chain(&error)),
             }
         }
-        (assigned, unread)
+        // Unmounted while its files were read, which then seemed to have been removed.
+        let gone = matches!(self.machines.try_exists(), Ok(false));
+        (!gone).then_some((assigned, unread))
     }
 
     /// What `assign` would write, checked as there, but neither locked nor written.

@@ -211,6 +211,7 @@ fn a_broken_file_says_where_and_leaves_the_others_alone() {
     let error = all[0].1.as_ref().unwrap_err().to_string();
     assert!(error.starts_with(&format!("{}:{line}: ", store.file(&db).display())), "{error}");
     assert!(error.contains("full") && error.contains("protect add"), "{error}");
+    assert!(error.contains("`mt-agent protect remove db01`"), "{error}");
     assert!(all[1].1.is_ok());
     // The other machine goes on receiving, but nobody knows any more which disks are free.
     store.begin_pass(&web, &name("root"), A, &source()).unwrap();
@@ -219,6 +220,40 @@ fn a_broken_file_says_where_and_leaves_the_others_alone() {
     assert!(matches!(store.remove(&db, Some(&name("root"))), Err(Error::Corrupt { .. })));
     assert!(store.remove(&db, None).unwrap().is_empty());
     store.assign(&web, &[assignment("data", 2)]).unwrap();
+}
+
+#[test]
+fn where_there_is_no_directory_nothing_is_known() {
+    let (dir, store) = store();
+    assert_eq!(store.known(), None);
+    store.assign(&name("web01"), &[assignment("root", 1)]).unwrap();
+    let known = Some((BTreeMap::from([(id(1), "web01".to_owned())]), Vec::new()));
+    assert_eq!(store.known(), known);
+    fs::rename(dir.path().join("machines"), dir.path().join("away")).unwrap();
+    assert_eq!(store.known(), None);
+    fs::rename(dir.path().join("away"), dir.path().join("machines")).unwrap();
+    assert_eq!(store.known(), known);
+    store.remove(&name("web01"), None).unwrap();
+    assert_eq!(store.known(), Some(Default::default()));
+}
+
+/// Its error alone says what is wrong and the way out, and that is one.
+#[test]
+fn a_file_with_an_identity_that_names_no_disk_is_told_and_taken_away() {
+    let (_dir, store) = store();
+    let db = name("db01");
+    for given in ["virtio.0", "eui.ffffffffffffffff", "naa.5000c50000000000"] {
+        store.assign(&db, &[assignment("root", 2)]).unwrap();
+        let good = fs::read_to_string(store.file(&db)).unwrap();
+        fs::write(store.file(&db), good.replace(&id(2).to_string(), given)).unwrap();
+        let line = good.lines().position(|line| line.starts_with("id = ")).unwrap() + 1;
+        let error = store.assigned().unwrap_err().to_string();
+        let told = format!("{}:{line}: `{given}` is no disk identity: ", store.file(&db).display());
+        assert!(error.starts_with(&told), "{error}");
+        assert!(error.contains(", or take it away with `mt-agent protect remove db01`"), "{error}");
+        assert!(store.remove(&db, None).unwrap().is_empty());
+        assert!(store.assigned().unwrap().is_empty());
+    }
 }
 
 #[test]

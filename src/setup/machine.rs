@@ -222,6 +222,13 @@ impl Setup {
         Ok(changes.iter().map(|change| (change.name, self.apply_one(change))).collect())
     }
 
+    /// For how many assigned disks this host is set up, as far as the records can be read.
+    pub fn disks(&self) -> usize {
+        let follows = CHANGES.iter().filter(|change| change.follows_disks);
+        let records = follows.filter_map(|change| self.records.load(change.name).ok().flatten());
+        records.map(|record| record.disks).max().unwrap_or(0)
+    }
+
     /// Makes those changes again that depend on which disks are assigned, as far as they were made. Where none was,
     /// nothing is written.
     ///

@@ -49,10 +49,15 @@ impl Properties {
         if let Some(wwid) = self.get("ID_WWN").filter(|wwn| !wwn.starts_with("0x")) {
             take(wwid.to_owned());
         }
-        // Behind vendor and model a serial that nobody gave does not show any more.
-        let given = !self.get("ID_SERIAL_SHORT").is_some_and(|serial| is_no_serial(serial.as_bytes()));
-        if let Some(serial) = self.get("ID_SERIAL").filter(|_| given) {
-            if self.get("ID_ATA").is_some() {
+        let ata = self.get("ID_ATA").is_some();
+        // Behind vendor and model a serial that is not there, or that nobody gave, does not show any more.
+        let given = |serial: &str| match self.get("ID_SERIAL_SHORT") {
+            Some(short) => !is_no_serial(short.as_bytes()),
+            // The digits of a page 0x83 of before SPC-3 are in `ID_SERIAL` alone.
+            None => !ata && !serial.starts_with('S'),
+        };
+        if let Some(serial) = self.get("ID_SERIAL").filter(|serial| given(serial)) {
+            if ata {
                 take(format!("ata-{serial}"));
             } else if self.get("ID_SCSI").is_some() && !serial.starts_with('0') {
                 // Type 0 is vendor specific: QEMU puts the drive's name there, which says where the disk is
@@ -84,7 +89,7 @@ mod tests {
 
     #[test]
     fn each_bus_has_its_serial() {
-        let ata = "E:ID_ATA=1\nE:ID_SERIAL=QEMU_HARDDISK_QM1\nE:ID_BUS=ata\n";
+        let ata = "E:ID_ATA=1\nE:ID_SERIAL=QEMU_HARDDISK_QM1\nE:ID_SERIAL_SHORT=QM1\nE:ID_BUS=ata\n";
         assert_eq!(identity(ata).as_deref(), Some("t10.ATA_QEMU_HARDDISK_QM1"));
         let ata = format!("{ata}E:ID_WWN_WITH_EXTENSION=0x5000c500a1b2c3d4\n");
         assert_eq!(identity(&ata).as_deref(), Some("naa.5000c500a1b2c3d4"));
@@ -93,7 +98,7 @@ mod tests {
             Some("eui.0025385b71b0a1c2")
         );
         assert_eq!(
-            identity("E:ID_SCSI=1\nE:ID_SERIAL=SQEMU_QEMU_HARDDISK_d7\n").as_deref(),
+            identity("E:ID_SCSI=1\nE:ID_SERIAL=SQEMU_QEMU_HARDDISK_d7\nE:ID_SERIAL_SHORT=d7\n").as_deref(),
             Some("serial.QEMU_QEMU_HARDDISK_d7")
         );
         assert_eq!(identity("E:ID_SCSI=1\nE:ID_SERIAL=0QEMU_QEMU_HARDDISK_drive-scsi0-0-0-0\n"), None);
@@ -101,6 +106,17 @@ mod tests {
             assert!(identity(&format!("E:{bus}\nE:ID_SERIAL_SHORT=1000\n")).is_some());
             assert_eq!(identity(&format!("E:{bus}\nE:ID_SERIAL_SHORT=0000\n")), None);
         }
+        // As scsi_id and ata_id write it where there are only blanks.
+        for bus in ["ID_SCSI=1\nE:ID_SERIAL=SACME_disk", "ID_ATA=1\nE:ID_SERIAL=ACME_disk"] {
+            for short in ["", "E:ID_SERIAL_SHORT=\n"] {
+                assert_eq!(identity(&format!("E:{bus}\n{short}")), None);
+            }
+        }
+        // As scsi_id writes it of a page 0x83 of before SPC-3.
+        assert_eq!(
+            identity("E:ID_SCSI=1\nE:ID_SERIAL=35000c500a1b2c3d4\nE:ID_SERIAL_SHORT=\n").as_deref(),
+            Some("naa.5000c500a1b2c3d4")
+        );
         assert_eq!(identity(""), None);
         assert_eq!(identity("E:\nE:=\nE:ID_WWN_WITH_EXTENSION=\nnonsense\0"), None);
     }

@@ -359,6 +359,25 @@ fn a_file_that_others_change_too_is_applied_over_their_edits_and_not_reverted_ov
     assert_eq!(host_files(&snapshot(dir.path())), snapshot(tree().path()));
 }
 
+/// What is not of ours among the records is left, and keeps nothing from being taken back.
+#[test]
+fn a_directory_among_what_is_kept_is_left_alone() {
+    let dir = tree();
+    apply(dir.path()).unwrap();
+    let theirs = dir.path().join("var/lib/mt-agent-setup/all/theirs");
+    fs::create_dir(&theirs).unwrap();
+    fs::write(theirs.join("file"), "theirs").unwrap();
+    wish(dir.path(), "2");
+    apply(dir.path()).unwrap();
+    revert(dir.path()).unwrap();
+    revert(dir.path()).unwrap();
+    wish(dir.path(), "1");
+    assert_eq!(host_files(&snapshot(dir.path())), snapshot(tree().path()));
+    let left: Vec<_> =
+        fs::read_dir(theirs.parent().unwrap()).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert_eq!((left, fs::read(theirs.join("file")).unwrap()), (vec![theirs], b"theirs".to_vec()));
+}
+
 #[test]
 fn records_that_others_could_have_written_are_not_believed() {
     let dir = tree();

@@ -259,6 +259,8 @@ impl Setup {
             }
             return Ok(applied);
         }
+        // Then a file or a directory may be there without what is done after it was made.
+        let is_interrupted = look.record.as_ref().is_some_and(|record| record.state != State::Applied);
         let mut record = look.record.take().unwrap_or_else(Record::begun);
         for target in look.targets.iter().filter(|target| target.differs) {
             let known = record.files.iter_mut().find(|file| file.path == target.path);
@@ -292,21 +294,32 @@ impl Setup {
         record.calls.clone_from(&look.wanted.calls);
         self.records.save(change.name, &record)?;
 
-        for target in look.targets.iter().filter(|target| target.differs) {
-            if target.want != Entry::Absent {
-                for dir in tree::missing_dirs(root, &target.path) {
-                    tree::make_dir(root, &dir, 0o755)?;
-                    self.label(&dir)?;
+        if is_interrupted {
+            // One in which nothing is yet may lack its permissions or its label: it is made again.
+            record.dirs.iter().rev().try_for_each(|dir| tree::remove_dir(root, dir))?;
+        }
+        for target in &look.targets {
+            if target.differs {
+                if target.want != Entry::Absent {
+                    for dir in tree::missing_dirs(root, &target.path) {
+                        tree::make_dir(root, &dir, 0o755)?;
+                        self.label(&dir)?;
+                    }
                 }
+                tree::put(root, &target.path, &target.want, &target.want_bytes)?;
+                moment()?;
             }
-            tree::put(root, &target.path, &target.want, &target.want_bytes)?;
-            if target.now == Entry::Absent {
+            let is_made = |file: &FileRecord| file.path == target.path && file.before == Entry::Absent;
+            let is_new = target.now == Entry::Absent || is_interrupted && record.files.iter().any(is_made);
+            if is_new && target.want != Entry::Absent {
                 self.label(&target.path)?;
             }
             moment()?;
-            applied.files.push(target.path.clone());
-            if target.want == Entry::Absent {
-                applied.removed.push(target.path.clone());
+            if target.differs {
+                applied.files.push(target.path.clone());
+                if target.want == Entry::Absent {
+                    applied.removed.push(target.path.clone());
+                }
             }
         }
         applied.calls.extend(self.call(&look.wanted.calls)?);

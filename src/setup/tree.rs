@@ -553,6 +553,7 @@ pub fn make_dir(root: &Root, real: &Path, mode: u32) -> Result<(), Error> {
                 && spot.kind().is_ok_and(|kind| kind == SFlag::S_IFDIR) => {}
         made => {
             made.map_err(failed("create", &path))?;
+            moment()?;
             // Whatever the umask is: others may have to read what lies in it.
             spot.open(OFlag::O_RDONLY | OFlag::O_DIRECTORY)
                 .and_then(|made| made.set_permissions(Permissions::from_mode(mode)))

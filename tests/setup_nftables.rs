@@ -132,8 +132,14 @@ fn the_port_is_let_in_before_the_last_word_of_the_chain() {
                 \x20   counter packets 1 bytes 2 log prefix \"no; } { \" drop\n  }\n}\ntable inet other {\n  chain x { type filter hook input priority -150; meta mark set 1; }\n}";
     let (in_closed, in_sample) = ("accept # by hand\n", "jump allow\n");
     type Lines<'a> = &'a [(&'a str, &'a str)];
-    let cases: [(&str, &str, Lines<'_>); 4] = [
+    let logging =
+        CLOSED.replace(in_closed, &format!("{in_closed}\t\tlimit rate 5/minute log prefix \"drop: \"\n"));
+    let logging_last =
+        SAMPLE.replace("\t\treject", "\t\tlog prefix \"1\"\n\t\tlog prefix \"2\" counter\n\t\treject");
+    let cases: [(&str, &str, Lines<'_>); 6] = [
         (DEBIAN, CLOSED, &[(in_closed, "\t\tR")]),
+        (DEBIAN, &logging, &[(in_closed, "\t\tR")]),
+        (EL, &logging_last, &[(in_sample, "\t\tR")]),
         (EL, "# there\\\ninclude \"/etc/nftables/more.nft\"\n", &[]),
         (EL, SAMPLE, &[(in_sample, "\t\tR")]),
         (DEBIAN, pair, &[("10.7.7.7 drop; ", "\n  \tR  "), ("58 accept\n", "    R")]),
@@ -264,12 +270,40 @@ fn rules_that_are_not_clear_are_not_touched() {
         (sample("22, 80", "22, 9443"), "speaks of it"),
         (sample("ip saddr 10.7.7.7 counter drop", "iif lo jump allow").replace("\t\tjump allow\n", "").replace("@ports", "9443"), "speaks of it"),
         (sample("tcp dport @ports", "return\ntcp dport 9443 accept\ntcp dport @ports"), "speaks of it"),
+        (input("ip saddr 10.0.0.0/8 tcp dport 9000-9999 accept"), "speaks of it"),
+        (input("ip saddr 10.0.0.0/8 tcp dport 9000 - 9999 accept"), "speaks of it"),
+        (input("ip saddr 10.0.0.0/8 tcp dport { 22, 9000- 9999 } accept"), "speaks of it"),
+        (sample("22, 80", "9000-9999"), "speaks of it"),
+        (sample("22, 80", "ssh, no-such-name"), "speaks of it"),
+        (sample("22, 80", "22, also-ours"), "speaks of it"),
+        (sample("type inet_service; elements = { 22, 80 }", "typeof tcp dport; elements={9000-9999}"), "speaks of it"),
+        (sample("inet_service; elements = { 22, 80 }", "ipv4_addr . inet_service; elements = { 10.0.0.1 . ours }"), "speaks of it"),
+        (input("tcp dport !=9443 accept"), "speaks of it"),
+        (input("ip saddr 10.0.0.0/8 tcp dport>9000 accept"), "speaks of it"),
+        (input("ip saddr 10.0.0.0/8 tcp dport >=9000 accept"), "speaks of it"),
+        (input("ip saddr 10.0.0.0/8 tcp dport != 22 accept"), "speaks of it"),
+        (input("ip saddr 10.0.0.0/8 tcp dport ne 22 accept"), "speaks of it"),
+        (input("ip saddr 10.0.0.0/8 tcp dport & 0xff == 0xe3 accept"), "speaks of it"),
+        (input("ip saddr 10.0.0.0/8 tcp dport 0x24e3 accept"), "speaks of it"),
+        (input("ip saddr 10.0.0.0/8 tcp dport 022343 accept"), "speaks of it"),
+        (input("ip saddr 10.0.0.0/8 tcp dport ours accept"), "speaks of it"),
+        (input("ip saddr 10.0.0.0/8 @th,16,16 > 9000 accept"), "speaks of it"),
+        (input("ip saddr 10.0.0.0/8 ct original proto-dst >9000 accept"), "speaks of it"),
+        (input("ip saddr . tcp dport { 10.0.0.1 . ours } accept"), "speaks of it"),
+        (input("tcp dport 9000-9999 accept"), "let in port 9443"),
+        (input("tcp dport { 22, 0x24e3 } accept"), "let in port 9443"),
         // Refused before.
         (input("tcp dport 9443 drop"), refuse),
         (input("tcp dport 1024-65535 drop"), refuse),
         (input("ip saddr 0.0.0.0/0 drop"), refuse),
         (input("ip saddr 10.0.0.0/8 tcp dport 80 drop"), refuse),
         (input("ip saddr 10.0.0.0/8 @th,16,16 80 drop"), refuse),
+        (input("ip saddr !=10.0.0.0/8 drop"), refuse),
+        (input("ip saddr ne 10.0.0.0/8 drop"), refuse),
+        (input("ip saddr lt 10.0.0.0 drop"), refuse),
+        (input("ip saddr>=10.0.0.0 drop"), refuse),
+        (input("ip saddr & 0.0.0.0 == 0.0.0.0 drop"), refuse),
+        (input("ip saddr and 0.0.0.0 == 0.0.0.0 drop"), refuse),
         (input("ct state new drop"), refuse),
         (input("ct state != established reject"), refuse),
         (input("iifname eth1 drop"), refuse),
@@ -296,7 +330,7 @@ fn rules_that_are_not_clear_are_not_touched() {
         (and(&chain("ip", "output priority 0; policy drop;")), hook),
         (and(&chain("ip", "prerouting priority 0; redirect to 22;")), hook),
         (open.clone() + &chain("ip", "output priority 0; jump x;"), hook),
-        (CLOSED.replace("ct state invalid", &format!("{BASE}\n\t\tct state invalid")), hook),
+        (CLOSED.replace("ct state invalid", &format!("{BASE}\n\t\tct state invalid")), "inet filter input says twice at which hook it is"),
         // Not as it is usually.
         (CLOSED.replace("\tset", "\tflags dormant\n\tset"), strange),
         (and("flush table inet filter"), strange),
@@ -323,6 +357,7 @@ fn rules_that_are_not_clear_are_not_touched() {
     for (rules, told) in cases {
         let dir = host(DEBIAN, &rules);
         let root = dir.path();
+        write(root, "etc/services", "# 9443\nssh 22/tcp # x\nours\t9443/tcp also-ours\nours 9444/udp\n");
         let start = etc(root);
         let network = setup(root, "check", &["--json"]).json()["changes"][0].take();
         let found = network["findings"].as_array().unwrap().last().unwrap().clone();
@@ -358,6 +393,18 @@ fn the_unit_is_read_strictly() {
         ("etc/systemd/system/nftables.service", "[Service]\n".to_owned(), not_its_own),
         ("etc/systemd/system/nftables.service.d/x.conf", String::new(), "nftables.service.d may have"),
         ("usr/lib/systemd/system/nftables.service.d/x.conf", String::new(), "nftables.service.d may have"),
+        ("etc/systemd/system/service.d/x.conf", String::new(), "service.d may have"),
+        (
+            "etc/systemd/system.control/nftables.service.d/x.conf",
+            String::new(),
+            "nftables.service.d may have",
+        ),
+        (
+            "usr/local/lib/systemd/system/nftables.service.d/x.conf",
+            String::new(),
+            "nftables.service.d may have",
+        ),
+        ("usr/local/lib/systemd/system/nftables.service", start.to_owned(), "nftables.service may have"),
         ("iptables.service", String::new(), "iptables.service is enabled too"),
         ("ufw.service", String::new(), "ufw.service is enabled too"),
     ];
@@ -382,6 +429,18 @@ fn the_unit_is_read_strictly() {
         let found = network["findings"].as_array().unwrap().last().unwrap().clone();
         assert!(found["level"] == "warn" && found["what"].as_str().unwrap().starts_with(unit), "{found}");
         assert!(found["fix"].as_str().unwrap().contains("TCP port 9443"), "{found}");
+    }
+}
+
+/// As in EL's own sample.
+#[test]
+fn a_service_at_another_port_is_no_reason_to_leave_the_rules_alone() {
+    for rules in [SAMPLE.replace("22, 80", "ssh, 9090"), CLOSED.replace("dport 22", "dport { ssh, 80 }")] {
+        let dir = host(EL, &rules);
+        let root = dir.path();
+        write(root, "etc/services", "ssh\t22/tcp\nssh\t22/udp\nours 9443/tcp # ssh\n");
+        setup(root, "apply", &[]).ok();
+        assert!(text(root, EL).contains(RULE), "{rules}");
     }
 }
 

@@ -204,7 +204,7 @@ fn what_the_administrator_writes_later_is_followed_or_left() {
         open();
         let before = etc(root);
         let checked = setup(root, "check", &[]).ok().stdout;
-        assert!(checked.contains("let in port 9443") && !checked.contains("warn"), "{checked}");
+        assert!(checked.contains("let in port 9443 once") && !checked.contains("warn"), "{checked}");
         setup(root, "apply", &[]).ok();
         assert_eq!(etc(root), before);
     }
@@ -241,6 +241,102 @@ fn what_the_administrator_writes_later_is_followed_or_left() {
     }
     let refused = setup(root, "revert", &[]).fails(3, &["refused: network"]).stdout;
     assert!(refused.contains("was changed since"), "{refused}");
+}
+
+/// Wherever the file lies: the rules that are loaded go on to have the line.
+#[test]
+fn the_line_stays_where_the_way_to_it_is_not_known_any_more() {
+    let input = "etc/nftables.d/input.nft";
+    let ways: [(&str, &str); 3] = [
+        (DEBIAN, "include \"/etc/nftables.d/*.nft\"\n"),
+        ("etc/systemd/system/nftables.service.d/x.conf", "[Service]\n"),
+        ("etc/systemd/system/x.target.wants/iptables.service", "x\n"),
+    ];
+    for (path, content) in ways {
+        for is_edited in [false, true] {
+            let dir = host(DEBIAN, "include \"/etc/nftables.d/input.nft\"\n");
+            let root = dir.path();
+            write(root, input, SAMPLE);
+            let start = etc(root);
+            setup(root, "apply", &[]).ok();
+            match path.ends_with("iptables.service") {
+                true => {
+                    fs::create_dir_all(root.join(path).parent().unwrap()).unwrap();
+                    symlink("/x", root.join(path)).unwrap();
+                }
+                false => write(root, path, content),
+            }
+            let with = text(root, input);
+            assert!(with.contains(RULE), "{with}");
+            if is_edited {
+                write(root, input, &format!("# mine\n{with}"));
+            }
+            // Nor does it keep the rest from being done.
+            fs::remove_file(root.join("etc/sysctl.d/60-mt-agent-network.conf")).unwrap();
+            let before = etc(root);
+            let plan = setup(root, "plan", &[]).ok().stdout;
+            assert!(!plan.contains("+++ /etc/nftables") && plan.contains("is not clear"), "{path}: {plan}");
+            for _ in 0..2 {
+                setup(root, "apply", &[]).ok();
+                let mut now = etc(root);
+                assert!(now.remove(&root.join("etc/sysctl.d/60-mt-agent-network.conf")).is_some());
+                assert_eq!(now, before, "{path}");
+            }
+            // It is known still what was there first.
+            if is_edited {
+                write(root, input, &with);
+            }
+            setup(root, "revert", &[]).ok();
+            assert_eq!(text(root, input).into_bytes(), start[&root.join(input)], "{path}");
+        }
+    }
+}
+
+/// He edited a file, and what we have in it is not wanted any more: that is told, and keeps nothing else from being done.
+#[test]
+fn a_line_in_a_file_that_was_edited_is_taken_out_by_hand() {
+    let dir = host(DEBIAN, CLOSED);
+    let root = dir.path();
+    setup(root, "apply", &[]).ok();
+    let edited = format!("# mine\n{}", text(root, DEBIAN));
+    write(root, DEBIAN, &edited);
+    // To firewalld.
+    let wants = root.join("etc/systemd/system/sysinit.target.wants");
+    fs::rename(wants.join("nftables.service"), wants.join("firewalld.service")).unwrap();
+    write(root, "usr/lib/firewalld/zones/public.xml", "<zone>\n</zone>\n");
+    let zone = "etc/firewalld/zones/public.xml";
+    let told = |said: &str| {
+        let names = said.contains("/etc/nftables.conf was changed since `setup apply` put a line into it");
+        names && said.contains(&format!("remove `{}` from it", RULE.trim()))
+    };
+    for _ in 0..2 {
+        let applied = setup(root, "apply", &[]).ok().stdout;
+        assert!(told(&applied) && text(root, zone).contains("mt-agent"), "{applied}");
+        assert_eq!(text(root, DEBIAN), edited);
+        let network = setup(root, "check", &["--json"]).ok().json()["changes"][0].take();
+        assert!(network["level"] == "warn" && told(&network.to_string().replace('\\', "")), "{network:#}");
+    }
+    // firewalld's own tool writes a zone anew, and the default one is another by then.
+    let with = text(root, zone);
+    write(root, zone, &with.replace("<zone>", "<zone>\n  <service name=\"ssh\"/>"));
+    write(root, "etc/firewalld/firewalld.conf", "DefaultZone=work\n");
+    write(root, "usr/lib/firewalld/zones/work.xml", "<zone>\n</zone>\n");
+    let applied = setup(root, "apply", &[]).ok().stdout;
+    assert!(applied.contains("remove `<service name=\"mt-agent\"/>` from it"), "{applied}");
+    assert!(text(root, "etc/firewalld/zones/work.xml").contains("mt-agent"));
+    // None of it is taken back before the lines are out; then all of it is.
+    let refused = setup(root, "revert", &[]).fails(3, &["refused: network"]).stdout;
+    assert!(refused.contains(&format!("it still has the line `{}`", RULE.trim())), "{refused}");
+    assert!(refused.contains("it still has the line `<service name=\"mt-agent\"/>`"), "{refused}");
+    let edited = edited.replace(RULE, "");
+    write(root, DEBIAN, &edited);
+    let network = setup(root, "check", &["--json"]).ok().json()["changes"][0].take().to_string();
+    assert!(!network.contains("nftables.conf") && network.contains("<service name="), "{network}");
+    fs::remove_file(root.join(zone)).unwrap();
+    setup(root, "revert", &[]).ok();
+    assert_eq!(text(root, DEBIAN), edited);
+    assert!(!root.join("etc/firewalld/zones/work.xml").exists() && !root.join(zone).exists());
+    assert!(!root.join("var/lib/mt-agent-setup/network").exists());
 }
 
 /// What is told, and why nothing is written then.
@@ -466,8 +562,11 @@ fn the_running_rules_are_the_administrators() {
     );
     let first = ["--mount", "--propagation", "private", "sh", "-ec", &script, root.to_str().unwrap()];
     let said = support::tool("unshare", &[&first[..], &[env!("CARGO_BIN_EXE_mt-agent")]].concat());
-    assert_eq!(said.matches("systemctl reload nftables.service").count(), 1, "{said}");
-    assert!(said.contains("network: is taken back"), "{said}");
+    let [applied, back] =
+        [said.find("is in effect when nftables.service has"), said.find("network: is taken back")];
+    assert!(applied.is_some() && applied < back, "{said}");
+    assert_eq!(said.matches("systemctl reload nftables.service").count(), 2, "{said}");
+    assert!(said[back.unwrap()..].contains("may let in port 9443 until systemctl reload"), "{said}");
     assert_eq!(text(root, "before"), text(root, "after"));
     assert_eq!(text(root, DEBIAN), CLOSED);
 }

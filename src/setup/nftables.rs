@@ -51,7 +51,7 @@ pub(super) fn wanted(host: &Host, wanted: &mut Wanted) {
             here.fold(text.clone(), |text, place| place.with(&text, &rule(port))).into_bytes()
         });
         is_written |= new != *before;
-        wanted.files.push(File::shared(path, new));
+        wanted.files.push(File::shared(path, new).line(rule(port)));
     }
     match &due {
         Ok(_) if refusing.is_empty() => {
@@ -60,7 +60,9 @@ pub(super) fn wanted(host: &Host, wanted: &mut Wanted) {
         Ok(_) => {
             wanted.evidence(format!("nftables refuses what it does not know in {names}"));
             if !is_written {
-                wanted.find(Level::Pass, format!("the rules of nftables let in port {port}"), "");
+                let what =
+                    format!("the rules of nftables let in port {port} once nftables.service has loaded them");
+                wanted.find(Level::Pass, what, "");
             } else if host.is_live() {
                 wanted.find(
                     Level::Warn,
@@ -81,15 +83,11 @@ pub(super) fn wanted(host: &Host, wanted: &mut Wanted) {
             );
         }
     }
-    // And where it was loaded once, or the way to it is not known any more.
-    let names = host.root.names("/etc/nftables").into_iter().map(|name| format!("/etc/nftables/{name}"));
-    for path in MAIN.into_iter().map(str::to_owned).chain(names) {
-        let Ok(path) = host.root.real(path.as_ref()) else { continue };
-        if rules.sources.iter().all(|source| source.path != path) {
-            let text = host.root.read(&path).ok().flatten();
-            wanted.files.extend(text.map(|text| File::shared(path, text)));
-        }
-    }
+    // Also in files to which the way is not known any more: they may be loaded as before.
+    wanted.lines_stay = due.is_err();
+    wanted.lasts = Some(format!(
+        "the rules that are loaded may let in port {port} until systemctl reload nftables.service, or a reboot"
+    ));
 }
 
 fn rule(port: u16) -> String {

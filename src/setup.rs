@@ -17,7 +17,8 @@
 //! that others own too is marked [`File::shared`]; its new content is made from the one that is there, so that making it
 //! again changes nothing. Where writing would do harm, [`Error::Refused`] is returned: then nothing of the change is
 //! touched, and what was applied before stays. A file that a change does not want any more becomes what it was before it: so
-//! a change must want the same after it was applied as before.
+//! a change must want the same after it was applied as before. Where others changed it, and all that is ours in it is a
+//! [`File::line`], it stays theirs, and they are told to take the line out.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -105,6 +106,10 @@ pub struct Wanted {
     pub calls: Vec<Call>,
     /// Whether all of it is in effect only after a reboot.
     pub reboot: bool,
+    /// What stays in effect after it was taken back, and until when.
+    pub lasts: Option<String>,
+    /// Whether it is not known at present in which files of others a line of ours is wanted: those that have one keep it.
+    pub lines_stay: bool,
     /// Devices whose names must mean the same until the calls were made: as long as one is open, its name goes to no other.
     pub pinned: Vec<std::fs::File>,
 }
@@ -130,22 +135,29 @@ pub struct File {
     pub content: Content,
     /// Whether others own it too and may change it, so that its content was made from what is there.
     pub shared: bool,
+    /// The line that is ours in a file of others: without it there is nothing of us in there.
+    pub line: Option<String>,
 }
 
 impl File {
     /// A file of mt-agent's own, readable for all.
     pub fn own(path: impl Into<PathBuf>, text: impl Into<Vec<u8>>) -> File {
-        File { path: path.into(), content: Content::Bytes(text.into()), shared: false }
+        File { path: path.into(), content: Content::Bytes(text.into()), shared: false, line: None }
     }
 
     /// A file that others own too, with its new content. Where there was none it is readable for all.
     pub fn shared(path: impl Into<PathBuf>, text: impl Into<Vec<u8>>) -> File {
-        File { path: path.into(), content: Content::Bytes(text.into()), shared: true }
+        File { path: path.into(), content: Content::Bytes(text.into()), shared: true, line: None }
+    }
+
+    /// The same, with the line that is all of ours in it.
+    pub fn line(self, line: impl Into<String>) -> File {
+        File { line: Some(line.into()), ..self }
     }
 
     /// A symbolic link.
     pub fn link(path: impl Into<PathBuf>, target: impl Into<PathBuf>) -> File {
-        File { path: path.into(), content: Content::Link(target.into()), shared: false }
+        File { path: path.into(), content: Content::Link(target.into()), shared: false, line: None }
     }
 }
 

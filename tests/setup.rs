@@ -622,6 +622,36 @@ fn io_uring_is_not_taken_away_from_another_group() {
     }
 }
 
+/// Also where the run that made a file was ended before it could give it its label.
+#[test]
+fn what_is_made_anew_gets_the_label_of_its_place() {
+    require_root!();
+    let dir = support::directory();
+    let (etc, state, log) = (dir.path().join("etc"), dir.path().join("state"), dir.path().join("log"));
+    write(&etc, "systemd/system/mt-agent.service", "[Service]\n");
+    let more = format!(
+        "mount -t tmpfs none /sys/fs; mkdir /sys/fs/selinux; echo 1 >/sys/fs/selinux/enforce; mount -t tmpfs none /usr/sbin; \
+         printf '#!/bin/sh\\necho \"$@\" >>{}\\n' >/usr/sbin/restorecon; chmod +x /usr/sbin/restorecon;",
+        log.display()
+    );
+    let labelled = || {
+        let args = ["setup", "apply", "--only", "limits", "--state-dir", state.to_str().unwrap()];
+        on_this_host_with(&more, &etc, &args).ok();
+        let lines = fs::read_to_string(&log).unwrap_or_default();
+        fs::remove_file(&log).ok();
+        lines.lines().map(|line| line.trim_start_matches("-F ").to_owned()).collect::<Vec<_>>()
+    };
+    let (made, file) =
+        ("/etc/systemd/system/mt-agent.service.d", "/etc/systemd/system/mt-agent.service.d/50-limits.conf");
+    assert_eq!(labelled(), [made, file]);
+    assert_eq!(labelled(), [""; 0]);
+    let record = dir.path().join("state-setup/limits/record.json");
+    let applied = fs::read_to_string(&record).unwrap();
+    fs::write(&record, applied.replace("\"state\": \"applied\"", "\"state\": \"applying\"")).unwrap();
+    assert_eq!(labelled(), [file]);
+    assert_eq!(labelled(), [""; 0]);
+}
+
 #[test]
 fn a_clock_that_is_to_be_kept_right_and_is_not_is_told() {
     require_root!();

@@ -132,8 +132,14 @@ fn the_port_is_let_in_before_the_last_word_of_the_chain() {
                 \x20   counter packets 1 bytes 2 log prefix \"no; } { \" drop\n  }\n}\ntable inet other {\n  chain x { type filter hook input priority -150; meta mark set 1; }\n}";
     let (in_closed, in_sample) = ("accept # by hand\n", "jump allow\n");
     type Lines<'a> = &'a [(&'a str, &'a str)];
-    let cases: [(&str, &str, Lines<'_>); 4] = [
+    let logging =
+        CLOSED.replace(in_closed, &format!("{in_closed}\t\tlimit rate 5/minute log prefix \"drop: \"\n"));
+    let logging_last =
+        SAMPLE.replace("\t\treject", "\t\tlog prefix \"1\"\n\t\tlog prefix \"2\" counter\n\t\treject");
+    let cases: [(&str, &str, Lines<'_>); 6] = [
         (DEBIAN, CLOSED, &[(in_closed, "\t\tR")]),
+        (DEBIAN, &logging, &[(in_closed, "\t\tR")]),
+        (EL, &logging_last, &[(in_sample, "\t\tR")]),
         (EL, "# there\\\ninclude \"/etc/nftables/more.nft\"\n", &[]),
         (EL, SAMPLE, &[(in_sample, "\t\tR")]),
         (DEBIAN, pair, &[("10.7.7.7 drop; ", "\n  \tR  "), ("58 accept\n", "    R")]),
@@ -198,7 +204,7 @@ fn what_the_administrator_writes_later_is_followed_or_left() {
         open();
         let before = etc(root);
         let checked = setup(root, "check", &[]).ok().stdout;
-        assert!(checked.contains("let in port 9443") && !checked.contains("warn"), "{checked}");
+        assert!(checked.contains("let in port 9443 once") && !checked.contains("warn"), "{checked}");
         setup(root, "apply", &[]).ok();
         assert_eq!(etc(root), before);
     }
@@ -237,6 +243,102 @@ fn what_the_administrator_writes_later_is_followed_or_left() {
     assert!(refused.contains("was changed since"), "{refused}");
 }
 
+/// Wherever the file lies: the rules that are loaded go on to have the line.
+#[test]
+fn the_line_stays_where_the_way_to_it_is_not_known_any_more() {
+    let input = "etc/nftables.d/input.nft";
+    let ways: [(&str, &str); 3] = [
+        (DEBIAN, "include \"/etc/nftables.d/*.nft\"\n"),
+        ("etc/systemd/system/nftables.service.d/x.conf", "[Service]\n"),
+        ("etc/systemd/system/x.target.wants/iptables.service", "x\n"),
+    ];
+    for (path, content) in ways {
+        for is_edited in [false, true] {
+            let dir = host(DEBIAN, "include \"/etc/nftables.d/input.nft\"\n");
+            let root = dir.path();
+            write(root, input, SAMPLE);
+            let start = etc(root);
+            setup(root, "apply", &[]).ok();
+            match path.ends_with("iptables.service") {
+                true => {
+                    fs::create_dir_all(root.join(path).parent().unwrap()).unwrap();
+                    symlink("/x", root.join(path)).unwrap();
+                }
+                false => write(root, path, content),
+            }
+            let with = text(root, input);
+            assert!(with.contains(RULE), "{with}");
+            if is_edited {
+                write(root, input, &format!("# mine\n{with}"));
+            }
+            // Nor does it keep the rest from being done.
+            fs::remove_file(root.join("etc/sysctl.d/60-mt-agent-network.conf")).unwrap();
+            let before = etc(root);
+            let plan = setup(root, "plan", &[]).ok().stdout;
+            assert!(!plan.contains("+++ /etc/nftables") && plan.contains("is not clear"), "{path}: {plan}");
+            for _ in 0..2 {
+                setup(root, "apply", &[]).ok();
+                let mut now = etc(root);
+                assert!(now.remove(&root.join("etc/sysctl.d/60-mt-agent-network.conf")).is_some());
+                assert_eq!(now, before, "{path}");
+            }
+            // It is known still what was there first.
+            if is_edited {
+                write(root, input, &with);
+            }
+            setup(root, "revert", &[]).ok();
+            assert_eq!(text(root, input).into_bytes(), start[&root.join(input)], "{path}");
+        }
+    }
+}
+
+/// He edited a file, and what we have in it is not wanted any more: that is told, and keeps nothing else from being done.
+#[test]
+fn a_line_in_a_file_that_was_edited_is_taken_out_by_hand() {
+    let dir = host(DEBIAN, CLOSED);
+    let root = dir.path();
+    setup(root, "apply", &[]).ok();
+    let edited = format!("# mine\n{}", text(root, DEBIAN));
+    write(root, DEBIAN, &edited);
+    // To firewalld.
+    let wants = root.join("etc/systemd/system/sysinit.target.wants");
+    fs::rename(wants.join("nftables.service"), wants.join("firewalld.service")).unwrap();
+    write(root, "usr/lib/firewalld/zones/public.xml", "<zone>\n</zone>\n");
+    let zone = "etc/firewalld/zones/public.xml";
+    let told = |said: &str| {
+        let names = said.contains("/etc/nftables.conf was changed since `setup apply` put a line into it");
+        names && said.contains(&format!("remove `{}` from it", RULE.trim()))
+    };
+    for _ in 0..2 {
+        let applied = setup(root, "apply", &[]).ok().stdout;
+        assert!(told(&applied) && text(root, zone).contains("mt-agent"), "{applied}");
+        assert_eq!(text(root, DEBIAN), edited);
+        let network = setup(root, "check", &["--json"]).ok().json()["changes"][0].take();
+        assert!(network["level"] == "warn" && told(&network.to_string().replace('\\', "")), "{network:#}");
+    }
+    // firewalld's own tool writes a zone anew, and the default one is another by then.
+    let with = text(root, zone);
+    write(root, zone, &with.replace("<zone>", "<zone>\n  <service name=\"ssh\"/>"));
+    write(root, "etc/firewalld/firewalld.conf", "DefaultZone=work\n");
+    write(root, "usr/lib/firewalld/zones/work.xml", "<zone>\n</zone>\n");
+    let applied = setup(root, "apply", &[]).ok().stdout;
+    assert!(applied.contains("remove `<service name=\"mt-agent\"/>` from it"), "{applied}");
+    assert!(text(root, "etc/firewalld/zones/work.xml").contains("mt-agent"));
+    // None of it is taken back before the lines are out; then all of it is.
+    let refused = setup(root, "revert", &[]).fails(3, &["refused: network"]).stdout;
+    assert!(refused.contains(&format!("it still has the line `{}`", RULE.trim())), "{refused}");
+    assert!(refused.contains("it still has the line `<service name=\"mt-agent\"/>`"), "{refused}");
+    let edited = edited.replace(RULE, "");
+    write(root, DEBIAN, &edited);
+    let network = setup(root, "check", &["--json"]).ok().json()["changes"][0].take().to_string();
+    assert!(!network.contains("nftables.conf") && network.contains("<service name="), "{network}");
+    fs::remove_file(root.join(zone)).unwrap();
+    setup(root, "revert", &[]).ok();
+    assert_eq!(text(root, DEBIAN), edited);
+    assert!(!root.join("etc/firewalld/zones/work.xml").exists() && !root.join(zone).exists());
+    assert!(!root.join("var/lib/mt-agent-setup/network").exists());
+}
+
 /// What is told, and why nothing is written then.
 #[test]
 fn rules_that_are_not_clear_are_not_touched() {
@@ -264,12 +366,40 @@ fn rules_that_are_not_clear_are_not_touched() {
         (sample("22, 80", "22, 9443"), "speaks of it"),
         (sample("ip saddr 10.7.7.7 counter drop", "iif lo jump allow").replace("\t\tjump allow\n", "").replace("@ports", "9443"), "speaks of it"),
         (sample("tcp dport @ports", "return\ntcp dport 9443 accept\ntcp dport @ports"), "speaks of it"),
+        (input("ip saddr 10.0.0.0/8 tcp dport 9000-9999 accept"), "speaks of it"),
+        (input("ip saddr 10.0.0.0/8 tcp dport 9000 - 9999 accept"), "speaks of it"),
+        (input("ip saddr 10.0.0.0/8 tcp dport { 22, 9000- 9999 } accept"), "speaks of it"),
+        (sample("22, 80", "9000-9999"), "speaks of it"),
+        (sample("22, 80", "ssh, no-such-name"), "speaks of it"),
+        (sample("22, 80", "22, also-ours"), "speaks of it"),
+        (sample("type inet_service; elements = { 22, 80 }", "typeof tcp dport; elements={9000-9999}"), "speaks of it"),
+        (sample("inet_service; elements = { 22, 80 }", "ipv4_addr . inet_service; elements = { 10.0.0.1 . ours }"), "speaks of it"),
+        (input("tcp dport !=9443 accept"), "speaks of it"),
+        (input("ip saddr 10.0.0.0/8 tcp dport>9000 accept"), "speaks of it"),
+        (input("ip saddr 10.0.0.0/8 tcp dport >=9000 accept"), "speaks of it"),
+        (input("ip saddr 10.0.0.0/8 tcp dport != 22 accept"), "speaks of it"),
+        (input("ip saddr 10.0.0.0/8 tcp dport ne 22 accept"), "speaks of it"),
+        (input("ip saddr 10.0.0.0/8 tcp dport & 0xff == 0xe3 accept"), "speaks of it"),
+        (input("ip saddr 10.0.0.0/8 tcp dport 0x24e3 accept"), "speaks of it"),
+        (input("ip saddr 10.0.0.0/8 tcp dport 022343 accept"), "speaks of it"),
+        (input("ip saddr 10.0.0.0/8 tcp dport ours accept"), "speaks of it"),
+        (input("ip saddr 10.0.0.0/8 @th,16,16 > 9000 accept"), "speaks of it"),
+        (input("ip saddr 10.0.0.0/8 ct original proto-dst >9000 accept"), "speaks of it"),
+        (input("ip saddr . tcp dport { 10.0.0.1 . ours } accept"), "speaks of it"),
+        (input("tcp dport 9000-9999 accept"), "let in port 9443"),
+        (input("tcp dport { 22, 0x24e3 } accept"), "let in port 9443"),
         // Refused before.
         (input("tcp dport 9443 drop"), refuse),
         (input("tcp dport 1024-65535 drop"), refuse),
         (input("ip saddr 0.0.0.0/0 drop"), refuse),
         (input("ip saddr 10.0.0.0/8 tcp dport 80 drop"), refuse),
         (input("ip saddr 10.0.0.0/8 @th,16,16 80 drop"), refuse),
+        (input("ip saddr !=10.0.0.0/8 drop"), refuse),
+        (input("ip saddr ne 10.0.0.0/8 drop"), refuse),
+        (input("ip saddr lt 10.0.0.0 drop"), refuse),
+        (input("ip saddr>=10.0.0.0 drop"), refuse),
+        (input("ip saddr & 0.0.0.0 == 0.0.0.0 drop"), refuse),
+        (input("ip saddr and 0.0.0.0 == 0.0.0.0 drop"), refuse),
         (input("ct state new drop"), refuse),
         (input("ct state != established reject"), refuse),
         (input("iifname eth1 drop"), refuse),
@@ -296,7 +426,7 @@ fn rules_that_are_not_clear_are_not_touched() {
         (and(&chain("ip", "output priority 0; policy drop;")), hook),
         (and(&chain("ip", "prerouting priority 0; redirect to 22;")), hook),
         (open.clone() + &chain("ip", "output priority 0; jump x;"), hook),
-        (CLOSED.replace("ct state invalid", &format!("{BASE}\n\t\tct state invalid")), hook),
+        (CLOSED.replace("ct state invalid", &format!("{BASE}\n\t\tct state invalid")), "inet filter input says twice at which hook it is"),
         // Not as it is usually.
         (CLOSED.replace("\tset", "\tflags dormant\n\tset"), strange),
         (and("flush table inet filter"), strange),
@@ -323,6 +453,7 @@ fn rules_that_are_not_clear_are_not_touched() {
     for (rules, told) in cases {
         let dir = host(DEBIAN, &rules);
         let root = dir.path();
+        write(root, "etc/services", "# 9443\nssh 22/tcp # x\nours\t9443/tcp also-ours\nours 9444/udp\n");
         let start = etc(root);
         let network = setup(root, "check", &["--json"]).json()["changes"][0].take();
         let found = network["findings"].as_array().unwrap().last().unwrap().clone();
@@ -358,6 +489,18 @@ fn the_unit_is_read_strictly() {
         ("etc/systemd/system/nftables.service", "[Service]\n".to_owned(), not_its_own),
         ("etc/systemd/system/nftables.service.d/x.conf", String::new(), "nftables.service.d may have"),
         ("usr/lib/systemd/system/nftables.service.d/x.conf", String::new(), "nftables.service.d may have"),
+        ("etc/systemd/system/service.d/x.conf", String::new(), "service.d may have"),
+        (
+            "etc/systemd/system.control/nftables.service.d/x.conf",
+            String::new(),
+            "nftables.service.d may have",
+        ),
+        (
+            "usr/local/lib/systemd/system/nftables.service.d/x.conf",
+            String::new(),
+            "nftables.service.d may have",
+        ),
+        ("usr/local/lib/systemd/system/nftables.service", start.to_owned(), "nftables.service may have"),
         ("iptables.service", String::new(), "iptables.service is enabled too"),
         ("ufw.service", String::new(), "ufw.service is enabled too"),
     ];
@@ -385,6 +528,18 @@ fn the_unit_is_read_strictly() {
     }
 }
 
+/// As in EL's own sample.
+#[test]
+fn a_service_at_another_port_is_no_reason_to_leave_the_rules_alone() {
+    for rules in [SAMPLE.replace("22, 80", "ssh, 9090"), CLOSED.replace("dport 22", "dport { ssh, 80 }")] {
+        let dir = host(EL, &rules);
+        let root = dir.path();
+        write(root, "etc/services", "ssh\t22/tcp\nssh\t22/udp\nours 9443/tcp # ssh\n");
+        setup(root, "apply", &[]).ok();
+        assert!(text(root, EL).contains(RULE), "{rules}");
+    }
+}
+
 /// On the running host no rule is touched; what is to be done is told once.
 #[test]
 fn the_running_rules_are_the_administrators() {
@@ -407,8 +562,11 @@ fn the_running_rules_are_the_administrators() {
     );
     let first = ["--mount", "--propagation", "private", "sh", "-ec", &script, root.to_str().unwrap()];
     let said = support::tool("unshare", &[&first[..], &[env!("CARGO_BIN_EXE_mt-agent")]].concat());
-    assert_eq!(said.matches("systemctl reload nftables.service").count(), 1, "{said}");
-    assert!(said.contains("network: is taken back"), "{said}");
+    let [applied, back] =
+        [said.find("is in effect when nftables.service has"), said.find("network: is taken back")];
+    assert!(applied.is_some() && applied < back, "{said}");
+    assert_eq!(said.matches("systemctl reload nftables.service").count(), 2, "{said}");
+    assert!(said[back.unwrap()..].contains("may let in port 9443 until systemctl reload"), "{said}");
     assert_eq!(text(root, "before"), text(root, "after"));
     assert_eq!(text(root, DEBIAN), CLOSED);
 }

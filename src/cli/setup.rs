@@ -425,6 +425,7 @@ fn revert(args: &Selection) -> Result<(), Failure> {
                     .for_each(|line| _ = writeln!(text, "{name}: {line}"));
                 reverted.calls.iter().for_each(|call| _ = writeln!(text, "{name}: called {call}"));
                 _ = writeln!(text, "{name}: is taken back");
+                reverted.lasts.iter().for_each(|lasts| _ = writeln!(text, "{name}: {lasts}"));
                 if reverted.reboot {
                     _ = writeln!(text, "{name}: some of it stays in effect until a reboot");
                 }

@@ -72,7 +72,8 @@ impl Setup {
         }
     }
 
-    fn changed_since(&self, change: &Change, file: &FileRecord, now: &Entry) -> Refusal {
+    /// `line` is ours, and still in it.
+    fn changed_since(&self, change: &Change, file: &FileRecord, now: &Entry, line: Option<&str>) -> Refusal {
         let path = file.path.display();
         if let Some((then, now)) = file.only_owner(now) {
             let Owner { uid, gid, mode } = then;
@@ -86,6 +87,14 @@ impl Setup {
             return Refusal {
                 what: format!("{path} was changed since `setup apply`, and is left alone: only its {what}"),
                 fix: format!("{fix}chmod {mode:o} {path}, then run this again"),
+            };
+        }
+        if let Some(line) = line {
+            return Refusal {
+                what: format!(
+                    "{path} was changed since `setup apply` wrote it, and is left alone: it still has the line `{line}`"
+                ),
+                fix: "remove that line by hand, then run this again".to_owned(),
             };
         }
         let (before, put) = match &file.before {
@@ -266,12 +275,15 @@ impl Setup {
             }
             return Ok(applied);
         }
+        // Then a file or a directory may be there without what is done after it was made.
+        let is_interrupted = look.record.as_ref().is_some_and(|record| record.state != State::Applied);
         let mut record = look.record.take().unwrap_or_else(Record::begun);
         for target in look.targets.iter().filter(|target| target.differs) {
             let known = record.files.iter_mut().find(|file| file.path == target.path);
             if let Some(file) = known {
                 file.writing = Some(target.want.clone());
                 file.edited |= target.edited;
+                file.line = target.line.clone().or(file.line.take());
                 continue;
             }
             if let Entry::File { .. } = target.now {
@@ -283,6 +295,7 @@ impl Setup {
                 written: None,
                 writing: Some(target.want.clone()),
                 edited: false,
+                line: target.line.clone(),
             });
             for dir in tree::missing_dirs(root, &target.path) {
                 if !record.dirs.contains(&dir) {
@@ -297,30 +310,44 @@ impl Setup {
         record.reboot = look.wanted.reboot;
         record.disks = look.disks;
         record.calls.clone_from(&look.wanted.calls);
+        record.lasts.clone_from(&look.wanted.lasts);
         self.records.save(change.name, &record)?;
 
-        for target in look.targets.iter().filter(|target| target.differs) {
-            if target.want != Entry::Absent {
-                for dir in tree::missing_dirs(root, &target.path) {
-                    tree::make_dir(root, &dir, 0o755)?;
-                    self.label(&dir)?;
+        if is_interrupted {
+            // One in which nothing is yet may lack its permissions or its label: it is made again.
+            record.dirs.iter().rev().try_for_each(|dir| tree::remove_dir(root, dir))?;
+        }
+        for target in &look.targets {
+            if target.differs {
+                if target.want != Entry::Absent {
+                    for dir in tree::missing_dirs(root, &target.path) {
+                        tree::make_dir(root, &dir, 0o755)?;
+                        self.label(&dir)?;
+                    }
                 }
+                tree::put(root, &target.path, &target.want, &target.want_bytes)?;
+                moment()?;
             }
-            tree::put(root, &target.path, &target.want, &target.want_bytes)?;
-            if target.now == Entry::Absent {
+            let is_made = |file: &FileRecord| file.path == target.path && file.before == Entry::Absent;
+            let is_new = target.now == Entry::Absent || is_interrupted && record.files.iter().any(is_made);
+            if is_new && target.want != Entry::Absent {
                 self.label(&target.path)?;
             }
             moment()?;
-            applied.files.push(target.path.clone());
-            if target.want == Entry::Absent {
-                applied.removed.push(target.path.clone());
+            if target.differs {
+                applied.files.push(target.path.clone());
+                if target.want == Entry::Absent {
+                    applied.removed.push(target.path.clone());
+                }
             }
         }
         applied.calls.extend(self.call(&look.wanted.calls)?);
         moment()?;
 
         // What it wanted once, and is what it was, is not its concern any more.
-        record.files.retain(|file| look.wanted_path(file, root));
+        record
+            .files
+            .retain(|file| look.targets.iter().any(|target| target.stays && target.path == file.path));
         for file in &mut record.files {
             if let Some(written) = file.writing.take() {
                 file.written = Some(written);
@@ -359,12 +386,17 @@ impl Setup {
         };
         let (mut back, mut problems) = (Vec::new(), Vec::new());
         for file in &record.files {
-            let (now, _) = Entry::read(root, &file.path)?;
+            let (now, content) = Entry::read(root, &file.path)?;
             if now.is_like(&file.before) {
                 continue;
             }
-            if file.edited || !file.knows(&now) {
-                problems.push(self.changed_since(change, file, &now));
+            if file.is_changed(&now) {
+                let line = file.line_in(&now, content.as_deref());
+                if file.line.is_some() && line.is_none() {
+                    // The line was taken out by hand.
+                    continue;
+                }
+                problems.push(self.changed_since(change, file, &now, line));
             }
             // Read before anything is touched.
             back.push((file.path.clone(), file.before.clone(), self.original(change, file)?));
@@ -390,7 +422,9 @@ impl Setup {
         let calls = self.call(&record.calls)?;
         self.records.remove(change.name)?;
         let reboot = record.reboot && self.host.is_live();
-        Ok(Reverted { applied: true, files, removed, calls, reboot })
+        let had_line = record.files.iter().any(|file| file.line.is_some());
+        let lasts = record.lasts.filter(|_| had_line && self.host.is_live());
+        Ok(Reverted { applied: true, files, removed, calls, reboot, lasts })
     }
 
     /// What was applied when.

@@ -98,7 +98,8 @@ fn firewalld_zones(host: &Host, wanted: &mut Wanted) -> Result<(), Error> {
     match definition(host, &zone)?.as_deref().map(with_service) {
         Some(Some(new)) => {
             wanted.evidence(format!("the default zone of firewalld is {zone}"));
-            wanted.files.push(File::shared(format!("{ZONES}/{zone}.xml"), new));
+            let file = File::shared(format!("{ZONES}/{zone}.xml"), new);
+            wanted.files.push(file.line(format!("<service name=\"{SERVICE}\"/>")));
         }
         _ => wanted.find(
             Level::Warn,

@@ -12,27 +12,30 @@ use super::network::other_firewall;
 use super::{File, Host, Level, Wanted};
 use crate::error::chain;
 
+mod statement;
+
+use statement::{LEAVES, Statement, tokens};
+
 /// On EL, and on Debian.
 const MAIN: [&str; 2] = ["/etc/sysconfig/nftables.conf", "/etc/nftables.conf"];
 /// What is beside the unit, or in its place, has a say in what is loaded.
-const BESIDE: [&str; 5] = [
+const BESIDE: [&str; 9] = [
     "/etc/systemd/system/nftables.service.d",
+    "/etc/systemd/system/service.d",
+    "/etc/systemd/system.control/nftables.service.d",
     "/run/systemd/system/nftables.service.d",
+    "/usr/local/lib/systemd/system/nftables.service.d",
     "/usr/lib/systemd/system/nftables.service.d",
     "/lib/systemd/system/nftables.service.d",
     "/run/systemd/system/nftables.service",
+    "/usr/local/lib/systemd/system/nftables.service",
 ];
-/// As many as nft itself goes into.
+/// More than a configuration of the usual shape has. nft has no such limit, but for how deep one includes another.
 const MAX_FILES: usize = 16;
-/// What may keep a packet away, or have it go elsewhere.
-const DIVERTS: [&str; 9] =
-    ["drop", "reject", "queue", "vmap", "redirect", "dnat", "tproxy", "synproxy", "fwd"];
-/// What has the rest of a chain passed over. In one at a hook the policy follows.
-const LEAVES: [&str; 2] = ["goto", "return"];
 
 pub(super) fn wanted(host: &Host, wanted: &mut Wanted) {
     let port = host.places.port;
-    let mut rules = Rules::default();
+    let mut rules = Rules { services: services(host, port), ..Rules::default() };
     let loaded = main(host).and_then(|main| rules.load(host, Path::new(main)));
     rules.clear(loaded);
     let refusing = rules.refusing();
@@ -48,7 +51,7 @@ pub(super) fn wanted(host: &Host, wanted: &mut Wanted) {
             here.fold(text.clone(), |text, place| place.with(&text, &rule(port))).into_bytes()
         });
         is_written |= new != *before;
-        wanted.files.push(File::shared(path, new));
+        wanted.files.push(File::shared(path, new).line(rule(port)));
     }
     match &due {
         Ok(_) if refusing.is_empty() => {
@@ -57,7 +60,9 @@ pub(super) fn wanted(host: &Host, wanted: &mut Wanted) {
         Ok(_) => {
             wanted.evidence(format!("nftables refuses what it does not know in {names}"));
             if !is_written {
-                wanted.find(Level::Pass, format!("the rules of nftables let in port {port}"), "");
+                let what =
+                    format!("the rules of nftables let in port {port} once nftables.service has loaded them");
+                wanted.find(Level::Pass, what, "");
             } else if host.is_live() {
                 wanted.find(
                     Level::Warn,
@@ -78,15 +83,11 @@ pub(super) fn wanted(host: &Host, wanted: &mut Wanted) {
             );
         }
     }
-    // And where it was loaded once, or the way to it is not known any more.
-    let names = host.root.names("/etc/nftables").into_iter().map(|name| format!("/etc/nftables/{name}"));
-    for path in MAIN.into_iter().map(str::to_owned).chain(names) {
-        let Ok(path) = host.root.real(path.as_ref()) else { continue };
-        if rules.sources.iter().all(|source| source.path != path) {
-            let text = host.root.read(&path).ok().flatten();
-            wanted.files.extend(text.map(|text| File::shared(path, text)));
-        }
-    }
+    // Also in files to which the way is not known any more: they may be loaded as before.
+    wanted.lines_stay = due.is_err();
+    wanted.lasts = Some(format!(
+        "the rules that are loaded may let in port {port} until systemctl reload nftables.service, or a reboot"
+    ));
 }
 
 fn rule(port: u16) -> String {
@@ -96,6 +97,21 @@ fn rule(port: u16) -> String {
 fn is_ours(line: &str) -> bool {
     let port = line.trim().strip_prefix("tcp dport ").and_then(|line| line.split(' ').next()?.parse().ok());
     port.is_some_and(|port| line.trim() == rule(port))
+}
+
+/// The names by which the host knows other ports than this one.
+fn services(host: &Host, port: u16) -> BTreeSet<String> {
+    let text = host.root.text("/etc/services").ok().flatten().unwrap_or_default();
+    let (mut ours, mut others) = (BTreeSet::new(), BTreeSet::new());
+    for line in text.lines() {
+        let mut words = line.split('#').next().unwrap_or_default().split_whitespace();
+        let (name, number) = (words.next(), words.next().and_then(|number| number.split('/').next()));
+        if let Some(number) = number.and_then(|number| number.parse::<u16>().ok()) {
+            let names = if number == port { &mut ours } else { &mut others };
+            names.extend(name.into_iter().chain(words).map(str::to_owned));
+        }
+    }
+    &others - &ours
 }
 
 /// The file that nftables.service loads, where it is its distribution's and nobody else has a say.
@@ -127,12 +143,6 @@ struct Source {
     path: PathBuf,
     before: Vec<u8>,
     text: String,
-}
-
-#[derive(Default)]
-struct Statement {
-    at: usize,
-    words: Vec<String>,
 }
 
 /// A chain, and where it stands.
@@ -174,6 +184,8 @@ struct Rules {
     chains: BTreeMap<Vec<String>, Chain>,
     /// What is said outside of chains.
     others: Vec<Statement>,
+    /// The names of services that are at other ports.
+    services: BTreeSet<String>,
     /// What was met first that is not of the usual shape.
     unclear: Option<String>,
 }
@@ -191,7 +203,10 @@ impl Rules {
         let before = host.root.read(&real).map_err(|error| chain(&error))?;
         let before = before.ok_or_else(|| format!("{} is not there", path.display()))?;
         if self.sources.len() == MAX_FILES || self.sources.iter().any(|source| source.path == real) {
-            return Err(format!("{} is included twice, or one of too many", path.display()));
+            return Err(format!(
+                "{} is included twice, or is one of more than {MAX_FILES} files",
+                path.display()
+            ));
         }
         let text = String::from_utf8_lossy(&before);
         if text.len() != before.len() || text.contains("is managed by iptables-nft") {
@@ -313,9 +328,12 @@ impl Rules {
             return Err(why.clone());
         }
         for (name, chain) in &self.chains {
+            if chain.bases().count() > 1 {
+                return Err(format!("{} says twice at which hook it is", name.join(" ")));
+            }
             let is_known = chain.bases().all(|_| chain.is_at(&["input", "forward"]));
             let passes = |said: &Statement| !said.diverts() && !said.has(&["jump", "goto"]);
-            if chain.bases().count() > 1 || !(is_known || chain.statements.iter().all(passes)) {
+            if !(is_known || chain.statements.iter().all(passes)) {
                 return Err(format!("{} has its say before or after hook input", name.join(" ")));
             }
         }
@@ -341,8 +359,12 @@ impl Rules {
             let all: BTreeSet<Vec<String>> = whole.chain([(*name).clone()]).collect();
             let mut said = all.iter().flat_map(|name| &self.chains[name].statements);
             if !said.any(|said| said.lets_in(port)) {
-                let at = last.map_or(chain.end, |last| last.at);
-                let neighbour = last.or(chain.statements.last()).map_or(at, |said| said.at);
+                // What is let in is not written down as refused.
+                let rules = &chain.statements[..chain.statements.len() - usize::from(last.is_some())];
+                let before = rules.iter().rposition(|said| !said.only_logs()).map_or(0, |at| at + 1);
+                let next = chain.statements.get(before);
+                let at = next.map_or(chain.end, |next| next.at);
+                let neighbour = next.or(chain.statements.last()).map_or(at, |said| said.at);
                 places.push(Place { source: chain.source, at, neighbour });
             }
             reached.extend(all);
@@ -350,8 +372,10 @@ impl Rules {
         let said = self.chains.iter().flat_map(|(name, chain)| {
             chain.statements.iter().filter(|said| !(reached.contains(name) && said.lets_in(port)))
         });
-        if let Some(said) =
-            said.chain(&self.others).find(|said| said.speaks_of(port)).filter(|_| !refusing.is_empty())
+        if let Some(said) = said
+            .chain(&self.others)
+            .find(|said| said.speaks_of(port, &self.services))
+            .filter(|_| !refusing.is_empty())
         {
             return Err(format!("`{}` speaks of it", short(&said.words.join(" "))));
         }
@@ -391,74 +415,6 @@ impl Chain {
     }
 }
 
-impl Statement {
-    fn has(&self, any: &[&str]) -> bool {
-        self.words.iter().any(|word| any.contains(&word.as_str()))
-    }
-
-    /// Whether a packet may not come back from it, or what is said may be anything.
-    fn diverts(&self) -> bool {
-        self.has(&DIVERTS) || self.words.iter().any(|word| word.contains('$'))
-    }
-
-    /// Whether the rest of its chain may be passed over.
-    fn leaves(&self, may_jump: bool) -> bool {
-        self.has(&LEAVES) || (!may_jump && self.has(&["jump"]))
-    }
-
-    /// Whether it refuses addresses that were blocked, or what belongs to no connection, and nothing else.
-    fn blocks(&self) -> bool {
-        const MORE: [&str; 12] =
-            ["dport", "sport", "th", "@th", "@nh", "@ll", "@ih", "jump", "new", "established", "!=", "!"];
-        let is_other = self.has(&DIVERTS[2..]) || self.has(&LEAVES) || self.has(&MORE);
-        let is_any = self.words.iter().any(|word| word.contains('$') || word.ends_with("/0"));
-        !is_other
-            && !is_any
-            && (self.has(&["saddr"])
-                || self.words.windows(2).any(|two| two == ["ct", "state"]) && self.has(&["invalid"]))
-    }
-
-    /// Whether it refuses whatever gets to it.
-    fn refuses_all(&self) -> bool {
-        let mut words = self.words.iter().map(String::as_str);
-        while let Some(word) = words.next() {
-            match word {
-                "drop" | "reject" => return true,
-                "counter" | "log" => {}
-                "packets" | "bytes" | "prefix" | "level" | "group" | "flags" => _ = words.next(),
-                _ => return false,
-            }
-        }
-        false
-    }
-
-    /// Whether it lets in the port, from everywhere. That is what our line is too.
-    fn lets_in(&self, port: u16) -> bool {
-        let mut left = Vec::new();
-        let mut words = self.words.iter().map(String::as_str);
-        while let Some(word) = words.next() {
-            match word {
-                "counter" => {}
-                "packets" | "bytes" | "comment" => _ = words.next(),
-                word => left.push(word),
-            }
-        }
-        let left = left.strip_prefix(&["ct", "state", "new"]).unwrap_or(&left);
-        let port = port.to_string();
-        match left {
-            ["tcp", "dport", "{", ports @ .., "}", "accept"] => {
-                ports.contains(&port.as_str()) && !ports.contains(&"}")
-            }
-            ["tcp", "dport", only, "accept"] => *only == port,
-            _ => false,
-        }
-    }
-
-    fn speaks_of(&self, port: u16) -> bool {
-        self.words.iter().flat_map(|word| word.split(['-', ':'])).any(|word| word.parse() == Ok(port))
-    }
-}
-
 /// Whether a table or a chain is as it is usually: a name that is not plain may be a variable.
 fn usual(names: &[String], is_new: bool) -> Result<(), String> {
     let is_plain = |name: &String| {
@@ -474,36 +430,4 @@ fn usual(names: &[String], is_new: bool) -> Result<(), String> {
 /// As much of it as is shown.
 fn short(text: &str) -> String {
     text.chars().take(80).collect()
-}
-
-/// Words, strings with their quotes, and what stands between statements; each with its place. The last one is always ended.
-fn tokens(text: &str) -> Vec<(usize, String)> {
-    let mut tokens = Vec::new();
-    let (mut start, mut word) = (0, String::new());
-    let mut chars = text.char_indices().chain([(text.len(), '\n')]);
-    while let Some((at, c)) = chars.next() {
-        let token = match c {
-            '#' => chars.find(|(_, c)| *c == '\n').map(|(at, c)| (at, c.to_string())),
-            '"' => {
-                let inside = chars.by_ref().map(|(_, c)| c).take_while(|c| *c != '"');
-                Some((at, format!("\"{}\"", inside.collect::<String>())))
-            }
-            '{' | '}' | ';' | '\n' => Some((at, c.to_string())),
-            // No blank for nft, or one that joins lines.
-            '\\' | '\r' => Some((at, "\\".to_owned())),
-            ' ' | '\t' | ',' => None,
-            c => {
-                if word.is_empty() {
-                    start = at;
-                }
-                word.push(c);
-                continue;
-            }
-        };
-        if !word.is_empty() {
-            tokens.push((start, std::mem::take(&mut word)));
-        }
-        tokens.extend(token);
-    }
-    tokens
 }

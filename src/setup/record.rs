@@ -55,6 +55,9 @@ pub struct Record {
     pub dirs: Vec<PathBuf>,
     /// What makes the host look at the files again.
     pub calls: Vec<Call>,
+    /// What stays in effect after it was taken back, and until when.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lasts: Option<String>,
 }
 
 /// How far a change is.
@@ -83,6 +86,9 @@ pub struct FileRecord {
     pub writing: Option<Entry>,
     /// Whether someone else changed it between two runs: to put back what was there before would undo that too.
     pub edited: bool,
+    /// The line that is ours in a file of others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub line: Option<String>,
 }
 
 impl FileRecord {
@@ -92,6 +98,21 @@ impl FileRecord {
             .into_iter()
             .flatten()
             .any(|e| e.is_like(now))
+    }
+
+    /// Whether others changed it, and it has to stay as they left it.
+    pub(super) fn is_changed(&self, now: &Entry) -> bool {
+        !now.is_like(&self.before) && (self.edited || !self.knows(now))
+    }
+
+    /// Our line, where that is in a file of others as it is now, or may be. None where nothing of us can be in there.
+    pub(super) fn line_in(&self, now: &Entry, content: Option<&[u8]>) -> Option<&str> {
+        let line = self.line.as_deref()?;
+        let is_there = match content {
+            Some(content) => content.windows(line.len()).any(|part| part == line.as_bytes()),
+            None => *now != Entry::Absent,
+        };
+        is_there.then_some(line)
     }
 
     /// The owner and permissions then and now, where nothing else keeps this from being taken back.
@@ -120,6 +141,7 @@ impl Record {
             files: Vec::new(),
             dirs: Vec::new(),
             calls: Vec::new(),
+            lasts: None,
         }
     }
 }
@@ -273,7 +295,11 @@ impl Records {
         };
         for name in dir.entries("/")? {
             if record.is_none() || (name != RECORD && !keeps(&name)) {
-                tree::put(&dir, &Path::new("/").join(name), &Entry::Absent, &[])?;
+                match tree::put(&dir, &Path::new("/").join(name), &Entry::Absent, &[]) {
+                    // Not made by us, and nothing to fail for each time.
+                    Err(Error::Io(error)) if error.source.kind() == io::ErrorKind::IsADirectory => {}
+                    done => done?,
+                }
             }
         }
         match (record, self.all()?) {

@@ -103,6 +103,8 @@ pub struct Reverted {
     pub calls: Vec<String>,
     /// Whether some of it stays in effect until a reboot.
     pub reboot: bool,
+    /// What stays in effect, and until when.
+    pub lasts: Option<String>,
 }
 
 /// How a change stands.

@@ -197,6 +197,12 @@ fn at_each_step(prepare: impl Fn(&Path), first: Run, next: &[Run], expected: &[&
             let dir = tree();
             prepare(dir.path());
             ended = with_power_for(steps, || first(dir.path()));
+            // Before a directory has its permissions they are what the umask left.
+            for made in ["etc/new", "etc/new/deep"].map(|made| dir.path().join(made)) {
+                if fs::read_dir(&made).is_ok_and(|mut entries| entries.next().is_none()) {
+                    fs::set_permissions(&made, fs::Permissions::from_mode(0o700)).unwrap();
+                }
+            }
             run(dir.path()).unwrap_or_else(|error| panic!("after {steps} steps: {error}"));
             let now = snapshot(dir.path());
             let state = now.keys().any(|path| path.ends_with("record.json"));
@@ -357,6 +363,25 @@ fn a_file_that_others_change_too_is_applied_over_their_edits_and_not_reverted_ov
     revert(dir.path()).unwrap();
     wish(dir.path(), "1");
     assert_eq!(host_files(&snapshot(dir.path())), snapshot(tree().path()));
+}
+
+/// What is not of ours among the records is left, and keeps nothing from being taken back.
+#[test]
+fn a_directory_among_what_is_kept_is_left_alone() {
+    let dir = tree();
+    apply(dir.path()).unwrap();
+    let theirs = dir.path().join("var/lib/mt-agent-setup/all/theirs");
+    fs::create_dir(&theirs).unwrap();
+    fs::write(theirs.join("file"), "theirs").unwrap();
+    wish(dir.path(), "2");
+    apply(dir.path()).unwrap();
+    revert(dir.path()).unwrap();
+    revert(dir.path()).unwrap();
+    wish(dir.path(), "1");
+    assert_eq!(host_files(&snapshot(dir.path())), snapshot(tree().path()));
+    let left: Vec<_> =
+        fs::read_dir(theirs.parent().unwrap()).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert_eq!((left, fs::read(theirs.join("file")).unwrap()), (vec![theirs], b"theirs".to_vec()));
 }
 
 #[test]

@@ -264,7 +264,8 @@ impl Root {
     pub fn value(&self, path: impl AsRef<Path>) -> Option<String> {
         let real = self.own(path.as_ref())?;
         let mut bytes = Vec::new();
-        let file = self.spot(&real).and_then(|spot| spot.open(OFlag::O_RDONLY | OFlag::O_NONBLOCK)).ok()?;
+        // In an image anything may be in its place.
+        let (file, _) = open(&self.spot(&real).ok()?, &self.at(&real)).ok()?;
         file.take(64 << 10).read_to_end(&mut bytes).ok()?;
         Some(String::from_utf8_lossy(&bytes).trim().to_owned()).filter(|value| !value.is_empty())
     }
@@ -552,6 +553,7 @@ pub fn make_dir(root: &Root, real: &Path, mode: u32) -> Result<(), Error> {
                 && spot.kind().is_ok_and(|kind| kind == SFlag::S_IFDIR) => {}
         made => {
             made.map_err(failed("create", &path))?;
+            moment()?;
             // Whatever the umask is: others may have to read what lies in it.
             spot.open(OFlag::O_RDONLY | OFlag::O_DIRECTORY)
                 .and_then(|made| made.set_permissions(Permissions::from_mode(mode)))
@@ -656,6 +658,15 @@ mod tests {
         assert!(root.read("/long").is_err());
         assert!(matches!(root.read("/pipe"), Err(Error::Refused(_))));
         assert!(matches!(Entry::read(&root, Path::new("/pipe")), Err(Error::Refused(_))));
+        // To open one that is a device may set something going. This one would go on for ever.
+        if nix::unistd::geteuid().is_root() {
+            let zero = nix::sys::stat::makedev(1, 5);
+            nix::sys::stat::mknod(&dir.path().join("device"), SFlag::S_IFCHR, Mode::S_IRWXU, zero).unwrap();
+            assert!(root.value("/device").is_none());
+            assert!(matches!(root.read("/device"), Err(Error::Refused(_))));
+        }
+        fs::write(dir.path().join("value"), " 1\n").unwrap();
+        assert_eq!(root.value("/value").unwrap(), "1");
     }
 
     #[test]

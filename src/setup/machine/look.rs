@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use super::Setup;
 use crate::setup::record::{FileRecord, Record, State};
 use crate::setup::tree::{self, Entry, Owner};
-use crate::setup::{Change, Content, Error, File, Refusal, Wanted};
+use crate::setup::{Change, Content, Error, File, Level, Refusal, Wanted};
 
 /// A file as it is and as it shall be.
 pub(super) struct Target {
@@ -19,6 +19,10 @@ pub(super) struct Target {
     pub(super) edited: bool,
     /// Why it must not be touched.
     pub(super) problem: Option<Refusal>,
+    /// Whether there is something of us in it afterwards.
+    pub(super) stays: bool,
+    /// The line that is ours in a file of others.
+    pub(super) line: Option<String>,
 }
 
 /// A change and the host, looked at.
@@ -42,17 +46,6 @@ impl Look {
             self.targets.iter().filter_map(|target| target.problem.clone()).collect();
         (!problems.is_empty()).then_some(Error::Refused(problems))
     }
-
-    /// Whether the file is one of those that are wanted now.
-    pub(super) fn wanted_path(&self, file: &FileRecord, root: &tree::Root) -> bool {
-        self.wanted.files.iter().any(|wanted| {
-            let real = match wanted.content {
-                Content::Bytes(_) => root.real(&wanted.path),
-                Content::Link(_) => root.real_parent(&wanted.path),
-            };
-            real.is_ok_and(|real| real == file.path)
-        })
-    }
 }
 
 impl Setup {
@@ -74,7 +67,7 @@ impl Setup {
                 "mount the retention file system",
             ));
         }
-        let wanted = (change.wanted)(&self.host)?;
+        let mut wanted = (change.wanted)(&self.host)?;
         let mut targets = Vec::new();
         for file in &wanted.files {
             targets.push(self.target(change, file, record.as_ref())?);
@@ -82,7 +75,7 @@ impl Setup {
         // What it wanted once and does not any more.
         for file in record.iter().flat_map(|record| &record.files) {
             if !targets.iter().any(|target| target.path == file.path) {
-                targets.push(self.unwanted(change, file)?);
+                targets.push(self.unwanted(change, file, &mut wanted)?);
             }
         }
         Ok(Look { wanted, record, targets, disks })
@@ -124,25 +117,48 @@ impl Setup {
             ),
         });
         let now_bytes = now_bytes.unwrap_or_default();
-        Ok(Target { path, now, now_bytes, want, want_bytes, differs, edited, problem })
+        let line = file.line.clone();
+        Ok(Target { path, now, now_bytes, want, want_bytes, differs, edited, problem, stays: true, line })
     }
 
-    fn unwanted(&self, change: &Change, file: &FileRecord) -> Result<Target, Error> {
+    fn unwanted(&self, change: &Change, file: &FileRecord, wanted: &mut Wanted) -> Result<Target, Error> {
         let (now, now_bytes) = Entry::read(&self.host.root, &file.path)?;
+        let path = file.path.clone();
+        let is_changed = file.is_changed(&now);
+        let line = file.line_in(&now, now_bytes.as_deref());
+        let now_bytes = now_bytes.unwrap_or_default();
+        if file.line.is_some() && (is_changed || wanted.lines_stay && line.is_some()) {
+            let stays = line.is_some();
+            if let Some(line) = line.filter(|_| !wanted.lines_stay) {
+                wanted.find(
+                    Level::Warn,
+                    format!(
+                        "{} was changed since `setup apply` put a line into it that is not wanted there any more",
+                        path.display()
+                    ),
+                    format!("remove `{line}` from it by hand, and have its service read it again"),
+                );
+            }
+            let (want, want_bytes) = (now.clone(), now_bytes.clone());
+            let (differs, edited, problem, line) = (false, false, None, None);
+            return Ok(Target {
+                path,
+                now,
+                now_bytes,
+                want,
+                want_bytes,
+                differs,
+                edited,
+                problem,
+                stays,
+                line,
+            });
+        }
         let want_bytes = self.original(change, file)?;
         let differs = !now.is_like(&file.before);
-        let problem =
-            (differs && (file.edited || !file.knows(&now))).then(|| self.changed_since(change, file, &now));
-        Ok(Target {
-            path: file.path.clone(),
-            now,
-            now_bytes: now_bytes.unwrap_or_default(),
-            want: file.before.clone(),
-            want_bytes,
-            differs,
-            edited: false,
-            problem,
-        })
+        let problem = is_changed.then(|| self.changed_since(change, file, &now, None));
+        let (want, edited, stays, line) = (file.before.clone(), false, false, None);
+        Ok(Target { path, now, now_bytes, want, want_bytes, differs, edited, problem, stays, line })
     }
 }
 

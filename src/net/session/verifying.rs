@@ -193,7 +193,7 @@ mod tests {
 
     use super::*;
 
-    /// Who opens a disk only to compare it has nothing to do first that takes long.
+    /// Who opens a disk only to compare it opens others first, and runs no hook.
     #[tokio::test]
     async fn who_does_not_begin_to_compare_is_not_waited_for_like_a_hook() {
         let (_client, server) = tokio::io::duplex(64 << 10);
@@ -208,7 +208,7 @@ mod tests {
             hold: Box::new(()),
         };
         let limit = Duration::from_millis(30);
-        let patience = Patience { handshake: limit, idle: limit / 2, ..Patience::default() };
+        let patience = Patience { gather: limit, idle: limit / 2, ..Patience::default() };
         let verifying = verify(&mut reader, &writer, viewed, 4096, patience, std::future::pending());
         let result = timeout(Duration::from_secs(20), verifying).await.unwrap();
         assert!(matches!(result, Err(Error::Silent(silent)) if silent == limit), "{result:?}");

@@ -317,10 +317,18 @@ fn a_disk_that_is_not_what_was_assigned_is_refused() {
     let node = File::options().write(true).open(target.node()).unwrap();
     node.write_all_at(&old, 0).unwrap();
     node.sync_all().unwrap();
+    let refused = || {
+        rig.send(&[("d0", &source)], &[]).fails(3, &["is not any more", "ext4", "--overwrite"]);
+        assert!(fs::read(&backing).unwrap() == old, "the disk was written");
+        assert_eq!(rig.state("d0"), "empty");
+    };
+    refused();
+    // It does not look empty to who has read it, if it was written by another way since.
+    node.write_all_at(&vec![0; old.len()], 0).unwrap();
+    node.sync_all().unwrap();
+    File::options().write(true).open(&backing).unwrap().write_all_at(&old, 0).unwrap();
+    refused();
     drop(node);
-    rig.send(&[("d0", &source)], &[]).fails(3, &["is not any more", "ext4", "--overwrite"]);
-    assert!(fs::read(&backing).unwrap() == old, "the disk was written");
-    assert_eq!(rig.state("d0"), "empty");
 
     remove();
     add(&["--overwrite"]);
@@ -1186,9 +1194,14 @@ fn a_server_of_another_kind_is_named() {
 #[test]
 fn a_target_is_not_sent_to_itself() {
     require_root!();
-    let rig = Rig::new(&[4 * MIB, 4 * MIB]);
+    let dir = directory();
+    let service = Service::start(dir.path(), &[]);
+    // It holds something, and did so when it was assigned.
+    let backing = dir.path().join("d0.img");
+    support::write_random(&backing, 0, 4 * MIB);
+    let targets = vec![Loop::attach(&backing, 512), Loop::create(&dir.path().join("d1.img"), 4 * MIB)];
+    let rig = Rig::assemble(dir, service, targets);
     let target = &rig.targets[0];
-    support::write_random(target.backing(), 0, 4 * MIB);
     for source in [target.node(), target.backing()] {
         let sent = rig.send(&[("d0", source)], &[]).fails(3, &["the source is a target disk of this host"]);
         let holder =

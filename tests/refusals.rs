@@ -737,17 +737,24 @@ fn a_target_that_vanishes_in_the_middle() {
     }
 }
 
-/// The source fails: it shrinks while it is read.
+/// The source fails: it shrinks while it is read, to nothing or to a part of it.
 #[test]
 fn a_source_that_vanishes_in_the_middle() {
     require_root!();
-    let rig = Rig::new(&[40 * MIB]);
-    let source = Loop::create(&rig.path("source.img"), 40 * MIB);
-    support::write_random(source.backing(), 0, 40 * MIB);
-    let send = rig.start_into_pass(&[("d0", source.node())], &["--bwlimit", "8M", "--compression", "off"]);
-    source.resize(0);
-    send.finish().fails(1, &["read the source: read /dev/loop"]);
-    assert_eq!(rig.wait_until_closed("d0").phase, "interrupted");
+    // Much more than is read ahead: the end is not read yet when it goes.
+    const SIZE: u64 = 80 * MIB;
+    let rig = Rig::new(&[SIZE]);
+    let source = Loop::create(&rig.path("source.img"), SIZE);
+    support::write_random(source.backing(), 0, SIZE);
+    let cut = "was made smaller while it was read, from 80.0 MiB to 60.0 MiB";
+    for (left, told) in [(0, &["read the source: read /dev/loop"][..]), (60 * MIB, &[cut, "--resized"])] {
+        source.resize(SIZE);
+        let send =
+            rig.start_into_pass(&[("d0", source.node())], &["--bwlimit", "8M", "--compression", "off"]);
+        source.resize(left);
+        send.finish().fails(1, told);
+        assert_eq!(rig.wait_until_closed("d0").phase, "interrupted");
+    }
     goes_on(&rig, "d0");
 }
 

@@ -55,6 +55,20 @@ pub enum Error {
         .0.display(), .1.as_secs()
     )]
     Hangs(PathBuf, Duration),
+    /// It was made smaller.
+    #[error(
+        "{} was made smaller while it was read, from {from} to {to}; if that is meant, `mt-agent send --resized` sends what \
+         is left",
+        .path.display()
+    )]
+    Shrunk {
+        /// The source.
+        path: PathBuf,
+        /// Its size when it was opened.
+        from: ByteLen,
+        /// Its size now.
+        to: ByteLen,
+    },
 }
 
 impl Error {
@@ -62,7 +76,7 @@ impl Error {
     pub fn is_refusal(&self) -> bool {
         match self {
             Error::NotADisk(_) | Error::Empty(_) => true,
-            Error::Hangs(..) => false,
+            Error::Hangs(..) | Error::Shrunk { .. } => false,
             Error::Io(error) => {
                 matches!(error.source.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
             }
@@ -186,12 +200,13 @@ impl Source {
         Extent::new(at, end.checked_sub(at)?)
     }
 
-    /// That an image file was not cut off while it was read: where a hole was, no read has failed for it.
+    /// That it was not cut off while it was read: where a hole was, no read has failed for it.
     fn still_whole(&self) -> Result<(), Error> {
-        let name = || self.path.display().to_string();
-        let len = self.file.metadata().map_err(|error| IoError::new("look at", name(), error))?.len();
-        if self.sparse && len < self.size {
-            return Err(IoError::at("read", name(), len, io::ErrorKind::UnexpectedEof).into());
+        let measured = (&self.file).seek(SeekFrom::End(0));
+        let now =
+            measured.map_err(|error| IoError::new("measure", self.path.display().to_string(), error))?;
+        if now < self.size {
+            return Err(Error::Shrunk { path: self.path.clone(), from: self.size(), to: ByteLen(now) });
         }
         Ok(())
     }
@@ -398,6 +413,11 @@ impl Scan {
             },
         };
         let part: Result<_, Error> = progress.waits.read(read);
+        // What was cut off reads as an error of some kind or other. A disk that is gone has no size either.
+        let part = part.map_err(|error| match self.source.still_whole() {
+            Err(shrunk @ Error::Shrunk { to, .. }) if to.0 > 0 => shrunk,
+            _ => error,
+        });
         let Some(mut part) = part? else { return Ok(None) };
         let (at, len) = (walk.at, part.len());
         if let Part::Bytes(buffer) = &mut part {
@@ -585,8 +605,10 @@ mod tests {
         assert!(matches!(pieces.blocking_recv(), Some(Output::Piece(_))));
         file.set_len(128 << 20).unwrap();
         let last = std::iter::from_fn(|| pieces.blocking_recv()).last();
-        let Some(Output::Failed(Error::Io(error))) = last else { panic!("it went on to the end") };
-        assert_eq!(error.source.kind(), io::ErrorKind::UnexpectedEof);
+        let Some(Output::Failed(Error::Shrunk { from, to, .. })) = last else {
+            panic!("it went on to the end")
+        };
+        assert_eq!((from.0, to.0), (256 << 20, 128 << 20));
         reading.join().unwrap();
     }
 

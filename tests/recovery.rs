@@ -781,6 +781,15 @@ fn points_go_with_their_disks() {
     rig.send(&[("d0", &source)], &[]).ok();
     assert_equal(&source, rig.targets[0].backing());
     assert_eq!(points(&rig).len(), 1);
+    // So they do where nothing tells any more which disks these were.
+    let retention = PathBuf::from(rig.service.state_dir()).join("retention");
+    fs::write(retention.join("machines").join(format!("{MACHINE}.toml")), "machine = ").unwrap();
+    let removed = command(&rig, &["protect", "remove", MACHINE]).ok();
+    for said in ["could not be read, is removed", "1 recovery points are given up"] {
+        assert!(removed.stdout.contains(said), "{removed:#?}");
+    }
+    rig.service.protect_add(MACHINE, "d0", &rig.targets[0]).ok();
+    assert_eq!(points(&rig).len(), 0);
 }
 
 /// Another installation, given the retention directory and the disks, knows the machines and points, and carries on.

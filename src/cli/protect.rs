@@ -405,8 +405,9 @@ fn remove(args: &RemoveArgs) -> Result<(), Failure> {
              `mt-agent failover {machine} --undo`; disk {disk} stays"
         )));
     }
+    // All of them with all of its disks: which these are is not known where the protection cannot be read.
     let names = |point: &&Point| {
-        point.volumes_of(&args.machine).any(|at| planned.iter().any(|disk| disk.name == at.disk))
+        args.disk.as_ref().is_none_or(|disk| point.volumes_of(&args.machine).any(|at| at.disk == *disk))
     };
     let points: Vec<&Point> = log.points(&args.machine).filter(names).collect();
     // Those of a group go for all of its machines.

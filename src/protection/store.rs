@@ -383,14 +383,19 @@ impl Store {
         Ok(Hold { _lock: lock })
     }
 
-    /// Keeps everyone else from receiving for the machine for as long as the [`Hold`] lives.
+    /// Keeps everyone else from receiving for the machine for as long as the [`Hold`] lives; also for one whose file cannot be
+    /// read, and is to be removed.
     ///
     /// # Errors
     /// [`Error::Receiving`] while somebody has a hold of it; [`Error::NoMachine`].
     pub fn exclude(&self, machine: &Name) -> Result<Hold, Error> {
-        self.load(machine)?;
+        let exists = || match self.exists(machine)? {
+            true => Ok(()),
+            false => Err(Error::NoMachine { machine: machine.clone() }),
+        };
+        exists()?;
         let _exclusive = self.exclusive()?;
-        self.load(machine)?;
+        exists()?;
         let hold = self.machines.join(format!("{machine}.hold"));
         let lock = lock(&hold, FlockArg::LockExclusiveNonblock)
             .map_err(|error| busy(error, || Error::Receiving { machine: machine.clone() }))?;

@@ -3,8 +3,8 @@
 mod support;
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -732,6 +732,16 @@ fn a_retention_disk_is_made_once_and_never_over_data() {
         on_this_host(&etc, &args)
     };
     let id = disk.id();
+    // Nor over what came onto it by another way, which whoever had read it before does not see.
+    let (other, mut head) = (dir.path().join("other"), vec![0; 64 << 10]);
+    File::create(&other).unwrap().set_len(8 * MIB).unwrap();
+    support::tool("mkfs.ext4", &["-q", "-F", other.to_str().unwrap()]);
+    File::open(disk.node()).unwrap().read_exact_at(&mut head, 0).unwrap();
+    let behind = File::options().write(true).open(disk.backing()).unwrap();
+    behind.write_all_at(&fs::read(&other).unwrap()[..head.len()], 0).unwrap();
+    let refused = agent(&["--retention-disk", &id]).fails(3, &["refused: retention"]);
+    assert!(refused.stdout.contains("is not empty: ext4"), "{}", refused.stdout);
+    behind.write_all_at(&head, 0).unwrap();
     let made = agent(&["--retention-disk", &id]).ok();
     assert!(made.stdout.contains("called mkfs."), "{}", made.stdout);
     let node = disk.node().to_str().unwrap();

@@ -11,8 +11,6 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
-use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
-
 use super::discover::exclusive::{self, Claim};
 use super::discover::identity::{self, Identity, Transport};
 use super::discover::{self, Disk, IdSource, Role, Sysroot};
@@ -247,9 +245,6 @@ impl OpenDisk {
         let again = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&self.file));
         let file =
             File::open(again).map_err(|error| IoError::new("open for reading", self.name.clone(), error))?;
-        // What the disk holds counts, and not what somebody who has it open, too, had read before another host or
-        // another path wrote. Where that cannot be had, the cache is as good as it was.
-        posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).ok();
         Ok(signature::probe_file(&file, &self.name)?)
     }
 }

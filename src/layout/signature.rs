@@ -9,6 +9,7 @@
 use std::fmt;
 use std::fs::File;
 
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use serde::Serialize;
 
 use crate::bytes;
@@ -117,12 +118,12 @@ fn first_data(bytes: &[u8], from: u64) -> Option<u64> {
     from.checked_add(u64::try_from(at).ok()?)
 }
 
-/// Looks for signatures on a block device or an image that is open for reading, through the page cache.
+/// Looks for signatures on a block device or an image that is open for reading.
 pub fn probe_file(file: &File, target: &str) -> Result<Content, IoError> {
     let copy = file.try_clone().map_err(|error| IoError::new("duplicate", target, error))?;
     // What lies beside the places that are looked at is not wanted. Where the advice is not taken it only takes longer.
-    nix::fcntl::posix_fadvise(file, 0, 0, nix::fcntl::PosixFadviseAdvice::POSIX_FADV_RANDOM).ok();
-    probe(&ReadFile::new(copy, target)?)
+    posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_RANDOM).ok();
+    probe(&ReadFile::new(copy, target)?.afresh())
 }
 
 /// Magic bytes at a fixed place from the beginning.

@@ -70,7 +70,8 @@ fn wanted(host: &Host) -> Result<Wanted, Error> {
     if found.as_ref() != Some(id) {
         return Err(Error::refused(format!("{node} turned out to be another disk than {id}"), LOOK));
     }
-    let reader = ReadFile::new(file.try_clone().map_err(|error| failed("duplicate", error))?, &*node)?;
+    let reader =
+        ReadFile::new(file.try_clone().map_err(|error| failed("duplicate", error))?, &*node)?.afresh();
     let there = FileSystem::read(&reader)?;
     let new = match there {
         Some(there) if there.label == LABEL => {

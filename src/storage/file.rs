@@ -5,6 +5,8 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::Path;
 
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+
 use super::ReadAt;
 use crate::error::IoError;
 use crate::sys::ioctl;
@@ -39,6 +41,13 @@ impl ReadFile {
             .seek(SeekFrom::End(0))
             .map_err(|error| IoError::new("seek to the end of", &*name, error))?;
         Ok(ReadFile { file, size, name })
+    }
+
+    /// The same, and what is read of it comes from the disk: what somebody who has it open, too, had read before it was written
+    /// by another way does not count. Where that cannot be had, what was cached is as good as it was.
+    pub fn afresh(self) -> ReadFile {
+        posix_fadvise(&self.file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).ok();
+        self
     }
 
     /// The open file.

@@ -38,15 +38,25 @@ pub(super) struct LoopDevice {
     pub(super) under: Option<Under>,
 }
 
+/// How often a loop device is looked at that shows nothing, or another file than before.
+const TRIES: u32 = 3;
+
 /// The loop devices that stand on something.
 pub(super) fn loops(sysroot: &Sysroot) -> Vec<LoopDevice> {
     let names = sysroot.names("sys/block").into_iter().filter(|name| name.starts_with("loop"));
     let attached = names.filter_map(|name| {
         let devno = sysroot.text(format!("sys/block/{name}/dev"))?;
-        let under = under(sysroot, &name, &devno);
-        // One that was detached meanwhile stands on nothing.
+        // Others attach and detach devices while one is looked at: what may be half of this and half of that is looked at again.
+        for _ in 0..TRIES {
+            // What is detached stands on nothing.
+            let before = identity::backing_file(sysroot, &name)?;
+            let under = under(sysroot, &name, &devno);
+            if under.is_some() && identity::backing_file(sysroot, &name)? == before {
+                return Some(LoopDevice { name, devno, under });
+            }
+        }
         identity::backing_file(sysroot, &name)?;
-        Some(LoopDevice { name, devno, under })
+        Some(LoopDevice { name, devno, under: None })
     });
     attached.collect()
 }

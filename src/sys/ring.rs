@@ -271,6 +271,9 @@ impl Drop for Ring {
                 return;
             }
         }
+        // The kernel lets go of what is registered a while after the ring is closed: who opens the device next, exclusively,
+        // would find it in use.
+        self.ring.submitter().unregister_files().ok();
     }
 }
 

@@ -135,7 +135,15 @@ impl Sysroot {
 
     /// Whether every SCSI disk that the kernel knows has its block device, which comes a moment after it.
     pub fn is_settled(&self) -> bool {
-        let disks = self.names("sys/class/scsi_disk");
-        disks.iter().all(|disk| self.path(format!("sys/class/scsi_disk/{disk}/device/block")).exists())
+        self.names("sys/bus/scsi/devices").iter().all(|device| {
+            let device = format!("sys/bus/scsi/devices/{device}");
+            // Those that the kernel's disk driver takes. Hosts and targets are listed as well, and have no type.
+            let kind = self.text(format!("{device}/type"));
+            let is_disk = matches!(kind.as_deref(), Some("0" | "7" | "14" | "20"));
+            // A unit that is not connected has none, and answers so: the peripheral qualifier in its first byte.
+            let inquiry = self.bytes(format!("{device}/inquiry")).unwrap_or_default();
+            let is_there = inquiry.first().is_none_or(|byte| byte >> 5 == 0);
+            !(is_disk && is_there) || self.path(format!("{device}/block")).exists()
+        })
     }
 }

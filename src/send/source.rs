@@ -205,10 +205,17 @@ impl Source {
         let measured = (&self.file).seek(SeekFrom::End(0));
         let now =
             measured.map_err(|error| IoError::new("measure", self.path.display().to_string(), error))?;
-        if now < self.size {
-            return Err(Error::Shrunk { path: self.path.clone(), from: self.size(), to: ByteLen(now) });
+        match now {
+            // A disk that is gone has no size.
+            0 => {
+                Err(IoError::at("read", self.path.display().to_string(), 0, io::ErrorKind::UnexpectedEof)
+                    .into())
+            }
+            now if now < self.size => {
+                Err(Error::Shrunk { path: self.path.clone(), from: self.size(), to: ByteLen(now) })
+            }
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     /// What can be read around the page cache ends here: direct reads come in whole blocks.
@@ -413,9 +420,9 @@ impl Scan {
             },
         };
         let part: Result<_, Error> = progress.waits.read(read);
-        // What was cut off reads as an error of some kind or other. A disk that is gone has no size either.
-        let part = part.map_err(|error| match self.source.still_whole() {
-            Err(shrunk @ Error::Shrunk { to, .. }) if to.0 > 0 => shrunk,
+        // What was cut off reads as an error of some kind or other.
+        let part = part.map_err(|error| match progress.waits.read(|| self.source.still_whole()) {
+            Err(shrunk @ Error::Shrunk { .. }) => shrunk,
             _ => error,
         });
         let Some(mut part) = part? else { return Ok(None) };

@@ -187,8 +187,8 @@ pub enum Error {
     Io(#[from] IoError),
     /// A protection file does not hold what it must. Nothing was changed; the other machines are not concerned.
     #[error(
-        "{}:{line}: {what}; correct the file by hand, or take it away with `mt-agent protect remove {machine}`, and assign the \
-         disks again with `mt-agent protect add`", file.display()
+        "{}:{line}: {what}; correct the file by hand, or take it away, with its recovery points, with `mt-agent protect \
+         remove {machine}`, and assign the disks again with `mt-agent protect add`", file.display()
     )]
     Corrupt {
         /// The machine whose protection it is by its name.

@@ -29,7 +29,7 @@ pub enum Command {
     Add(AddArgs),
     /// List the machines and their target disks
     List(ListArgs),
-    /// Take target disks away from a machine; what lies on them stays
+    /// Take target disks away from a machine, and give up its recovery points; what lies on the disks stays
     Remove(RemoveArgs),
     /// Make a consistency group of machines, whose points are there on all of them or on none; or take it away
     Group(GroupArgs),

@@ -250,7 +250,11 @@ fn a_file_with_an_identity_that_names_no_disk_is_told_and_taken_away() {
         let error = store.assigned().unwrap_err().to_string();
         let told = format!("{}:{line}: `{given}` is no disk identity: ", store.file(&db).display());
         assert!(error.starts_with(&told), "{error}");
-        assert!(error.contains(", or take it away with `mt-agent protect remove db01`"), "{error}");
+        assert!(
+            error
+                .contains(", or take it away, with its recovery points, with `mt-agent protect remove db01`"),
+            "{error}"
+        );
         assert!(store.remove(&db, None).unwrap().is_empty());
         assert!(store.assigned().unwrap().is_empty());
     }

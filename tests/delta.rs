@@ -217,7 +217,11 @@ fn a_tracker_that_lies_is_found_although_connections_break() {
     let given = format!("d0={}", hints.display());
     let send = |ranges: &str, more: &[&str]| {
         fs::write(&hints, ranges).unwrap();
-        proxy.will([5, 2].map(|mib| Fate { up: Some((mib * MIB, Act::Cut)), ..Fate::default() }));
+        proxy.will([5, 2].map(|mib| Fate {
+            up: Some((mib * MIB, Act::Cut)),
+            lasts: true,
+            ..Fate::default()
+        }));
         write_random(&source, MIB, 8 * MIB);
         let args =
             ["--to", &to, "--retry-for", "60s", "--compression", "off", "--connections", "1", "--json"];
@@ -490,11 +494,12 @@ fn a_slow_comparison_is_not_taken_for_silence() {
     require_root!();
     let mut rig = Rig::new(&[8 * MIB]);
     let config = fs::read_to_string(rig.service.config()).unwrap();
-    rig.service.restart_with_config(&(config + "idle_timeout = \"1s\"\n"));
-    let source = rig.random("source.img", 3 * MIB);
-    File::options().write(true).open(&source).unwrap().set_len(6 * MIB).unwrap();
+    rig.service.restart_with_config(&(config + "idle_timeout = \"3s\"\n"));
+    let source = rig.random("source.img", 3 * MIB / 2);
+    File::options().write(true).open(&source).unwrap().set_len(3 * MIB).unwrap();
     rig.send(&[("d0", &source)], &[]).ok();
-    verify(&rig, &source, &["--rate", "1M"]).ok();
+    // A chunk takes 4 s.
+    verify(&rig, &source, &["--rate", "256K"]).ok();
 }
 
 /// Most of what is no file was meant to be one.
@@ -596,7 +601,7 @@ fn a_sender_that_stands_still_gives_the_disk_back() {
     let config = fs::read_to_string(rig.service.config()).unwrap();
     rig.service.restart_with_config(&(config + "idle_timeout = \"2s\"\nallow_root_retention = true\n"));
     let source = rig.random("source.img", size);
-    let args = ["--compression", "off", "--bwlimit", "4M"];
+    let args = ["--compression", "off", "--bwlimit", "4M", "--connections", "1"];
     let sender = rig.start_into_pass(&[("d0", &source)], &args);
     let lag = rig.service.volume(MACHINE, "d0").lag_bytes.unwrap();
     assert!(lag > 0 && lag < size, "{lag}");
@@ -609,7 +614,7 @@ fn a_sender_that_stands_still_gives_the_disk_back() {
     let volume = rig.wait_until_closed("d0");
     // Not at once, and what the machine is busy with.
     let after = stopped.elapsed().as_secs_f64();
-    assert!((1.5..8.0).contains(&after), "{after} s");
+    assert!((1.0..8.0).contains(&after), "{after} s");
     assert_eq!((volume.phase.as_str(), volume.lag_bytes), ("interrupted", None));
     rig.service.wait_for_log("the peer sent nothing for 2s");
     rig.send(&[("d0", &source)], &["--state-dir", &rig.elsewhere()]).ok();
@@ -636,7 +641,7 @@ fn a_bandwidth_limit_goes_by_the_time_of_day() {
     let hour: u32 = tool("date", &["+%-H"]).parse().unwrap();
     let now = format!("{hour:02}:00-{:02}:00", (hour + 2) % 24);
     assert!(took(&format!("{now}=4M,1G")) > 1.7);
-    assert!(took(&format!("{now}=1G,1M")) < 6.0);
+    assert!(took(&format!("{now}=1G,64K")) < 60.0);
     rig.send(&[("d0", &source)], &["--bwlimit", "8-18=4M"]).fails(2, &["no time of day"]);
 }
 
@@ -741,10 +746,12 @@ fn verifying_beside_a_pass_sees_the_point_before_it() {
     write_random(target, 7 * MIB + 8192, 512);
     fs::copy(&old, &new).unwrap();
     write_random(&new, 0, 6 * MIB);
-    let args = ["--compression", "off", "--bwlimit", "3M", "--another-disk"];
+    let args = ["--compression", "off", "--bwlimit", "2M", "--another-disk"];
     let mut pass = rig.start_into_pass(&[("d0", &new)], &args);
     let overwritten = || support::first_difference(&old, target).is_some_and(|at| at < MIB);
     support::wait_for("the first blocks", || overwritten().then_some(()));
+    pass.signal(nix::sys::signal::Signal::SIGSTOP);
+    assert_eq!(pass.has_ended(), None, "the pass ended before it could be looked at beside it");
     let told = verify(&rig, &old, &["--json"]);
     assert_eq!(told.code, Some(1), "{told:#?}");
     let report = told.json();
@@ -755,7 +762,7 @@ fn verifying_beside_a_pass_sees_the_point_before_it() {
     // Of what is being sent, it is all that the pass has to bring.
     let told = verify(&rig, &new, &["--json"]).json();
     assert_eq!(sent(&told, "differing_bytes"), 6 * MIB + 4096);
-    assert_eq!(pass.has_ended(), None, "the pass ended before it could be looked at beside it");
+    pass.signal(nix::sys::signal::Signal::SIGCONT);
     pass.finish().ok();
     rig.synchronized("d0");
     assert_equal(&new, target);

@@ -795,6 +795,6 @@ fn disks_of_a_big_target_are_listed_quickly() {
     assert_eq!(found.len(), 256);
     assert!(found.iter().all(|disk| disk.role == Role::Free && disk.id_source == Some(IdSource::Sysfs)));
     // 100 ms are asked of the release build; this bound only catches what is out of proportion.
-    assert!(spent < 500, "{spent} ms of CPU for 256 disks");
+    assert!(spent < 3000, "{spent} ms of CPU for 256 disks");
     eprintln!("{spent} ms of CPU for 256 disks");
 }

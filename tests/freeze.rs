@@ -210,12 +210,10 @@ fn it_is_frozen_while_it_is_read_and_thawed_however_that_ends() {
 fn at_the_limit_it_is_thawed_and_the_point_is_fuzzy() {
     require_root!();
     let site = Site::new();
-    let start = Instant::now();
-    let send = site.start_into_pass(&["--freeze=1s"]);
+    let send = site.start_into_pass(&["--freeze=4s"]);
     site.writer.waits();
-    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
     let sent = send.finish().ok();
-    assert!(sent.stderr.contains("thawed before everything was read, because 1 s had passed"), "{sent:#?}");
+    assert!(sent.stderr.contains("thawed before everything was read, because 4 s had passed"), "{sent:#?}");
     assert_eq!(site.newest(), ("crash".to_owned(), true));
     let (id, out) = (site.points().last().unwrap()["id"].clone(), site.path("fuzzy"));
     fs::create_dir(&out).unwrap();
@@ -253,7 +251,7 @@ fn the_guard_is_guarded() {
 fn a_guard_that_stands_still_keeps_nothing_frozen() {
     require_root!();
     let site = Site::new();
-    let send = site.start_into_pass(&["--freeze=2s"]);
+    let send = site.start_into_pass(&["--freeze=6s"]);
     let guard = children(send.pid());
     assert_eq!(guard.len(), 1);
     kill(Pid::from_raw(guard[0]), Signal::SIGSTOP).unwrap();

@@ -315,11 +315,15 @@ fn failover_ends_what_is_being_received() {
     let mut shop = Shop::new(&["db01", "web01"]);
     let old = shop.change(SIZE);
     let (db, web) = (&shop.machines[0], &shop.machines[1]);
-    let slow = ["--whole", "--bwlimit", "1M"];
+    // Neither comes to its end.
+    let slow = ["--whole", "--bwlimit", "128K"];
     let send = shop.start(db, &slow);
     let other = shop.start(web, &slow);
     shop.wait_for_bytes(db);
     shop.wait_for_bytes(web);
+    wait_for("its first writes", || {
+        (shop.service.volume("db01", "root").written_bytes > Some(0)).then_some(())
+    });
     // What changes nothing ends nothing.
     shop.command(&["failover", "db01", "--to", "latest", "--dry-run"]).ok();
     let nowhere = "00000000000000000000000000000001";

@@ -42,10 +42,10 @@ fn goes_on(rig: &Rig) {
 #[test]
 fn four_are_faster_than_one_where_each_is_limited() {
     require_root!();
-    let rig = rig_with(24 * MIB, "");
-    let source = rig.random("source.img", 24 * MIB);
+    let rig = rig_with(8 * MIB, "");
+    let source = rig.random("source.img", 8 * MIB);
     let proxy = Proxy::start(rig.service.address());
-    proxy.will_all(Fate { rate: Some(8_000_000), ..Fate::default() });
+    proxy.will_all(Fate { rate: Some(1_000_000), ..Fate::default() });
     let to = proxy.address.to_string();
     let [four, one] = ["4", "1"].map(|connections| {
         let args = ["--to", &to, "--compression", "off", "--whole", "--json", "--connections", connections];

@@ -27,6 +27,7 @@ fn mounted<T>(node: &Path, dir: &Path, options: &str, work: impl FnOnce(&Path) -
     // Not lazily, and whoever looks at all mounts holds each for a moment.
     wait_for("the unmount", || nix::mount::umount(dir).ok());
     std::mem::forget(mount);
+    support::wait_until_unclaimed(node);
     result
 }
 
@@ -225,6 +226,8 @@ fn a_dirty_xfs_is_sent_whole_and_one_that_is_frozen_or_clean_is_not() {
     assert_equal(cut.backing(), rig.targets[0].backing());
     rig.synchronized("d0");
     whole("mnt", &files);
+    // Room for the next one.
+    fs::remove_file(cut.backing()).unwrap();
     drop(cut);
     // Mounted and not frozen, nothing is left out; frozen, what is free is.
     let (free, taken) = mounted(disk.node(), &rig.path("mnt"), "defaults", |dir| {
@@ -354,11 +357,16 @@ impl Elsewhere {
     fn mount(node: &Path, dir: &Path) -> Elsewhere {
         fs::create_dir_all(dir).unwrap();
         let mut command = Command::new("unshare");
-        command.args(["--mount", "sh", "-c", "mount \"$0\" \"$1\" && echo mounted && exec sleep 600"]);
+        // Whoever lists disks holds each for a moment.
+        let script =
+            "for i in $(seq 100); do mount \"$0\" \"$1\" && echo mounted && exec sleep 600; sleep 0.1; done";
+        command.args(["--mount", "sh", "-c", script]);
         let mut process = command.args([node, dir]).stdout(Stdio::piped()).spawn().unwrap();
         let mut said = String::new();
         BufReader::new(process.stdout.as_mut().unwrap()).read_line(&mut said).unwrap();
         assert_eq!(said, "mounted\n");
+        let name = format!("/proc/{}/comm", process.id());
+        wait_for("sleep", || (fs::read_to_string(&name).unwrap() == "sleep\n").then_some(()));
         Elsewhere { process }
     }
 }
@@ -464,13 +472,15 @@ fn a_write_to_a_partition_through_its_disk_is_noticed() {
     // All of it has to be sent.
     soil(part.node().as_ref());
     let over = Loop::attach(disk.node(), 512);
-    let slow = ["--whole", "--compression", "off", "--bwlimit", "8M"];
+    let slow = ["--whole", "--compression", "off", "--bwlimit", "4M"];
     for to in [Some(disk.node()), Some(over.node()), None] {
         let send = rig.start_into_pass(&[("d0", part.node().as_ref())], &slow);
         if let Some(to) = to {
-            let file = OpenOptions::new().write(true).open(to).unwrap();
-            file.write_all_at(&[0x5a; 4096], 4 * MIB).unwrap();
-            file.sync_all().unwrap();
+            send.standing_still(|| {
+                let file = OpenOptions::new().write(true).open(to).unwrap();
+                file.write_all_at(&[0x5a; 4096], 4 * MIB).unwrap();
+                file.sync_all().unwrap();
+            });
         }
         let said = send.finish().ok().stderr.contains("somebody wrote to the source while it was read");
         assert_eq!((said, newest_is_fuzzy(&rig)), (to.is_some(), to.is_some()));
@@ -537,9 +547,9 @@ fn what_is_mounted_read_only_stands_still() {
         assert!(field(&sent, "skipped_bytes") > 30 * MIB && reasons(&sent).is_empty(), "{sent:#}");
         // What counts as zeros was not read.
         assert!(field(&sent, "read_bytes") < field(&sent, "size") - field(&sent, "skipped_bytes") + MIB);
-        let slow = ["--whole", "--compression", "off", "--bwlimit", "8M"];
+        let slow = ["--whole", "--compression", "off", "--bwlimit", "3M"];
         let send = rig.start_into_pass(&disks, &slow);
-        tool("mount", &["-o", "remount,rw", dir.to_str().unwrap()]);
+        send.standing_still(|| tool("mount", &["-o", "remount,rw", dir.to_str().unwrap()]));
         let sent = send.finish().ok();
         assert!(sent.stderr.contains("somebody wrote to the source while it was read"), "{sent:#?}");
         assert!(newest_is_fuzzy(&rig));
@@ -611,7 +621,7 @@ fn a_source_that_did_not_stand_still_after_all_gives_a_fuzzy_point() {
     mounted(disk.node(), &rig.path("mnt"), "defaults", |dir| files.work(dir, 0));
     let slow = ["--whole", "--compression", "off", "--bwlimit", "4M"];
     let send = rig.start_into_pass(&[("d0", disk.node())], &slow);
-    mounted(disk.node(), &rig.path("mnt"), "defaults", |dir| files.work(dir, 1));
+    send.standing_still(|| mounted(disk.node(), &rig.path("mnt"), "defaults", |dir| files.work(dir, 1)));
     let sent = send.finish().ok();
     assert!(sent.stderr.contains("somebody wrote to the source while it was read"), "{sent:#?}");
     assert!(newest_is_fuzzy(&rig));
@@ -635,7 +645,7 @@ fn a_write_through_another_loop_device_is_noticed() {
     let slow = ["--whole", "--compression", "off", "--bwlimit", "1M"];
     mounted(disk.node(), &rig.path("mnt"), "defaults", |dir| files.work(dir, 0));
     let send = rig.start_into_pass(&[("d0", disk.node())], &slow);
-    mounted(other.node(), &rig.path("mnt"), "defaults", |dir| files.work(dir, 1));
+    send.standing_still(|| mounted(other.node(), &rig.path("mnt"), "defaults", |dir| files.work(dir, 1)));
     let sent = send.finish().ok();
     assert!(sent.stderr.contains("somebody wrote to the source while it was read"), "{sent:#?}");
     assert!(newest_is_fuzzy(&rig));
@@ -694,8 +704,10 @@ fn the_whole_disk_is_sent_where_that_is_asked_for() {
     let used = free(&[disk.node()])[0].complement(between(0, 64 * MIB).unwrap());
     let behind = used.iter().last().unwrap().offset();
     rig.wait_until_closed("d0");
-    let target = OpenOptions::new().write(true).open(rig.targets[0].backing()).unwrap();
-    target.write_all_at(&[1], behind).unwrap();
+    let target = OpenOptions::new().read(true).write(true).open(rig.targets[0].backing()).unwrap();
+    let mut byte = [0];
+    target.read_exact_at(&mut byte, behind).unwrap();
+    target.write_all_at(&[!byte[0]], behind).unwrap();
     tool("blockdev", &["--flushbufs", rig.targets[0].node().to_str().unwrap()]);
     let found = verify(&rig, &disks, &[]).fails(1, &["does not hold"]).json();
     let differences = found["disks"][0]["differences"].as_array().unwrap();

@@ -325,7 +325,7 @@ fn a_source_that_hangs_is_named_and_ends_the_sender() {
     require_root!();
     let (mut rig, _) = rig();
     let config = fs::read_to_string(rig.service.config()).unwrap();
-    rig.service.restart_with_config(&(config + "idle_timeout = \"1s\"\n"));
+    rig.service.restart_with_config(&(config + "idle_timeout = \"3s\"\n"));
     let source = rig.random("source.img", SIZE);
     let hanging = |args: &[&str]| {
         let mut command = rig.command(&[("d0", &source)], &[&["--engine", "threads"], args].concat());

@@ -21,6 +21,15 @@ use support::{
     wait_for,
 };
 
+/// Takes a disk away, also from whoever looks at it for a moment.
+fn detach(disk: Loop) {
+    let backing = disk.backing().to_str().unwrap().to_owned();
+    drop(disk);
+    wait_for("the device to be detached", || {
+        tool("losetup", &["--associated", &backing]).is_empty().then_some(())
+    });
+}
+
 /// The service still does its work: a small image goes to `disk`.
 #[track_caller]
 fn goes_on(rig: &Rig, disk: &str) {
@@ -62,9 +71,13 @@ fn other_protocols_on_the_port_are_turned_away() {
         wait_for("the count", || {
             (rig.service.metric("mt_agent_sessions_refused_total") == refused).then_some(())
         });
-        let log = rig.service.log();
-        let said = log.matches("the peer does not speak TLS: plain text or another protocol").count();
-        assert_eq!(said, index + 1, "{log}");
+        // It is counted, and then told.
+        wait_for("a line of the log", || {
+            let log = rig.service.log();
+            let said = log.matches("the peer does not speak TLS: plain text or another protocol").count();
+            assert!(said <= index + 1, "{log}");
+            (said == index + 1).then_some(())
+        });
         goes_on(&rig, "d0");
     }
     // A port scan is nothing to worry about, and a connection that says nothing holds nobody up.
@@ -116,8 +129,7 @@ fn certificates_of_another_authority_are_refused_on_both_sides() {
     Identity { ca: ours.ca, ..theirs }.save(&stranger).unwrap();
     by_hand(&stranger)
         .fails(3, &["does not accept the certificate that it was shown: enrol the machine again"]);
-    let log = rig.service.log();
-    assert!(log.contains("the peer's certificate was not issued for this connection"), "{log}");
+    rig.service.wait_for_log("the peer's certificate was not issued for this connection");
     // One that was never enrolled is told so before anything is sent.
     by_hand(&rig.path("nobody")).fails(3, &["enrol"]);
     assert_eq!(rig.service.volume(MACHINE, "d0").phase, "empty");
@@ -162,10 +174,10 @@ fn disks_that_do_not_fit_are_refused_before_anything_is_written() {
     let source = rig.random("source.img", 4 * MIB);
     let larger = rig.random("larger.img", 4 * MIB + 1);
     rig.send(&[("root", &source)], &[]).fails(3, &["machine web01 has no disk root", "unknown-disk"]);
-    assert!(rig.service.log().contains("machine web01 has no disk root"));
+    rig.service.wait_for_log("machine web01 has no disk root");
     let way_out = "attach a larger disk, and assign that one in its place";
     rig.send(&[("d0", &larger)], &[]).fails(3, &["4194305 bytes) are needed", way_out, "size-mismatch"]);
-    assert!(rig.service.log().contains("4194305 bytes) are needed"));
+    rig.service.wait_for_log("4194305 bytes) are needed");
     assert_eq!(rig.state("d0"), "empty");
     assert!(fs::read(rig.targets[0].backing()).unwrap().iter().all(|byte| *byte == 0));
     // Where one of two is refused, there is no point, on neither.
@@ -196,7 +208,8 @@ fn disks_that_do_not_fit_are_refused_before_anything_is_written() {
     rig.send(&[("d0", &source)], &[]).fails(3, &["it is read-only"]);
     rig.targets[0].set_read_only(false);
     let mut rig = rig;
-    drop(rig.targets.remove(0));
+    let target = rig.targets.remove(0);
+    detach(target);
     rig.send(&[("d0", &source)], &[]).fails(3, &["no disk here is loop:", "attach it"]);
     let again = Loop::attach(&rig.path("d0.img"), 512);
     rig.targets.insert(0, again);
@@ -344,10 +357,7 @@ fn a_disk_that_is_not_what_was_assigned_is_refused() {
     rig.service.wait_for_log("has grown since it was assigned");
     rig.wait_until_closed("d0");
     target.resize(8 * MIB);
-    drop(target);
-    wait_for("the device to be detached", || {
-        tool("losetup", &["--associated", backing.to_str().unwrap()]).is_empty().then_some(())
-    });
+    detach(target);
     rig.targets.push(Loop::attach(&backing, 4096));
     rig.send(&[("d0", &source)], &[]).fails(3, &["in sectors of 4096 now"]);
 }
@@ -602,7 +612,7 @@ async fn more_than_the_window_is_refused() {
     assert_eq!(reply.window, 8 * MIB);
     let frozen = Frozen::new(&rig.path("slow"));
     let payload = vec![0x5a; MIB as usize];
-    for frame in 0..9 {
+    for frame in 0..8 {
         client.data(frame, frame * MIB, &payload).await;
     }
     wait_for("a full window", || {
@@ -611,9 +621,12 @@ async fn more_than_the_window_is_refused() {
     // While the disk does not move, the others are served.
     goes_on(&rig, "d1");
     assert_eq!(rig.service.volume(MACHINE, "d0").written_bytes, Some(0));
-    drop(frozen);
+    client.data(8, 8 * MIB, &payload).await;
     client.refused(Code::Protocol, "9437184 bytes are under way, and the window is 8388608").await;
+    drop(frozen);
     assert_eq!(rig.wait_until_closed("d0").phase, "interrupted");
+    // Nobody waits for what is still being written, and has the disk.
+    support::wait_until_unclaimed(rig.targets[0].node());
     goes_on(&rig, "d0");
 }
 
@@ -631,7 +644,7 @@ async fn a_sender_is_silent_only_while_the_disk_is_not_at_work() {
     let mut rig = Rig::assemble(dir, service, vec![disk]);
     rig.mounts = vec![Box::new(mount), Box::new(under)];
     let config = fs::read_to_string(rig.service.config()).unwrap();
-    rig.service.restart_with_config(&(config + "idle_timeout = \"1s\"\n"));
+    rig.service.restart_with_config(&(config + "idle_timeout = \"3s\"\n"));
 
     let source = rig.random("source.img", 24 * MIB);
     let frozen = Frozen::new(&rig.path("slow"));
@@ -640,17 +653,17 @@ async fn a_sender_is_silent_only_while_the_disk_is_not_at_work() {
         (rig.service.volume(MACHINE, "d0").received_bytes == Some(8 * MIB)).then_some(())
     });
     // Four times its patience, and so twice what it may take to lose it.
-    tokio::time::sleep(Duration::from_secs(4)).await;
+    tokio::time::sleep(Duration::from_secs(12)).await;
     drop(frozen);
     send.finish().ok();
     assert_equal(&source, rig.targets[0].backing());
     rig.synchronized("d0");
 
     let (mut client, _) = Client::begun(&rig, "d0", 16 * MIB).await;
-    client.data(0, 0, &[7; 4096]).await;
     let start = Instant::now();
-    client.refused(Code::Silent, "the peer sent nothing for 1s").await;
-    assert!(start.elapsed() >= Duration::from_secs(1), "{:?}", start.elapsed());
+    client.data(0, 0, &[7; 4096]).await;
+    client.refused(Code::Silent, "the peer sent nothing for 3s").await;
+    assert!(start.elapsed() >= Duration::from_secs(3), "{:?}", start.elapsed());
     assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
     assert_eq!(rig.wait_until_closed("d0").phase, "interrupted");
 }
@@ -745,10 +758,10 @@ fn a_source_that_vanishes_in_the_middle() {
     const SIZE: u64 = 80 * MIB;
     let rig = Rig::new(&[SIZE]);
     let source = Loop::create(&rig.path("source.img"), SIZE);
-    support::write_random(source.backing(), 0, SIZE);
     let cut = "was made smaller while it was read, from 80.0 MiB to 60.0 MiB";
     for (left, told) in [(0, &["read the source: read /dev/loop"][..]), (60 * MIB, &[cut, "--resized"])] {
         source.resize(SIZE);
+        support::write_random(source.backing(), 0, SIZE);
         let send =
             rig.start_into_pass(&[("d0", source.node())], &["--bwlimit", "8M", "--compression", "off"]);
         source.resize(left);
@@ -774,7 +787,7 @@ fn a_full_state_directory_loses_nothing() {
     let before = rig.service.recorded(MACHINE, "d0");
     let source = rig.random("source.img", 16 * MIB);
     // One that is under way when the space goes: what it sent is on the disk, and no commit is recorded.
-    let send = rig.start_into_pass(&[("d1", &source)], &["--bwlimit", "16M", "--compression", "off"]);
+    let send = rig.start_into_pass(&[("d1", &source)], &["--bwlimit", "4M", "--compression", "off"]);
     let filler = Tmpfs::fill(&rig.path("state"));
     let told = send.finish().fails(1, &["No space left on device", "(no-space)"]);
     assert!(!told.stderr.contains(rig.path("state").to_str().unwrap()), "{told:#?}");
@@ -808,8 +821,13 @@ fn a_second_sender_waits_for_the_first() {
     require_root!();
     let rig = Rig::new(&[16 * MIB, 4 * MIB]);
     let (first, second) = (rig.random("first.img", 16 * MIB), rig.random("second.img", 16 * MIB));
+    let elsewhere = rig.elsewhere();
     let one = rig.start_into_pass(&[("d0", &first)], &["--bwlimit", "8M", "--compression", "off"]);
-    let two = rig.start(&[("d0", &second)], &["--state-dir", &rig.elsewhere(), "--retry-for", "20s"]);
+    let two = one.standing_still(|| {
+        let two = rig.start(&[("d0", &second)], &["--state-dir", &elsewhere, "--retry-for", "60s"]);
+        wait_for("the refusal", || two.stderr().contains("(busy)").then_some(()));
+        two
+    });
     goes_on(&rig, "d1");
     one.finish().ok();
     let two = two.finish().ok();
@@ -886,7 +904,7 @@ fn a_killed_sender_leaves_an_interrupted_pass_and_the_others_alone() {
     require_root!();
     let rig = Rig::new(&[16 * MIB, 16 * MIB]);
     let source = rig.random("source.img", 16 * MIB);
-    let slow = ["--whole", "--bwlimit", "8M", "--compression", "off"];
+    let slow = ["--whole", "--bwlimit", "2M", "--compression", "off"];
     let mut killed = rig.start_into_pass(&[("d0", &source)], &slow);
     let beside = rig.start_into_pass(&[("d1", &source)], &slow);
     killed.kill();
@@ -894,7 +912,7 @@ fn a_killed_sender_leaves_an_interrupted_pass_and_the_others_alone() {
     assert_eq!((volume.phase.as_str(), volume.error, volume.last_commit), ("interrupted", None, None));
     assert!(volume.pass.is_some());
     assert_eq!(rig.state("d0"), "receiving");
-    assert!(rig.service.log().contains("the connection broke off"));
+    rig.service.wait_for_log("the connection broke off");
     beside.finish().ok();
     assert_equal(&source, rig.targets[1].backing());
     rig.send(&[("d0", &source)], &[]).ok();
@@ -907,16 +925,15 @@ fn a_service_that_is_stopped_in_the_middle_tells_its_senders() {
     require_root!();
     let mut rig = Rig::new(&[16 * MIB, 16 * MIB]);
     let source = rig.random("source.img", 16 * MIB);
-    let slow = ["--whole", "--bwlimit", "8M", "--compression", "off"];
+    let slow = ["--whole", "--bwlimit", "2M", "--compression", "off"];
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
         // Whoever says nothing is not waited for.
         let _silent = [(); 3].map(|()| TcpStream::connect(rig.service.address()).unwrap());
         let sends = ["d0", "d1"].map(|disk| rig.start_into_pass(&[(disk, &source)], &slow));
-        let start = Instant::now();
         rig.service.process().signal(signal);
         let status = rig.service.process().wait_within(Duration::from_secs(10));
         assert_eq!(status.code(), Some(0), "{}", rig.service.log());
-        assert!(start.elapsed() < Duration::from_secs(5));
+        assert!(!rig.service.log().contains("connections did not end in time"), "{}", rig.service.log());
         for send in sends {
             send.finish().fails(1, &["the service stops; run `mt-agent send` again", "(shutting-down)"]);
         }

@@ -115,7 +115,8 @@ impl Drop for Heard {
         let end = UnixDatagram::unbound().unwrap();
         end.connect(&self.path).unwrap();
         fs::remove_file(&self.path).unwrap();
-        end.send(b"").unwrap();
+        // It may have ended already.
+        end.send(b"").ok();
     }
 }
 
@@ -282,8 +283,7 @@ async fn the_watchdog_is_fed_while_every_disk_with_work_gets_on_with_it() {
     wait_for("a write", || (rig.service.volume(MACHINE, "d0").written_bytes == Some(4096)).then_some(()));
     tokio::time::sleep(Duration::from_secs(3)).await;
     let idle = Instant::now();
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    assert!(fed(idle) > 1, "{}", fed(idle));
+    wait_for("the feeding", || (fed(idle) > 1).then_some(()));
     drop(client);
     rig.wait_until_closed("d0");
     // A pass that is slow and gets on, for as long.
@@ -372,8 +372,8 @@ fn a_hangup_takes_on_what_can_change_and_names_what_cannot() {
     assert!(rig.service.log().contains("keys=\"listen\""), "{}", rig.service.log());
     let elsewhere = rig.elsewhere();
     let [first, second] = [
-        rig.start_into_pass(&[("d0", &source)], &["--whole", "--bwlimit", "6M", "--compression", "off"]),
-        rig.start(&[("d0", &source)], &["--state-dir", &elsewhere, "--retry-for", "20s"]),
+        rig.start_into_pass(&[("d0", &source)], &["--whole", "--bwlimit", "2M", "--compression", "off"]),
+        rig.start(&[("d0", &source)], &["--state-dir", &elsewhere, "--retry-for", "60s"]),
     ];
     rig.service.wait_for_log("refused: `max_sessions` connections are open");
     first.finish().ok();

@@ -112,12 +112,14 @@ fn nft(root: &Path, args: &[&str]) -> String {
     support::tool("unshare", &[&first, args].concat())
 }
 
-/// Which of the addresses can be reached at the port.
-fn reached(port: u16) -> [bool; 3] {
+/// Whether these of the addresses can be reached at the port, and the others not.
+fn reached(port: u16, expected: [bool; 3]) -> bool {
     let _listens = TcpListener::bind(("::", port)).unwrap();
-    ["127.0.0.1", "::1", "10.7.7.7"].map(|address| {
+    ["127.0.0.1", "::1", "10.7.7.7"].iter().zip(expected).all(|(address, expected)| {
         let to = SocketAddr::new(address.parse().unwrap(), port);
-        TcpStream::connect_timeout(&to, Duration::from_millis(300)).is_ok()
+        // What is dropped is never answered; what is let in is, however busy this machine is.
+        let limit = if expected { Duration::from_secs(30) } else { Duration::from_millis(300) };
+        TcpStream::connect_timeout(&to, limit).is_ok() == expected
     })
 }
 
@@ -151,7 +153,7 @@ fn the_port_is_let_in_before_the_last_word_of_the_chain() {
         let start = etc(root);
         let load = || nft(root, &["-f", &format!("/{main}")]);
         load();
-        assert_eq!(reached(9443), [false; 3], "{rules}");
+        assert!(reached(9443, [false; 3]), "{rules}");
         let plan = setup(root, "plan", &[]).ok().stdout;
         assert!(plan.contains(&RULE[..20]) && etc(root) == start, "{plan}");
         setup(root, "apply", &[]).ok();
@@ -165,7 +167,7 @@ fn the_port_is_let_in_before_the_last_word_of_the_chain() {
         let more = if lines.is_empty() { with(SAMPLE, &[(in_sample, "\t\tR")]) } else { SAMPLE.to_owned() };
         assert_eq!(text(root, "etc/nftables/more.nft"), more);
         load();
-        assert_eq!(reached(9443), [true, true, false], "{rules}");
+        assert!(reached(9443, [true, true, false]), "{rules}");
         let applied = etc(root);
         let again = setup(root, "apply", &[]).ok().stdout;
         assert!(!again.contains("wrote") && etc(root) == applied, "{again}");
@@ -191,7 +193,7 @@ fn what_the_administrator_writes_later_is_followed_or_left() {
     let with = text(root, site);
     let open = || {
         nft(root, &["-f", &format!("/{EL}")]);
-        assert_eq!(reached(9443), [true, true, false]);
+        assert!(reached(9443, [true, true, false]));
     };
     // Below others, in another file, and with other names.
     let below = "table inet first {\n}\ninclude \"/etc/nftables/moved.nft\"\n";
@@ -221,7 +223,7 @@ fn what_the_administrator_writes_later_is_followed_or_left() {
     assert!(!checked.contains("let in port"), "{checked}");
     setup(root, "apply", &config).ok();
     nft(root, &["-f", &format!("/{EL}")]);
-    assert_eq!((reached(9555), reached(9443)), ([true, true, false], [false; 3]));
+    assert!(reached(9555, [true, true, false]) && reached(9443, [false; 3]));
     setup(root, "apply", &[]).ok();
     assert_eq!(etc(root), before);
     // What is not clear any more, or not found, stays as it is; and so does what needs nothing.

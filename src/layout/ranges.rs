@@ -376,14 +376,16 @@ mod tests {
 
     #[test]
     fn a_disk_that_is_fragmented_beyond_measure_takes_bounded_memory_and_time() {
-        let start = std::time::Instant::now();
+        use nix::sys::resource::{UsageWho, getrusage};
+        let cpu = || getrusage(UsageWho::RUSAGE_THREAD).unwrap().user_time().tv_sec();
+        let before = cpu();
         let mut used = Used::default();
         // Every other block of 32 GiB.
         for block in 0..4u64 << 20 {
             used.add(Extent::new(block * 8192, 4096).unwrap());
             assert!(used.ranges.0.capacity() <= MAX_RANGES + 1);
         }
-        assert!(start.elapsed().as_secs() < 30, "{:?}", start.elapsed());
+        assert!(cpu() - before < 60, "{} s", cpu() - before);
         let used = used.finish();
         assert!(used.bytes() >= 16 << 30 && used.count() <= MAX_RANGES);
     }

@@ -49,7 +49,7 @@ fn text<'a>(disk: &'a Value, key: &str) -> &'a str {
 fn start_udev() {
     tool("/lib/systemd/systemd-udevd", &["--daemon"]);
     tool("udevadm", &["trigger", "--action=add", "--subsystem-match=block"]);
-    tool("udevadm", &["settle"]);
+    tool("udevadm", &["settle", "--timeout=600"]);
 }
 
 /// Leaves nothing of it.
@@ -71,7 +71,7 @@ fn hide_pages(disks: &[Value]) {
     devices.iter().for_each(|device| fs::write(device.join("delete"), "1").unwrap());
     assert_eq!(scsi_disks(), 0);
     rescan();
-    tool("udevadm", &["settle"]);
+    tool("udevadm", &["settle", "--timeout=600"]);
     for device in devices {
         assert!(device.join("block").exists(), "{} was not found again", device.display());
         assert!(!device.join("vpd_pg83").exists() && !device.join("vpd_pg80").exists());
@@ -230,7 +230,7 @@ impl Watching {
             assert_eq!(said["event"], event, "{said}");
             let late = when.saturating_duration_since(asked);
             // No later than an event that was seen; the look that comes without one comes after 30 seconds.
-            assert!(late < Duration::from_secs(15), "only after {late:?}: {said}");
+            assert!(late < Duration::from_secs(25), "only after {late:?}: {said}");
             self.late.push(late);
             if missing.is_empty() {
                 return said;
@@ -318,7 +318,7 @@ fn a_rescan_finds_what_no_bus_told() {
         // Another one in the place of one, and the bus is silent: the kernel shows what it knew.
         // Not while udevd reads it: what this adapter was asked for a disk that is unplugged meanwhile it never answers.
         // After 30 seconds the kernel gives up, and takes the disk, and so whatever comes in its place, offline.
-        tool("udevadm", &["settle"]);
+        tool("udevadm", &["settle", "--timeout=600"]);
         hypervisor.unplug(&disks[2]);
         hypervisor.plug(&disks[3], "parallel", 1);
         assert!(find(2).is_some() && find(3).is_none());
@@ -331,7 +331,7 @@ fn a_rescan_finds_what_no_bus_told() {
         rescan();
         assert!(find(2).is_none() && find(3).is_some());
         // Nor is it told of one that went. What the kernel still shows has no size, and so no use.
-        tool("udevadm", &["settle"]);
+        tool("udevadm", &["settle", "--timeout=600"]);
         hypervisor.unplug(&disks[3]);
         rescan();
         let gone = find(3).unwrap();
@@ -360,6 +360,8 @@ fn an_exchanged_disk_is_refused_and_one_that_moved_is_found() {
         let options = TargetOptions::default();
         let expected: DiskId = id(0).parse().unwrap();
         let listed = discover(&Sysroot::default(), &options.discovery).unwrap().remove(0);
+        // Whoever has it open keeps its name.
+        tool("udevadm", &["settle", "--timeout=600"]);
         hypervisor.unplug(&ours);
         wait_for("its name", || (scsi_disks() == 0).then_some(()));
         hypervisor.plug(&other, "virtio", 1);

@@ -126,7 +126,7 @@ fn takes_all(share: &Path) {
         let disk = node(share, number);
         tool("udevadm", &["trigger", "--action=add", &disk]);
     }
-    tool("udevadm", &["settle"]);
+    tool("udevadm", &["settle", "--timeout=600"]);
     tool("multipathd", &["add", "path", node(share, PATH).trim_start_matches("/dev/")]);
     let all = |taken: &[String]| {
         let has = |what: &str| taken.iter().any(|name| name.contains(what));
@@ -139,17 +139,19 @@ fn takes_all(share: &Path) {
 
 /// Takes apart what the host made of them, and leaves them empty.
 fn wipe(share: &Path) {
+    // Who still looks at a map keeps it.
+    tool("udevadm", &["settle", "--timeout=600"]);
     tool("vgchange", &["-qq", "-an", "replicated"]);
     tool("mdadm", &["--quiet", "--stop", "--scan"]);
     tool("multipath", &["-w", &node(share, PATH)]);
-    tool("multipath", &["-F"]);
+    tool("multipath", &["-R", "20", "-F"]);
     for number in CARRIERS {
         let (_, image) = cold_disk(share, number);
         let count = image.metadata().unwrap().len() / MIB;
         let (to, count) = (format!("of={}", node(share, number)), format!("count={count}"));
         tool("dd", &["status=none", "if=/dev/zero", "bs=1M", "oflag=direct", &to, &count]);
     }
-    tool("udevadm", &["settle"]);
+    tool("udevadm", &["settle", "--timeout=600"]);
 }
 
 /// The package, made of what is tested, where both sides find it.
@@ -272,7 +274,7 @@ fn look_at_all(share: &Path) {
     for number in CARRIERS {
         tool("udevadm", &["trigger", "--action=add", &node(share, number)]);
     }
-    tool("udevadm", &["settle"]);
+    tool("udevadm", &["settle", "--timeout=600"]);
     // What udevd starts goes on for a while.
     std::thread::sleep(Duration::from_secs(5));
 }
@@ -361,6 +363,9 @@ fn a_master_target_leaves_alone_what_it_receives() {
                 systemctl(&["daemon-reload"]);
                 systemctl(&["restart", "mt-agent"]);
                 comes_back_after(Signal::SIGSTOP);
+                fs::remove_file("/run/systemd/system/mt-agent.service.d/quick.conf").unwrap();
+                systemctl(&["daemon-reload"]);
+                systemctl(&["restart", "mt-agent"]);
                 send_all();
                 is_kept_from_multipathd(share);
                 guest.reboot();

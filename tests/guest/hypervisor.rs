@@ -29,7 +29,12 @@ pub fn machine(command: &mut Command, root: &Path, share: &Path, memory: u64, wo
     // counter wrongly is a guess (in 18 boots beside six busy loops it was right to 0.1%); the HPET's is not measured.
     let quick =
         "mitigations=off tsc=reliable no_timer_check nokaslr rcupdate.rcu_expedited=1 cryptomgr.notests";
-    command.args(["-append", &format!("console=ttyS0 quiet panic=-1 clocksource=hpet {quick} {words}")]);
+    // What systemd and udevd wait for takes longer there, too.
+    let patient = "systemd.default_timeout_start_sec=900 udev.event_timeout=900";
+    command.args([
+        "-append",
+        &format!("console=ttyS0 quiet panic=-1 clocksource=hpet {quick} {patient} {words}"),
+    ]);
 
     // QEMU takes a comma for the end of a path.
     let escaped = |path: &Path| path.display().to_string().replace(',', ",,");

@@ -192,7 +192,8 @@ fn every_point_survives_a_power_cut_at_any_moment() {
         };
         let end = range(1).end;
         let (under, under_log) = (loop_disk("disks", end), loop_disk("log", 128 * MIB));
-        tool("mkfs.ext4", &["-q", under.node().to_str().unwrap(), &format!("{}k", KEPT / KIB)]);
+        let now = "lazy_itable_init=0,lazy_journal_init=0";
+        tool("mkfs.ext4", &["-q", "-E", now, under.node().to_str().unwrap(), &format!("{}k", KEPT / KIB)]);
         let log = Arc::new(LogWrites::on(under.node(), under_log.node()));
         let kept = Mapped::new("kept", &log.node(), 0, KEPT);
         let retention = dir.path().join("retention");

@@ -183,7 +183,7 @@ pub fn named<'a>(disks: &'a [Value], name: &str) -> &'a Value {
 
 /// Waits until udevd has done what is to be done.
 pub fn settle() {
-    tool("udevadm", &["settle"]);
+    tool("udevadm", &["settle", "--timeout=600"]);
 }
 
 /// Rules of udev that run several processes for each event, and find nothing where there are no paths.

@@ -47,7 +47,7 @@ fn sixty_disks_are_discovered_assigned_and_received_at_once() {
             let store = Store::block(Path::new(&node), &Identity::vmware(number));
             let lun = targets[number as usize % 4].attach(number / 4, &store);
             // Nobody gives a disk up because it stands still for a while.
-            std::fs::write(lun.device().join("timeout"), "300").unwrap();
+            std::fs::write(lun.device().join("timeout"), "3000").unwrap();
         }
         println!("{COUNT} disks after {:?}", start.elapsed());
         let looked = Instant::now();

@@ -82,7 +82,7 @@ fn arrives_with(engine: &str) {
     let (first, second) = (rig.mixed("first", 48 * MIB), rig.mixed("second", 32 * MIB));
     let from = array.target.attach(9, &Store::existing(&first, &Identity::vmware(9)));
     // What was there goes, also where the source has zeros.
-    write_random(&array.backing(0), 0, 48 * MIB);
+    write_random(&array.luns[0].node(), 0, 48 * MIB);
     // It was empty when it was assigned, and nobody said then that what came since may go.
     run(&["protect", "remove", MACHINE, "--config", &rig.service.config()]).ok();
     array.assign();
@@ -171,12 +171,15 @@ fn writes_fail_with(engine: &str) {
     let rig = &array.rig;
     let (source, other) = (rig.random("source", 32 * MIB), rig.random("other", 24 * MIB));
     let beside = rig.start_into_pass(&[("d1", &other)], &["--bwlimit", "3M", "--compression", "off"]);
+    // However busy this machine is, it is not over before it was looked at.
+    beside.signal(Signal::SIGSTOP);
     let slow = ["--bwlimit", "12M", "--compression", "off"];
     let send = rig.start_into_pass(&[("d0", &source)], &slow);
-    failing.becomes("flakey", "0 3600 1 error_writes");
+    send.standing_still(|| failing.becomes("flakey", "0 3600 1 error_writes"));
     let reason = format!("write {}", array.id(0));
     send.finish().fails(1, &["the target disk failed: ", &reason, "(io)"]);
     assert_eq!(rig.service.volume(MACHINE, "d1").phase, "receiving", "the other one goes on");
+    beside.signal(Signal::SIGCONT);
     array.is_faulted("d0", &reason);
     // As long as it fails it stays so; the other one knows nothing of it.
     rig.send(&[("d0", &source)], &[]).fails(1, &["the target disk failed: "]);
@@ -304,11 +307,14 @@ fn vanishes_with(engine: &str) {
     let rig = &array.rig;
     let (source, other) = (rig.random("source", 32 * MIB), rig.random("other", 24 * MIB));
     let beside = rig.start_into_pass(&[("d1", &other)], &["--bwlimit", "3M", "--compression", "off"]);
+    // However busy this machine is, it is not over before it was looked at.
+    beside.signal(Signal::SIGSTOP);
     let send = rig.start_into_pass(&[("d0", &source)], &["--bwlimit", "12M", "--compression", "off"]);
-    array.luns[0].delete();
+    send.standing_still(|| array.luns[0].delete());
     let reason = format!("write {}", array.id(0));
     send.finish().fails(1, &["the target disk failed: ", &reason, "(io)"]);
     assert_eq!(rig.service.volume(MACHINE, "d1").phase, "receiving", "the other one goes on");
+    beside.signal(Signal::SIGCONT);
     array.is_faulted("d0", &reason);
     assert!(discovered().iter().all(|disk| disk["id"] != array.id(0).as_str()));
     rig.send(&[("d0", &source)], &[]).fails(3, &[&format!("no disk here is {}", array.id(0))]);
@@ -347,6 +353,8 @@ fn a_disk_that_stands_still_holds_up_no_other() {
         ];
         let array = Array::on(rig, &stores);
         let source = array.rig.random("source", 16 * MIB);
+        // Nobody gives the disk up because it stands still for a while.
+        std::fs::write(array.luns[0].device().join("timeout"), "300").unwrap();
         still.stands_still();
         let send = array.rig.start(&[("d0", &source)], &[]);
         wait_for("the pass", || (array.rig.state("d0") == "receiving").then_some(()));

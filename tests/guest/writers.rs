@@ -31,12 +31,14 @@ fn writes_past_a_partition_and_mounts_of_maps_are_seen() {
         // Nobody uses the map yet, and so it is no reason not to believe the disk, which it has claimed.
         let map = Mapped::new("thing", &disk, 0, 64 * MIB);
         assert_eq!((rig.users(&disk), rig.users(&one)), (vec![], vec![]));
-        let slow = ["--whole", "--compression", "off", "--bwlimit", "8M"];
+        let slow = ["--whole", "--compression", "off", "--bwlimit", "3M"];
         let seen_to_write = |to: &Path, at: u64| {
             let send = rig.start_into_pass(&[("d0", &one)], &slow);
-            let file = OpenOptions::new().write(true).open(to).unwrap();
-            file.write_all_at(&[0x5a; 4096], at).unwrap();
-            file.sync_all().unwrap();
+            send.standing_still(|| {
+                let file = OpenOptions::new().write(true).open(to).unwrap();
+                file.write_all_at(&[0x5a; 4096], at).unwrap();
+                file.sync_all().unwrap();
+            });
             send.finish().ok().stderr.contains("somebody wrote to the source while it was read")
         };
         assert!(seen_to_write(&map.node(), first + 2 * MIB), "a map of the whole disk");

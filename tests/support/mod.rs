@@ -13,7 +13,7 @@ use std::any::Any;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::net::SocketAddr;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -123,14 +123,18 @@ pub fn noise(seed: u64, len: usize) -> Vec<u8> {
 
 /// Runs a tool that must succeed, and returns what it printed.
 pub fn tool(program: &str, args: &[&str]) -> String {
-    let output = Command::new(program).args(args).output().unwrap_or_else(|e| panic!("{program}: {e}"));
-    assert!(
-        output.status.success(),
-        "{program} {args:?}: {}: {}",
-        output.status,
-        String::from_utf8_lossy(&output.stderr)
-    );
-    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    let mut tries = 0..20;
+    loop {
+        let output = Command::new(program).args(args).output().unwrap_or_else(|e| panic!("{program}: {e}"));
+        if output.status.success() {
+            return String::from_utf8(output.stdout).unwrap().trim().to_owned();
+        }
+        let said = String::from_utf8_lossy(&output.stderr);
+        // Whoever lists disks, in another test, holds each for a moment, in which nobody makes a file system on it.
+        let held = program.starts_with("mkfs") && said.contains("in use");
+        assert!(held && tries.next().is_some(), "{program} {args:?}: {}: {said}", output.status);
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 /// How long is waited here: a guest has one processor, and system calls take ten times as long in it.
@@ -183,8 +187,9 @@ impl Loop {
             // Two that look for a free device at once may find the same one.
             output.status.success().then(|| String::from_utf8(output.stdout).unwrap().trim().to_owned())
         });
-        // The kernel keeps this switch of the device's from whoever had it before.
+        // The kernel keeps these switches of the device's from whoever had it before.
         tool("blockdev", &["--setrw", &node]);
+        fs::write(format!("/sys/block/{}/queue/iostats", node.trim_start_matches("/dev/")), "1").unwrap();
         Loop { node: node.into(), backing: backing.to_owned(), open: None }
     }
 
@@ -289,6 +294,14 @@ impl Mount {
     }
 }
 
+/// Waits until nobody has a disk for itself. A mount ends a moment after the call, or later where another test has copied all
+/// mounts to a namespace of its own.
+pub fn wait_until_unclaimed(node: &Path) {
+    wait_for("nobody to have the disk", || {
+        OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(node).ok()
+    });
+}
+
 impl Drop for Mount {
     fn drop(&mut self) {
         if let Err(error) = nix::mount::umount2(&self.path, nix::mount::MntFlags::MNT_DETACH) {
@@ -343,6 +356,14 @@ impl Process {
         kill(Pid::from_raw(i32::try_from(self.pid()).unwrap()), signal).unwrap();
     }
 
+    /// What `work` gives while the process stands still, which is not at its end before that on the slowest machine.
+    pub fn standing_still<T>(&self, work: impl FnOnce() -> T) -> T {
+        self.signal(Signal::SIGSTOP);
+        let result = work();
+        self.signal(Signal::SIGCONT);
+        result
+    }
+
     /// kill -9, and waits for the end. Killing what has ended does nothing.
     pub fn kill(&mut self) -> ExitStatus {
         if self.ended.is_none() {
@@ -381,7 +402,7 @@ impl Process {
 
     /// Waits for the end and takes what it printed.
     pub fn finish(mut self) -> Outcome {
-        let status = self.wait_within(Duration::from_secs(180));
+        let status = self.wait_within(6 * patience());
         let (stdout, stderr) = (self.stdout(), self.stderr());
         Outcome { code: status.code(), signal: status.signal(), stdout, stderr }
     }

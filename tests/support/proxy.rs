@@ -35,6 +35,8 @@ pub struct Fate {
     pub rate: Option<u64>,
     /// The connection ends before it begins.
     pub refuse: bool,
+    /// Where the connection ends before anything of this has happened, it is the next one's.
+    pub lasts: bool,
 }
 
 /// Stands between a client and the service. Each connection takes the next fate.
@@ -75,11 +77,12 @@ impl Proxy {
                     [(client.try_clone(), server.try_clone()), (server.try_clone(), client.try_clone())];
                 let acts = [fate.up, fate.down];
                 let swallows = Arc::new(AtomicBool::new(false));
+                let lot = Arc::new(Lot { fate, happened: AtomicBool::new(false), fates: fates.clone() });
                 for (index, (ends, act)) in ends.into_iter().zip(acts).enumerate() {
                     let (Ok(from), Ok(to)) = ends else { continue };
                     let count = (index == 0).then(|| up.clone());
-                    let swallows = swallows.clone();
-                    thread::spawn(move || pump(from, to, act, fate, &swallows, count));
+                    let (swallows, lot) = (swallows.clone(), lot.clone());
+                    thread::spawn(move || pump(from, to, act, &lot, &swallows, count));
                 }
             }
         });
@@ -98,14 +101,30 @@ impl Proxy {
     }
 }
 
+/// The fate of a connection while it lasts.
+struct Lot {
+    fate: Fate,
+    happened: AtomicBool,
+    fates: Arc<Mutex<Vec<Fate>>>,
+}
+
+impl Drop for Lot {
+    fn drop(&mut self) {
+        if self.fate.lasts && !self.happened.load(Ordering::Relaxed) {
+            self.fates.lock().unwrap().push(self.fate);
+        }
+    }
+}
+
 fn pump(
     mut from: TcpStream,
     mut to: TcpStream,
     act: Option<(u64, Act)>,
-    fate: Fate,
+    lot: &Lot,
     swallows: &AtomicBool,
     count: Option<Arc<AtomicU64>>,
 ) {
+    let fate = lot.fate;
     let mut buffer = vec![0; 16 << 10];
     let mut passed = 0;
     let mut due = Instant::now();
@@ -126,7 +145,11 @@ fn pump(
         let before = passed;
         passed += len as u64;
         let mut pass = len;
-        match act.filter(|(at, _)| (before..passed).contains(at)) {
+        let act = act.filter(|(at, _)| (before..passed).contains(at));
+        if act.is_some() {
+            lot.happened.store(true, Ordering::Relaxed);
+        }
+        match act {
             None => {}
             Some((at, Act::Flip)) => bytes[(at - before) as usize] ^= 0x10,
             Some((at, act)) => {

@@ -93,17 +93,26 @@ mod tests {
 
     const SHORT: Duration = Duration::from_millis(1);
 
+    /// What becomes of who waits, and what it is told meanwhile; at the first word the pass begins.
     async fn wait(stage: &watch::Sender<Stage>, limit: Duration) -> (Result<(), Error>, Vec<String>) {
         let (mut client, server) = tokio::io::duplex(64 << 10);
         let (mut reader, writer) = tokio::io::split(server);
         let begun = |stage: &Stage| *stage == Stage::Begun;
-        let result = reached(&mut stage.subscribe(), begun, limit, &mut reader, &Mutex::new(writer)).await;
-        drop(reader);
-        let mut told = Vec::new();
-        while let Ok(notice) = wire::read_message::<Notice, _>(&mut client).await {
-            told.push(notice.message);
-        }
-        (result, told)
+        let (mut waiting, writer) = (stage.subscribe(), Mutex::new(writer));
+        let waits = async {
+            let result = reached(&mut waiting, begun, limit, &mut reader, &writer).await;
+            drop((reader, writer));
+            result
+        };
+        let hears = async {
+            let mut told = Vec::new();
+            while let Ok(notice) = wire::read_message::<Notice, _>(&mut client).await {
+                told.push(notice.message);
+                stage.send_replace(Stage::Begun);
+            }
+            told
+        };
+        tokio::join!(waits, hears)
     }
 
     #[tokio::test]
@@ -116,11 +125,7 @@ mod tests {
         assert_eq!(refusal.code, Code::Incomplete);
         assert!(refusal.message.starts_with(awaits) && refusal.message.contains("given up"), "{refusal}");
         assert!(told.is_empty());
-        let (result, told) = tokio::join!(wait(&stage, Duration::from_secs(60)), async {
-            tokio::time::sleep(Duration::from_millis(1500)).await;
-            stage.send_replace(Stage::Begun);
-        })
-        .0;
+        let (result, told) = wait(&stage, Duration::from_secs(60)).await;
         assert!(result.is_ok());
         assert_eq!(told, [awaits]);
         let lost = message::Error::new(Code::Incomplete, "lost");

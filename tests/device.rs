@@ -18,6 +18,8 @@ use mt_agent::disk::device::{self, Error, OpenDisk, Refusal, TargetOptions, open
 use mt_agent::disk::discover::watch::{Change, Watch};
 use mt_agent::disk::discover::{self, Disk, IdSource, Options, Role, Sysroot};
 use mt_agent::disk::id::DiskId;
+use mt_agent::sys::aligned::Arena;
+use mt_agent::sys::ring::Ring;
 use mt_agent::units::ByteLen;
 
 const MIB: u64 = 1 << 20;
@@ -68,6 +70,24 @@ fn attached(name: &str) -> Option<(tempfile::TempDir, PathBuf, LoopDev)> {
     image(&path, 32 * MIB);
     let device = LoopDev::attach(&path, &[]);
     Some((dir, path, device))
+}
+
+/// What is registered with a ring the kernel would let go of some time later by itself.
+#[test]
+fn a_disk_is_free_as_soon_as_its_ring_is_closed() {
+    let _turn = turn();
+    let Some((_dir, path, device)) = attached("ring.img") else { return };
+    for round in 0..100 {
+        let disk = open(&path).unwrap();
+        let arena = Arena::new(1 << 16).unwrap();
+        let ring = match Ring::new(disk.file, 4, &arena) {
+            Ok(ring) => ring,
+            Err(error) => return eprintln!("NOT HERE: io_uring: {error}"),
+        };
+        drop(ring);
+        let again = OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(&device.node);
+        again.unwrap_or_else(|error| panic!("round {round}: {error}"));
+    }
 }
 
 #[test]

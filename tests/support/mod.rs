@@ -137,6 +137,16 @@ pub fn tool(program: &str, args: &[&str]) -> String {
     }
 }
 
+/// The CPU time of this thread so far: what a bound on work goes by that holds however busy the machine is.
+pub fn cpu() -> Duration {
+    use nix::sys::resource::{UsageWho, getrusage};
+    let usage = getrusage(UsageWho::RUSAGE_THREAD).unwrap();
+    [usage.user_time(), usage.system_time()]
+        .map(|time| Duration::new(time.tv_sec() as u64, time.tv_usec() as u32 * 1000))
+        .into_iter()
+        .sum()
+}
+
 /// How long is waited here: a guest has one processor, and system calls take ten times as long in it.
 pub fn patience() -> Duration {
     if std::env::var_os("MT_AGENT_GUEST_SHARE").is_some() { 4 * PATIENCE } else { PATIENCE }

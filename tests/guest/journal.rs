@@ -6,7 +6,7 @@ use std::fs::{self, File, OpenOptions};
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use mt_agent::error::IoError;
@@ -38,12 +38,16 @@ fn range(disk: usize) -> Range<u64> {
     start..start + SIZES[disk]
 }
 
-/// A disk that makes a mark in the log behind each of its flushes.
+/// A disk that makes a mark in the log behind each of its flushes. Nobody else flushes from when that is issued until the
+/// mark is made: the mark tells whose the last flush was, and the file system's must not be taken for the disk's.
 struct Marking {
     device: Device,
     name: &'static str,
     log: Arc<LogWrites>,
-    flushes: Vec<u64>,
+    /// Whoever has this flushes: one of the disks, or one of their journals.
+    flushing: Arc<Mutex<()>>,
+    /// What completed while a flush was waited for.
+    done: Vec<Completion>,
 }
 
 impl Storage for Marking {
@@ -56,21 +60,25 @@ impl Storage for Marking {
     }
 
     fn submit(&mut self, request: Request) {
-        if request.place == Place::Disk && matches!(request.action, Action::Flush) {
-            self.flushes.push(request.tag);
+        if !matches!(request.action, Action::Flush) {
+            return self.device.submit(request);
         }
+        let (tag, place) = (request.tag, request.place);
+        let _alone = self.flushing.lock().unwrap();
         self.device.submit(request);
+        while !self.done.iter().any(|completion| completion.tag == tag) {
+            self.device.wait(&mut self.done).unwrap();
+        }
+        if place == Place::Disk {
+            self.log.mark(&flushed(self.name));
+        }
     }
 
     fn wait(&mut self, done: &mut Vec<Completion>) -> Result<(), IoError> {
-        let before = done.len();
-        self.device.wait(done)?;
-        for completion in &done[before..] {
-            if self.flushes.contains(&completion.tag) {
-                self.flushes.retain(|tag| *tag != completion.tag);
-                self.log.mark(&flushed(self.name));
-            }
+        if self.done.is_empty() {
+            return self.device.wait(done);
         }
+        done.append(&mut self.done);
         Ok(())
     }
 
@@ -79,6 +87,7 @@ impl Storage for Marking {
     }
 
     fn create_segment(&mut self, name: &str, len: u64, header: &[u8]) -> Result<(), IoError> {
+        let _alone = self.flushing.lock().unwrap();
         self.device.create_segment(name, len, header)
     }
 }
@@ -199,8 +208,9 @@ fn every_point_survives_a_power_cut_at_any_moment() {
         let retention = dir.path().join("retention");
         // It writes nothing by itself while this runs.
         let mount = Mount::with(&kept.node(), &retention, "commit=300");
+        let flushing = Arc::new(Mutex::new(()));
         let disks = (0..2).map(|disk| {
-            let (name, size, log) = (NAMES[disk], SIZES[disk], log.clone());
+            let (name, size, log, flushing) = (NAMES[disk], SIZES[disk], log.clone(), flushing.clone());
             let mapped = Mapped::new(name, &log.node(), range(disk).start, size);
             Disk {
                 name,
@@ -214,7 +224,7 @@ fn every_point_survives_a_power_cut_at_any_moment() {
                     let (device, _) =
                         Device::new(file, name, geometry, EngineChoice::Auto, 8, arena).unwrap();
                     let (device, log) = (device.with_shelf(shelf), log.clone());
-                    Box::new(Marking { device, name, log, flushes: Vec::new() })
+                    Box::new(Marking { device, name, log, flushing: flushing.clone(), done: Vec::new() })
                 }),
             }
         });

@@ -129,7 +129,8 @@ impl LogWrites {
     }
 }
 
-/// The mark that says that the last flush before it was one of this part.
+/// The mark that says that the last flush before it was one of this part: from when that was issued, nobody else may flush
+/// any of the device until the mark is made.
 pub fn flushed(part: &str) -> String {
     format!("flushed:{part}")
 }

@@ -5,7 +5,7 @@ mod guard;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -88,6 +88,33 @@ fn a_disk_is_free_as_soon_as_its_ring_is_closed() {
         let again = OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(&device.node);
         again.unwrap_or_else(|error| panic!("round {round}: {error}"));
     }
+}
+
+/// A process that was killed holds what it had registered with a ring a while longer, and shows in no list.
+#[test]
+fn a_disk_that_is_held_by_nobody_who_shows_is_waited_for() {
+    let _turn = turn();
+    let Some((_dir, path, device)) = attached("lingers.img") else { return };
+    let ring = match io_uring::IoUring::new(1) {
+        Ok(ring) => ring,
+        Err(error) => return eprintln!("NOT HERE: io_uring: {error}"),
+    };
+    let held = OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(&device.node).unwrap();
+    ring.submitter().register_files(&[held.as_raw_fd()]).unwrap();
+    drop(held);
+    std::thread::scope(|scope| {
+        let opened = scope.spawn(|| open(&path).map(drop));
+        std::thread::sleep(Duration::from_millis(800));
+        assert!(!opened.is_finished(), "it does not wait");
+        ring.submitter().unregister_files().unwrap();
+        opened.join().unwrap().unwrap();
+    });
+    // Not for ever.
+    let held = OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(&device.node).unwrap();
+    ring.submitter().register_files(&[held.as_raw_fd()]).unwrap();
+    drop(held);
+    let Refusal::Busy(who) = refusal(open(&path)) else { panic!("not refused as busy") };
+    assert!(who[0].contains("shows in no mount, holder or process"), "{who:?}");
 }
 
 #[test]

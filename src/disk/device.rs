@@ -9,7 +9,7 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::discover::exclusive::{self, Claim};
 use super::discover::identity::{self, Identity, Transport};
@@ -253,6 +253,9 @@ impl OpenDisk {
 /// holds each of them for a moment.
 const TRIES: u32 = 5;
 const BETWEEN: Duration = Duration::from_millis(40);
+/// How long it is tried while nobody shows who could hold the disk: what a killed process had registered with a ring, the
+/// kernel lets go of in its own time.
+const LINGERS: Duration = Duration::from_secs(2);
 
 /// Finds the disk with this identity, checks it against every rule, and opens it for writing.
 ///
@@ -329,17 +332,21 @@ pub fn check_role(disk: &Disk) -> Result<(), Refusal> {
 
 fn open_exclusively(sysroot: &Sysroot, disk: &Disk, id: &DiskId) -> Result<File, Error> {
     let flags = libc::O_EXCL | libc::O_DIRECT | libc::O_CLOEXEC;
-    for last in (0..TRIES).rev() {
+    let start = Instant::now();
+    for nth in 1.. {
         let error = match OpenOptions::new().read(true).write(true).custom_flags(flags).open(&disk.node) {
             Ok(file) => return Ok(file),
             Err(error) => error,
         };
         match error.raw_os_error() {
-            Some(libc::EBUSY) if last > 0 => thread::sleep(BETWEEN),
+            Some(libc::EBUSY) if nth < TRIES => thread::sleep(BETWEEN),
             Some(libc::EBUSY) => {
-                let (Claim::Ours(who) | Claim::Other(who)) =
-                    exclusive::holders(sysroot, std::slice::from_ref(&disk.devno))
-                else {
+                let devnos = std::slice::from_ref(&disk.devno);
+                if start.elapsed() < LINGERS && exclusive::seen_holders(sysroot, devnos).is_none() {
+                    thread::sleep(BETWEEN);
+                    continue;
+                }
+                let (Claim::Ours(who) | Claim::Other(who)) = exclusive::holders(sysroot, devnos) else {
                     unreachable!("a busy disk is held by someone");
                 };
                 return Err(Error::Refused { id: id.clone(), reason: Refusal::Busy(who) });
@@ -348,7 +355,7 @@ fn open_exclusively(sysroot: &Sysroot, disk: &Disk, id: &DiskId) -> Result<File,
             _ => return Err(IoError::new("open for writing", disk.node.display().to_string(), error).into()),
         }
     }
-    unreachable!("the last try returns")
+    unreachable!("one of the tries returns")
 }
 
 /// What lies on a disk that is not opened for writing, by its signatures. Its identity is read again from the

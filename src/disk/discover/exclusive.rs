@@ -28,8 +28,16 @@ pub(super) fn probe(sysroot: &Sysroot, node: &Path, devnos: &[String]) -> Claim 
     }
 }
 
-/// The processes that have one of these devices open or mounted, as evidence. Only root sees them all.
+/// The processes that have one of these devices open or mounted, as evidence.
 pub(in crate::disk) fn holders(sysroot: &Sysroot, devnos: &[String]) -> Claim {
+    seen_holders(sysroot, devnos).unwrap_or_else(|| {
+        let unseen = "something holds it exclusively that shows in no mount, holder or process";
+        Claim::Other(vec![unseen.to_owned()])
+    })
+}
+
+/// The same, where there are any that show. Only root sees them all.
+pub(in crate::disk) fn seen_holders(sysroot: &Sysroot, devnos: &[String]) -> Option<Claim> {
     let own = fs::metadata("/proc/self/exe").map(|exe| (exe.dev(), exe.ino())).ok();
     let (mut ours, mut others) = (Vec::new(), Vec::new());
     for pid in sysroot.names("proc").iter().filter(|name| name.bytes().all(|b| b.is_ascii_digit())) {
@@ -44,16 +52,14 @@ pub(in crate::disk) fn holders(sysroot: &Sysroot, devnos: &[String]) -> Claim {
         if same { ours.push(evidence) } else { others.push(evidence) }
     }
     if others.is_empty() && ours.is_empty() {
-        others.push(mounted_elsewhere(sysroot, devnos).unwrap_or_else(|| {
-            "something holds it exclusively that shows in no mount, holder or process".to_owned()
-        }));
+        others.push(mounted_elsewhere(sysroot, devnos)?);
     }
     bound(&mut others);
     bound(&mut ours);
-    match others.is_empty() {
+    Some(match others.is_empty() {
         true => Claim::Ours(ours),
         false => Claim::Other([others, ours].concat()),
-    }
+    })
 }
 
 /// An agent that has one of these devices open for writing, which only a receiving one does: process and device. Only

@@ -625,6 +625,8 @@ fn a_disk_that_is_going_is_left_out() {
         tree.write("sys/block/sdb/device/state", format!("{state}\n"));
         assert_eq!(disks(&tree).len(), listed, "{state}");
     }
+    std::fs::remove_file(dir.path().join("sys/block/sdb/device/state")).unwrap();
+    assert_eq!(disks(&tree).len(), 1);
 }
 
 #[test]

@@ -331,8 +331,10 @@ fn describe(
 /// Whether a disk went, or is going, so that what was read of it may be half of the truth: the kernel takes its size
 /// before its number, and that before its name.
 fn is_gone(sysroot: &Sysroot, name: &str, devno: &str) -> bool {
-    let state = sysroot.text(format!("sys/block/{name}/device/state")).unwrap_or_default();
-    matches!(state.as_str(), "cancel" | "deleted")
+    let state = sysroot.text(format!("sys/block/{name}/device/state"));
+    matches!(state.as_deref(), Some("cancel" | "deleted"))
+        // What the SCSI device says of itself goes before the disk does.
+        || state.is_none() && name.starts_with("sd")
         || sysroot.text(format!("sys/block/{name}/dev")).as_deref() != Some(devno)
 }
 

@@ -103,6 +103,7 @@ impl Tree {
         let device = format!("devices/{}/host{host}/target{target}/{}", disk.adapter, disk.hctl);
         self.disk(&format!("{device}/block/{}", disk.name), disk.name, disk.devno, disk.size);
         let file = |path: &str, content: &[u8]| self.write(format!("sys/{device}/{path}"), content);
+        file("state", b"running\n");
         let mut inquiry = vec![0u8, 0, 6, 2, 31, 0, 0, 0];
         inquiry.extend(format!("{:<8}{:<16}{:<4}", disk.vendor, disk.model, disk.revision).into_bytes());
         file("inquiry", &inquiry);

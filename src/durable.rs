@@ -187,13 +187,17 @@ fn holder(file: &File) -> Option<u32> {
     let metadata = file.metadata().ok()?;
     let (device, inode) = (metadata.dev(), metadata.ino());
     let place = format!("{:02x}:{:02x}:{inode}", libc::major(device), libc::minor(device));
-    fs::read_to_string("/proc/locks").ok()?.lines().find_map(|line| {
-        match line.split_ascii_whitespace().collect::<Vec<_>>()[..] {
-            // One that waits for it has an arrow before its kind.
-            [_, "FLOCK", _, "WRITE", pid, at, ..] if at == place => pid.parse().ok(),
-            _ => None,
-        }
-    })
+    let look = || {
+        fs::read_to_string("/proc/locks").ok()?.lines().find_map(|line| {
+            match line.split_ascii_whitespace().collect::<Vec<_>>()[..] {
+                // One that waits for it has an arrow before its kind.
+                [_, "FLOCK", _, "WRITE", pid, at, ..] if at == place => pid.parse().ok(),
+                _ => None,
+            }
+        })
+    };
+    // Where a lock goes away between two reads of the list, the kernel passes over another one.
+    (0..3).find_map(|_| look())
 }
 
 /// Opens the directory `path`, so that what is done in it is done in no other one.

@@ -45,7 +45,7 @@ const SEVERAL: u32 = 4;
 const LONG: Duration = Duration::from_millis(10);
 
 /// How long one of them may take to join: the pass waits for it.
-const JOINING: Duration = Duration::from_secs(10);
+const JOINING: Duration = Duration::from_secs(20);
 
 /// How long all of them may, with those of other disks before them: the master target waits for the pass, too.
 const ALL: Duration = Duration::from_secs(60);

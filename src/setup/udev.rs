@@ -79,7 +79,9 @@ LABEL="mt_agent_end"
     wanted.calls.push(Call::new("udevadm", &["control", "--reload"], "to read the rules").only_if(control));
     let trigger = ["trigger", "--action=change", "--subsystem-match=block"];
     wanted.calls.push(Call::new("udevadm", &trigger, "to look at the disks by them").only_if(control));
-    wanted.calls.push(Call::new("udevadm", &["settle", "--timeout=60"], "to wait for that").only_if(control));
+    wanted
+        .calls
+        .push(Call::new("udevadm", &["settle", "--timeout=180"], "to wait for that").only_if(control));
     Ok(wanted)
 }
 

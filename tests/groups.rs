@@ -174,7 +174,7 @@ fn who_is_killed_takes_the_group_s_point_with_it_and_all_go_on_later() {
     let shop = Shop::new(&["db01", "web01"]);
     let old = shop.change(SIZE);
     let (db, web) = (&shop.machines[0], &shop.machines[1]);
-    let mut slow = shop.start(db, &["--group", "shop", "--whole", "--bwlimit", "1M"]);
+    let mut slow = shop.start(db, &["--group", "shop", "--whole", "--bwlimit", "128K"]);
     let quick = shop.start(web, &["--group", "shop"]);
     shop.wait_for_bytes(db);
     // The quick one has sent all, and waits.

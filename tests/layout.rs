@@ -761,7 +761,7 @@ fn inspect_shows_all_of_a_disk_and_writes_nothing() {
     embed(image, lvm.disks[0].backing(), 103 * MIB);
 
     let disk = Loop::attach(image, 512);
-    sh("sync");
+    sh(&format!("sync -f {}", image.display()));
     let before = (fs::read(image).unwrap(), fs::metadata(image).unwrap().modified().unwrap());
     disk.set_read_only(true);
     let text = run(&["inspect", disk.node().to_str().unwrap()]).ok().stdout;

@@ -797,9 +797,13 @@ fn lvm(dir: &Path, disks: &[&Path], command: &str) -> String {
             None => lvm.arg(word),
         };
     }
-    let output = lvm.output().unwrap();
-    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap()
+    wait_for("whoever lists disks to be done", || {
+        let output = lvm.output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        let held = said.contains("exclusively");
+        assert!(output.status.success() || held, "{command}: {said}");
+        output.status.success().then(|| String::from_utf8(output.stdout).unwrap())
+    })
 }
 
 /// A file system in a volume over two disks, which are two disks of one pass.

@@ -8,7 +8,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use support::{Loop, MIB, Outcome, run};
+use support::{Loop, MIB, Outcome, run, wait_for};
 use tempfile::TempDir;
 
 /// The tree of a minimal host of Enterprise Linux, as far as the changes look at it.
@@ -549,13 +549,21 @@ fn on_this_host(etc: &Path, args: &[&str]) -> Outcome {
     on_this_host_with("", etc, args)
 }
 
+/// This host's own, in which others may be at work.
+fn copy_etc(to: &Path) {
+    wait_for("a copy of /etc during which nothing went away", || {
+        fs::remove_dir_all(to).ok();
+        Command::new("cp").arg("-a").args([Path::new("/etc"), to]).status().unwrap().success().then_some(())
+    });
+}
+
 /// Where the kernel keeps memory for it: the directory is made, and the service is there from the next boot on.
 #[test]
 fn kdump_is_ready_after_a_reboot_and_not_before() {
     require_root!();
     let dir = support::directory();
     let (etc, crash) = (dir.path().join("etc"), dir.path().join("var/crash"));
-    support::tool("cp", &["-a", "/etc", etc.to_str().unwrap()]);
+    copy_etc(&etc);
     fs::remove_file(etc.join("systemd/system/multi-user.target.wants/kdump.service")).ok();
     write(&etc, "systemd/system/kdump.service", "[Service]\nExecStart=/bin/true\n");
     write(&etc, "kdump.conf", &format!("path {}\n", crash.display()));
@@ -678,7 +686,7 @@ fn the_rules_follow_the_assignments_where_they_were_applied() {
     require_root!();
     let dir = support::directory();
     let (etc, state) = (dir.path().join("etc"), dir.path().join("state"));
-    support::tool("cp", &["-a", "/etc", etc.to_str().unwrap()]);
+    copy_etc(&etc);
     fs::create_dir(&state).unwrap();
     let config = dir.path().join("mt-agent.toml");
     fs::write(&config, format!("state_dir = {state:?}\nallow_loop = true\n")).unwrap();
@@ -722,7 +730,7 @@ fn a_retention_disk_is_made_once_and_never_over_data() {
     require_root!();
     let dir = support::directory();
     let (etc, state) = (dir.path().join("etc"), dir.path().join("state"));
-    support::tool("cp", &["-a", "/etc", etc.to_str().unwrap()]);
+    copy_etc(&etc);
     let config = dir.path().join("mt-agent.toml");
     fs::write(&config, format!("state_dir = {state:?}\nallow_loop = true\n")).unwrap();
     let disk = Loop::create(&dir.path().join("disk"), 400 * MIB);

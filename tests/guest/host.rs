@@ -127,7 +127,9 @@ fn takes_all(share: &Path) {
         tool("udevadm", &["trigger", "--action=add", &disk]);
     }
     tool("udevadm", &["settle", "--timeout=600"]);
-    tool("multipathd", &["add", "path", node(share, PATH).trim_start_matches("/dev/")]);
+    // Its client waits for four seconds; what comes of it is waited for below.
+    let path = node(share, PATH);
+    Command::new("multipathd").args(["add", "path", path.trim_start_matches("/dev/")]).output().unwrap();
     let all = |taken: &[String]| {
         let has = |what: &str| taken.iter().any(|name| name.contains(what));
         has("replicated-data") && has(": active") && has("5000c500000c01d5")
@@ -202,7 +204,9 @@ fn install(share: &Path, package: &Path) {
     let disk = node(share, RETENTION);
     tool("mkfs.ext4", &["-q", "-L", "retention", &disk]);
     let table = fs::read_to_string("/etc/fstab").unwrap();
-    fs::write("/etc/fstab", format!("{table}LABEL=retention {RETAINED} ext4 nofail 0 0\n")).unwrap();
+    // udevd takes its time here, and systemd waits no longer than this says.
+    let retention = format!("LABEL=retention {RETAINED} ext4 nofail,x-systemd.device-timeout=900 0 0");
+    fs::write("/etc/fstab", format!("{table}{retention}\n")).unwrap();
     // Nothing is written until it is applied.
     let planned = set_up("plan");
     assert!(planned.contains("stays: physical volume"), "{planned}");

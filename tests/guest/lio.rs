@@ -1,7 +1,7 @@
 //! SCSI disks, made in a guest by the kernel's own target: files or block devices behind `tcm_loop`, each with the
 //! identity that it is given. They stay as long as the guest.
 
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::sync::Once;
@@ -119,7 +119,8 @@ impl Target {
         symlink(&store.dir, dir.join("store")).unwrap();
         let address = fs::read_to_string(self.dir.join("address")).unwrap();
         let lun = Lun { dir, hctl: format!("{}:{lun}", address.trim()) };
-        wait_for("a disk", || lun.try_name());
+        // Its name comes before it can be opened.
+        wait_for("a disk", || File::open(Path::new("/dev").join(lun.try_name()?)).ok());
         lun
     }
 }

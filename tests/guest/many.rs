@@ -88,7 +88,8 @@ fn sixty_disks_are_discovered_assigned_and_received_at_once() {
         let start = Instant::now();
         slow.stands_still();
         // As many connections as a long way has by itself: they must not crowd each other out.
-        let mut send = rig.start(&disks, &["--compression", "off", "--connections", "4"]);
+        let patient = ["--compression", "off", "--connections", "4", "--retry-for", "600s"];
+        let mut send = rig.start(&disks, &patient);
         // However slow this machine is: given up is only where nothing more arrives.
         let mut received = 0;
         while received < u64::from(COUNT) * WINDOW {

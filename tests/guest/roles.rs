@@ -90,6 +90,10 @@ fn partitioned(lun: &Lun) -> PathBuf {
     let node = lun.node();
     let script = "label: gpt\nsize=16MiB\nsize=16MiB\n";
     tool("sh", &["-c", &format!("printf '{script}' | sfdisk -q --wipe always {}", node.display())]);
+    // udevd makes the kernel read the table again when that is closed, and the partitions are away for a moment.
+    if Path::new("/run/udev/control").exists() {
+        settle();
+    }
     node
 }
 

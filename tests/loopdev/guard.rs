@@ -37,7 +37,12 @@ impl LoopDev {
     /// A device on `file`, with further options of `losetup`.
     pub fn attach(file: &Path, options: &[&str]) -> LoopDev {
         let output = run("losetup", &[&["-f", "--show"], options, &[file.to_str().unwrap()]].concat());
-        LoopDev { node: PathBuf::from(output.trim()) }
+        let node = PathBuf::from(output.trim());
+        // A test that was killed may have left that.
+        if !options.contains(&"-r") && !options.contains(&"--read-only") {
+            run("blockdev", &["--setrw", node.to_str().unwrap()]);
+        }
+        LoopDev { node }
     }
 
     /// `loop7`.

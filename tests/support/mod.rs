@@ -131,7 +131,7 @@ pub fn tool(program: &str, args: &[&str]) -> String {
         }
         let said = String::from_utf8_lossy(&output.stderr);
         // Whoever lists disks, in another test, holds each for a moment, in which nobody makes a file system on it.
-        let held = program.starts_with("mkfs") && said.contains("in use");
+        let held = program.starts_with("mkfs") && (said.contains("in use") || said.contains("busy"));
         assert!(held && tries.next().is_some(), "{program} {args:?}: {}: {said}", output.status);
         std::thread::sleep(Duration::from_millis(50));
     }

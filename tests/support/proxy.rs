@@ -45,9 +45,8 @@ pub struct Proxy {
     fates: Arc<Mutex<Vec<Fate>>>,
     /// The fate of all others.
     otherwise: Arc<Mutex<Fate>>,
-    /// Bytes that passed from clients.
-    pub up: Arc<AtomicU64>,
-    pub connections: Arc<AtomicU64>,
+    /// Bytes that passed from the client of each connection, in the order in which they came.
+    up: Arc<Mutex<Vec<Arc<AtomicU64>>>>,
 }
 
 impl Proxy {
@@ -56,18 +55,13 @@ impl Proxy {
         let address = listener.local_addr().unwrap();
         let fates: Arc<Mutex<Vec<Fate>>> = Arc::default();
         let otherwise: Arc<Mutex<Fate>> = Arc::default();
-        let (up, connections) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
-        let proxy = Proxy {
-            address,
-            fates: fates.clone(),
-            otherwise: otherwise.clone(),
-            up: up.clone(),
-            connections: connections.clone(),
-        };
+        let up: Arc<Mutex<Vec<Arc<AtomicU64>>>> = Arc::default();
+        let proxy = Proxy { address, fates: fates.clone(), otherwise: otherwise.clone(), up: up.clone() };
         // It ends with the process.
         thread::spawn(move || {
             for client in listener.incoming().map_while(Result::ok) {
-                connections.fetch_add(1, Ordering::Relaxed);
+                let its = Arc::new(AtomicU64::new(0));
+                up.lock().unwrap().push(its.clone());
                 let fate = fates.lock().unwrap().pop().unwrap_or(*otherwise.lock().unwrap());
                 if fate.refuse {
                     continue;
@@ -80,13 +74,28 @@ impl Proxy {
                 let lot = Arc::new(Lot { fate, happened: AtomicBool::new(false), fates: fates.clone() });
                 for (index, (ends, act)) in ends.into_iter().zip(acts).enumerate() {
                     let (Ok(from), Ok(to)) = ends else { continue };
-                    let count = (index == 0).then(|| up.clone());
+                    let count = (index == 0).then(|| its.clone());
                     let (swallows, lot) = (swallows.clone(), lot.clone());
                     thread::spawn(move || pump(from, to, act, &lot, &swallows, count));
                 }
             }
         });
         proxy
+    }
+
+    /// How many bytes passed from clients so far.
+    pub fn up(&self) -> u64 {
+        self.up.lock().unwrap().iter().map(|its| its.load(Ordering::Relaxed)).sum()
+    }
+
+    /// The same for one connection, counted from 0.
+    pub fn up_of(&self, connection: usize) -> u64 {
+        self.up.lock().unwrap()[connection].load(Ordering::Relaxed)
+    }
+
+    /// How many connections came so far.
+    pub fn connections(&self) -> usize {
+        self.up.lock().unwrap().len()
     }
 
     pub fn will(&self, fates: impl IntoIterator<Item = Fate>) {

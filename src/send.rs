@@ -488,7 +488,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// How long it may be silent in a pass. Whatever it waits for itself, it says something every ten seconds.
 const SILENCE: Duration = Duration::from_secs(60);
 
-/// How often, a second apart, a refusal is answered with another try where the peer says that it may help: the
+/// How often, a second after the last, a refusal is answered with another try where the peer says that it may help: the
 /// volume may still be held by a connection that just broke, or by one whose sender is gone, which the peer's keepalives
 /// notice after 30 seconds.
 const TRIES: u32 = 40;

@@ -625,8 +625,10 @@ fn a_disk_that_is_going_is_left_out() {
         tree.write("sys/block/sdb/device/state", format!("{state}\n"));
         assert_eq!(disks(&tree).len(), listed, "{state}");
     }
-    std::fs::remove_file(dir.path().join("sys/block/sdb/device/state")).unwrap();
-    assert_eq!(disks(&tree).len(), 1);
+    for (attribute, listed) in [("state", 2), ("type", 1)] {
+        std::fs::remove_file(dir.path().join("sys/block/sdb/device").join(attribute)).unwrap();
+        assert_eq!(disks(&tree).len(), listed, "{attribute}");
+    }
 }
 
 #[test]

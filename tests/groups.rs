@@ -72,6 +72,9 @@ impl Shop {
             "off",
             "--retry-for",
             "0s",
+            // However long an answer takes: with several, a slow one has no frame whole in time.
+            "--connections",
+            "1",
         ]);
         command.arg("--state-dir").arg(&machine.client);
         command.arg("--disk").arg(format!("root={}", machine.source.display())).args(args);

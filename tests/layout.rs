@@ -21,9 +21,7 @@ use support::{GIB, Loop, MIB, directory, run};
 #[track_caller]
 fn sh(line: &str) -> String {
     let path = "/usr/sbin:/usr/bin:/sbin:/bin";
-    let output = Command::new("sh").args(["-ec", line]).env("PATH", path).output().unwrap();
-    assert!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    support::succeed(Command::new("sh").args(["-ec", line]).env("PATH", path))
 }
 
 /// Whether a tool is installed, which is said where it is not.

@@ -17,7 +17,8 @@ use mt_agent::layout::tree::{Disk, read};
 use mt_agent::storage::file::ReadFile;
 use serde_json::Value;
 use support::{
-    Loop, MACHINE, MIB, Mount, Outcome, Rig, Service, assert_equal, directory, noise, run, tool, wait_for,
+    Loop, MACHINE, MIB, Mount, Outcome, Rig, Service, assert_equal, directory, noise, run, succeed, tool,
+    wait_for,
 };
 
 /// Mounts it for as long as `work` takes, and unmounts it as it should be.
@@ -797,13 +798,7 @@ fn lvm(dir: &Path, disks: &[&Path], command: &str) -> String {
             None => lvm.arg(word),
         };
     }
-    wait_for("whoever lists disks to be done", || {
-        let output = lvm.output().unwrap();
-        let said = String::from_utf8_lossy(&output.stderr);
-        let held = said.contains("exclusively");
-        assert!(output.status.success() || held, "{command}: {said}");
-        output.status.success().then(|| String::from_utf8(output.stdout).unwrap())
-    })
+    succeed(&mut lvm)
 }
 
 /// A file system in a volume over two disks, which are two disks of one pass.

@@ -933,7 +933,7 @@ fn a_service_that_is_stopped_in_the_middle_tells_its_senders() {
         let _silent = [(); 3].map(|()| TcpStream::connect(rig.service.address()).unwrap());
         let sends = ["d0", "d1"].map(|disk| rig.start_into_pass(&[(disk, &source)], &slow));
         rig.service.process().signal(signal);
-        let status = rig.service.process().wait_within(Duration::from_secs(10));
+        let status = rig.service.process().wait_within(Duration::from_secs(15));
         assert_eq!(status.code(), Some(0), "{}", rig.service.log());
         assert!(!rig.service.log().contains("connections did not end in time"), "{}", rig.service.log());
         for send in sends {
@@ -1099,19 +1099,19 @@ async fn many_sessions_are_open_at_once_where_that_is_allowed() {
 fn silent_strangers_lock_nobody_out() {
     require_root!();
     let rig = Rig::new(&[4 * MIB]);
-    let mut strangers: Vec<TcpStream>;
     let mut tries = 0..5;
     // Strangers are given up after 15 seconds: it shows nothing where so long was needed.
-    loop {
-        strangers = (0..300).map(|_| TcpStream::connect(rig.service.address()).unwrap()).collect();
+    let strangers = loop {
+        let strangers: Vec<TcpStream> =
+            (0..300).map(|_| TcpStream::connect(rig.service.address()).unwrap()).collect();
         let start = Instant::now();
         goes_on(&rig, "d0");
         let nth = tries.next().expect("one of the tries is done in time");
         rig.service.enroll(&format!("other{nth}"), &rig.path(&format!("other{nth}")));
         if start.elapsed() < Duration::from_secs(10) {
-            break;
+            break strangers;
         }
-    }
+    };
     rig.service.wait_for_log("too many newer connections");
     wait_for("most of them to be gone", || (rig.service.status().service.sessions <= 64).then_some(()));
     drop(strangers);

@@ -251,7 +251,7 @@ fn systemd_hears_when_it_is_ready_how_it_goes_and_when_it_stops() {
     });
     let asked = Instant::now();
     rig.service.process().signal(Signal::SIGTERM);
-    assert_eq!(rig.service.process().wait_within(Duration::from_secs(10)).code(), Some(0));
+    assert_eq!(rig.service.process().wait_within(Duration::from_secs(15)).code(), Some(0));
     heard.wait(asked, "STOPPING=1");
     send.finish().fails(1, &["the service stops"]);
     // Nothing half is committed.
@@ -665,5 +665,5 @@ fn nobody_who_does_not_read_what_is_said_to_systemd_holds_up_the_service() {
     });
     stuff(&socket, &path);
     service.process().signal(Signal::SIGTERM);
-    assert_eq!(service.process().wait_within(Duration::from_secs(5)).code(), Some(0), "{}", service.log());
+    assert_eq!(service.process().wait_within(Duration::from_secs(15)).code(), Some(0), "{}", service.log());
 }

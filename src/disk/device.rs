@@ -255,7 +255,7 @@ const TRIES: u32 = 5;
 const BETWEEN: Duration = Duration::from_millis(40);
 /// How long it is tried while nobody shows who could hold the disk: what a killed process had registered with a ring, the
 /// kernel lets go of in its own time.
-const LINGERS: Duration = Duration::from_secs(2);
+const LINGERS: Duration = Duration::from_secs(1);
 
 /// Finds the disk with this identity, checks it against every rule, and opens it for writing.
 ///
@@ -342,11 +342,12 @@ fn open_exclusively(sysroot: &Sysroot, disk: &Disk, id: &DiskId) -> Result<File,
             Some(libc::EBUSY) if nth < TRIES => thread::sleep(BETWEEN),
             Some(libc::EBUSY) => {
                 let devnos = std::slice::from_ref(&disk.devno);
-                if start.elapsed() < LINGERS && exclusive::seen_holders(sysroot, devnos).is_none() {
+                let seen = exclusive::holders(sysroot, devnos);
+                if seen.is_none() && start.elapsed() < LINGERS {
                     thread::sleep(BETWEEN);
                     continue;
                 }
-                let (Claim::Ours(who) | Claim::Other(who)) = exclusive::holders(sysroot, devnos) else {
+                let (Claim::Ours(who) | Claim::Other(who)) = seen.unwrap_or_else(Claim::unseen) else {
                     unreachable!("a busy disk is held by someone");
                 };
                 return Err(Error::Refused { id: id.clone(), reason: Refusal::Busy(who) });

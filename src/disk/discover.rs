@@ -331,10 +331,11 @@ fn describe(
 /// Whether a disk went, or is going, so that what was read of it may be half of the truth: the kernel takes its size
 /// before its number, and that before its name.
 fn is_gone(sysroot: &Sysroot, name: &str, devno: &str) -> bool {
-    let state = sysroot.text(format!("sys/block/{name}/device/state"));
+    let device = |attribute| sysroot.text(format!("sys/block/{name}/device/{attribute}"));
+    let state = device("state");
     matches!(state.as_deref(), Some("cancel" | "deleted"))
-        // What the SCSI device says of itself goes before the disk does.
-        || state.is_none() && name.starts_with("sd")
+        // All that the SCSI device says of itself goes before the disk does.
+        || name.starts_with("sd") && state.is_none() && device("type").is_none()
         || sysroot.text(format!("sys/block/{name}/dev")).as_deref() != Some(devno)
 }
 

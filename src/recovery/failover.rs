@@ -426,9 +426,10 @@ pub(super) fn written_to(
     }
 }
 
-/// The machine for ourselves. A session whose sender has heard of its commit and is gone ends a moment later.
+/// The machine for ourselves. A session whose sender has heard of its commit and is gone ends a moment later; one that waits
+/// for a disk that is held has it for longer.
 pub(super) fn alone(store: &Store, machine: &Name) -> Result<Hold, Error> {
-    let mut tries = 20;
+    let mut tries = 60;
     loop {
         match store.exclude(machine) {
             Err(protection::Error::Receiving { .. }) if tries > 0 => {

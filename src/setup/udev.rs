@@ -81,7 +81,7 @@ LABEL="mt_agent_end"
     wanted.calls.push(Call::new("udevadm", &trigger, "to look at the disks by them").only_if(control));
     wanted
         .calls
-        .push(Call::new("udevadm", &["settle", "--timeout=180"], "to wait for that").only_if(control));
+        .push(Call::new("udevadm", &["settle", "--timeout=240"], "to wait for that").only_if(control));
     Ok(wanted)
 }
 

@@ -127,9 +127,12 @@ fn takes_all(share: &Path) {
         tool("udevadm", &["trigger", "--action=add", &disk]);
     }
     tool("udevadm", &["settle", "--timeout=600"]);
-    // Its client waits for four seconds; what comes of it is waited for below.
+    // Its client waits for four seconds.
     let path = node(share, PATH);
-    Command::new("multipathd").args(["add", "path", path.trim_start_matches("/dev/")]).output().unwrap();
+    let add = ["add", "path", path.trim_start_matches("/dev/")];
+    wait_for("multipathd", || {
+        Command::new("multipathd").args(add).output().unwrap().status.success().then_some(())
+    });
     let all = |taken: &[String]| {
         let has = |what: &str| taken.iter().any(|name| name.contains(what));
         has("replicated-data") && has(": active") && has("5000c500000c01d5")

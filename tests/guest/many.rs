@@ -106,7 +106,8 @@ fn sixty_disks_are_discovered_assigned_and_received_at_once() {
         assert!(volumes.iter().all(|volume| volume.connections == Some(4)), "{volumes:#?}");
         println!("all windows are full after {:?}", start.elapsed());
         slow.goes_on();
-        send.finish().ok();
+        let sent = send.finish().ok();
+        println!("{} times tried again", sent.stderr.matches("trying again").count());
         let peak = rig.service.peak_memory();
         println!("all are received after {:?}, with {} MiB of memory", start.elapsed(), peak / MIB);
         assert!(peak > u64::from(COUNT) * WINDOW, "{} MiB: were they all open?", peak / MIB);

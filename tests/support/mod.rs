@@ -122,17 +122,24 @@ pub fn noise(seed: u64, len: usize) -> Vec<u8> {
 }
 
 /// Runs a tool that must succeed, and returns what it printed.
+#[track_caller]
 pub fn tool(program: &str, args: &[&str]) -> String {
+    succeed(Command::new(program).args(args))
+}
+
+/// The same for a command.
+#[track_caller]
+pub fn succeed(command: &mut Command) -> String {
     let mut tries = 0..20;
     loop {
-        let output = Command::new(program).args(args).output().unwrap_or_else(|e| panic!("{program}: {e}"));
+        let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
         if output.status.success() {
             return String::from_utf8(output.stdout).unwrap().trim().to_owned();
         }
         let said = String::from_utf8_lossy(&output.stderr);
-        // Whoever lists disks, in another test, holds each for a moment, in which nobody makes a file system on it.
-        let held = program.starts_with("mkfs") && (said.contains("in use") || said.contains("busy"));
-        assert!(held && tries.next().is_some(), "{program} {args:?}: {}: {said}", output.status);
+        // Whoever lists disks, in another test, holds each for a moment, in which nobody makes anything on it.
+        let held = ["in use", "busy", "exclusively"].iter().any(|word| said.contains(word));
+        assert!(held && tries.next().is_some(), "{command:?}: {}: {said}", output.status);
         std::thread::sleep(Duration::from_millis(50));
     }
 }

@@ -18,26 +18,27 @@ pub(in crate::disk) enum Claim {
     Other(Vec<String>),
 }
 
+impl Claim {
+    pub(in crate::disk) fn unseen() -> Claim {
+        let what = "something holds it exclusively that shows in no mount, holder or process";
+        Claim::Other(vec![what.to_owned()])
+    }
+}
+
 /// Opens the disk exclusively and closes it again. Nothing is written, and no event comes of it; but whoever
 /// opens the disk exclusively in this very moment is turned away.
 pub(super) fn probe(sysroot: &Sysroot, node: &Path, devnos: &[String]) -> Claim {
     let flags = libc::O_EXCL | libc::O_NONBLOCK;
     match OpenOptions::new().read(true).custom_flags(flags).open(node) {
-        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => holders(sysroot, devnos),
+        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+            holders(sysroot, devnos).unwrap_or_else(Claim::unseen)
+        }
         _ => Claim::None,
     }
 }
 
-/// The processes that have one of these devices open or mounted, as evidence.
-pub(in crate::disk) fn holders(sysroot: &Sysroot, devnos: &[String]) -> Claim {
-    seen_holders(sysroot, devnos).unwrap_or_else(|| {
-        let unseen = "something holds it exclusively that shows in no mount, holder or process";
-        Claim::Other(vec![unseen.to_owned()])
-    })
-}
-
-/// The same, where there are any that show. Only root sees them all.
-pub(in crate::disk) fn seen_holders(sysroot: &Sysroot, devnos: &[String]) -> Option<Claim> {
+/// The processes that have one of these devices open or mounted, as evidence, where any show. Only root sees them all.
+pub(in crate::disk) fn holders(sysroot: &Sysroot, devnos: &[String]) -> Option<Claim> {
     let own = fs::metadata("/proc/self/exe").map(|exe| (exe.dev(), exe.ino())).ok();
     let (mut ours, mut others) = (Vec::new(), Vec::new());
     for pid in sysroot.names("proc").iter().filter(|name| name.bytes().all(|b| b.is_ascii_digit())) {

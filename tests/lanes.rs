@@ -48,6 +48,7 @@ fn four_are_faster_than_one_where_each_is_limited() {
     proxy.will_all(Fate { rate: Some(2_000_000), ..Fate::default() });
     let to = proxy.address.to_string();
     let [four, one] = ["4", "1"].map(|connections| {
+        let before = proxy.connections();
         let args = ["--to", &to, "--compression", "off", "--whole", "--json", "--connections", connections];
         let sender = rig.start(&[("d0", &source)], &args);
         wait_for("a pass", || {
@@ -60,6 +61,11 @@ fn four_are_faster_than_one_where_each_is_limited() {
         assert_equal(&source, rig.targets[0].backing());
         let disk = outcome.json()["disks"][0].clone();
         assert_eq!(disk["connections"].to_string(), connections);
+        // Each has its share of the work.
+        let carried: Vec<u64> =
+            (before..proxy.connections()).map(|connection| proxy.up_of(connection)).collect();
+        assert_eq!(carried.len().to_string(), connections);
+        assert!(carried.iter().all(|bytes| *bytes > 2 * MIB), "{carried:?}");
         disk["seconds"].as_f64().unwrap()
     });
     println!("one connection: {one:.2} s, four: {four:.2} s, {:.2} times as fast", one / four);
@@ -298,7 +304,7 @@ async fn silence_ends_the_pass_in_its_time() {
         }
         first.refused(Code::Silent, "sent nothing for 3s").await;
         let took = start.elapsed();
-        assert!(took < Duration::from_secs(15), "{stuck}: {took:?}");
+        assert!(took < Duration::from_secs(8), "{stuck}: {took:?}");
         rig.wait_until_closed("d0");
     }
     goes_on(&rig);

@@ -251,7 +251,7 @@ fn systemd_hears_when_it_is_ready_how_it_goes_and_when_it_stops() {
     });
     let asked = Instant::now();
     rig.service.process().signal(Signal::SIGTERM);
-    assert_eq!(rig.service.process().wait_within(Duration::from_secs(15)).code(), Some(0));
+    assert_eq!(rig.service.process().wait_within(Duration::from_secs(10)).code(), Some(0));
     heard.wait(asked, "STOPPING=1");
     send.finish().fails(1, &["the service stops"]);
     // Nothing half is committed.
@@ -285,7 +285,7 @@ async fn the_watchdog_is_fed_while_every_disk_with_work_gets_on_with_it() {
     let idle = Instant::now();
     wait_for("the feeding", || (fed(idle) > 1).then_some(()));
     // Several times a second, but for a machine that stalls.
-    assert!(idle.elapsed() < Duration::from_secs(10), "{:?}", idle.elapsed());
+    assert!(idle.elapsed() < Duration::from_secs(4), "{:?}", idle.elapsed());
     drop(client);
     rig.wait_until_closed("d0");
     // A pass that is slow and gets on, for as long.
@@ -319,8 +319,7 @@ async fn a_stop_takes_ten_seconds_at_most() {
     let mut half = UnixStream::connect(rig.path("control.sock")).unwrap();
     std::io::Write::write_all(&mut half, b"GET /v1/status HTTP/1.1\r\nHost: x\r\n").unwrap();
     rig.service.process().signal(Signal::SIGTERM);
-    // Ten are promised, of which nine are waited; this machine may stall.
-    let status = rig.service.process().wait_within(Duration::from_secs(15));
+    let status = rig.service.process().wait_within(Duration::from_secs(10));
     assert_eq!(status.code(), Some(0), "{}", rig.service.log());
     assert_eq!(rig.state("d0"), "receiving");
 }
@@ -665,5 +664,5 @@ fn nobody_who_does_not_read_what_is_said_to_systemd_holds_up_the_service() {
     });
     stuff(&socket, &path);
     service.process().signal(Signal::SIGTERM);
-    assert_eq!(service.process().wait_within(Duration::from_secs(15)).code(), Some(0), "{}", service.log());
+    assert_eq!(service.process().wait_within(Duration::from_secs(5)).code(), Some(0), "{}", service.log());
 }

@@ -69,8 +69,7 @@ fn four_are_faster_than_one_where_each_is_limited() {
         disk["seconds"].as_f64().unwrap()
     });
     println!("one connection: {one:.2} s, four: {four:.2} s, {:.2} times as fast", one / four);
-    // Who takes a frame or two more than its share ends later.
-    assert!(one >= 2.1 * four, "one connection: {one:.2} s, four: {four:.2} s");
+    assert!(one >= 2.5 * four, "one connection: {one:.2} s, four: {four:.2} s");
 }
 
 /// A limit is for all of them together.

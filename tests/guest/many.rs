@@ -88,8 +88,7 @@ fn sixty_disks_are_discovered_assigned_and_received_at_once() {
         let start = Instant::now();
         slow.stands_still();
         // As many connections as a long way has by itself: they must not crowd each other out.
-        let patient = ["--compression", "off", "--connections", "4", "--retry-for", "600s"];
-        let mut send = rig.start(&disks, &patient);
+        let mut send = rig.start(&disks, &["--compression", "off", "--connections", "4"]);
         // However slow this machine is: given up is only where nothing more arrives.
         let mut received = 0;
         while received < u64::from(COUNT) * WINDOW {
@@ -106,8 +105,7 @@ fn sixty_disks_are_discovered_assigned_and_received_at_once() {
         assert!(volumes.iter().all(|volume| volume.connections == Some(4)), "{volumes:#?}");
         println!("all windows are full after {:?}", start.elapsed());
         slow.goes_on();
-        let sent = send.finish().ok();
-        println!("{} times tried again", sent.stderr.matches("trying again").count());
+        send.finish().ok();
         let peak = rig.service.peak_memory();
         println!("all are received after {:?}, with {} MiB of memory", start.elapsed(), peak / MIB);
         assert!(peak > u64::from(COUNT) * WINDOW, "{} MiB: were they all open?", peak / MIB);
